@@ -1,0 +1,50 @@
+# make demo   train with uniform and with knapsack budgets from one warm start, and compare
+# make test   the whole test suite
+# make check  format, lint, types
+# make clean  remove what make demo wrote (.venv stays)
+
+PYTHON ?= python3
+VENV := .venv
+RUNS ?= runs/demo
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/runtime-installed
+	@for rule in uniform knapsack; do \
+	  JAX_COMPILATION_CACHE_DIR=$(RUNS)/compiled $(VENV)/bin/python train.py --config configs/arithmetic.py \
+	    --workdir $(RUNS)/$$rule --config.alloc.rule=$$rule --config.warm_start.dir=$(RUNS)/warm_start || exit $$?; \
+	done
+	@echo
+	@$(VENV)/bin/python -m krl.run.report $(RUNS)/uniform $(RUNS)/knapsack --out $(RUNS)
+
+test: $(VENV)/dev-installed
+	$(VENV)/bin/python -m pytest
+
+check: $(VENV)/dev-installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(RUNS)
+
+# A stamp is written only after an installation ended well, so one that was cut off is done again.
+$(VENV)/runtime-installed: requirements.txt | $(VENV)/bin/python
+	@echo "installing requirements.txt into $(VENV) (once, a minute or two)"
+	@$(INSTALL) -r requirements.txt
+	@touch $@
+
+$(VENV)/dev-installed: pyproject.toml $(VENV)/runtime-installed
+	@echo "installing the test tools into $(VENV)"
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/bin/python:
+	@for python in $(PYTHON) python3.13 python3.12 python3.11; do \
+	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
+	  then exec $$python -m venv $(VENV); fi; \
+	done; \
+	echo "krl needs Python 3.11 or newer with venv and pip, and found none as $(PYTHON) or python3.11 to 3.13." >&2; \
+	echo "Install one (Debian: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; \
+	exit 1
