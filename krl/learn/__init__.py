@@ -1,0 +1,6 @@
+"""From rewards to gradients: pure jnp, no model, no input or output."""
+
+from krl.learn.advantage import group_advantages, mixed_groups
+from krl.learn.loss import policy_loss
+
+__all__ = ["group_advantages", "mixed_groups", "policy_loss"]
