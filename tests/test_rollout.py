@@ -1,0 +1,109 @@
+"""Slots against loops; the sampler against the policy it samples from."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from krl import policy, rollout
+from krl.rollout import sampler
+from krl.types import Prompts
+from tests import tiny
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 4))
+def test_slots_equal_loops(counts, spare):
+    size = sum(counts) + spare
+    expected = [(i, j, True) for i, n in enumerate(counts) for j in range(n)] + [(len(counts), 0, False)] * spare
+    got = rollout.make_slots(jnp.array(counts), size)
+    assert list(zip(*(a.tolist() for a in got), strict=True)) == expected
+
+
+def sample(counts, prompts=None, seed=0, **changes):
+    options = {"max_new_tokens": 6, "eos_ids": tiny.EOS, "temperature": 1.0} | changes
+    return rollout.generate(
+        tiny.CONFIG, tiny.params(), prompts or tiny.prompts(), jnp.array(counts), jax.random.key(seed), **options
+    )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampler_logps_are_the_policys(temperature):
+    prompts = tiny.prompts()
+    got = sample([3, 0, 5, 2], temperature=temperature)
+    index, lengths = np.asarray(got.prompt_index), np.asarray(got.lengths)
+    real = np.arange(6)[None, :] < lengths[:, None]
+    tokens = jnp.concatenate([prompts.tokens[index], got.tokens], axis=1)
+    mask = jnp.concatenate([prompts.mask[index], jnp.array(real)], axis=1)
+    logps = policy.token_logps(tiny.CONFIG, tiny.params(), tokens, mask, start=5, temperature=temperature)
+    np.testing.assert_allclose(np.asarray(got.logps)[real], np.asarray(logps)[real], atol=1e-4)
+    assert (np.asarray(got.logps)[~real] == 0).all()
+
+
+def test_responses_end_at_the_end_token_and_padding_follows():
+    got = sample([20, 20, 20, 20], max_new_tokens=8)
+    tokens, lengths, finished = (np.asarray(x) for x in (got.tokens, got.lengths, got.finished))
+    assert finished.any()
+    assert not finished.all()
+    for row, length, ended in zip(tokens, lengths, finished, strict=True):
+        assert (1 in row) == ended
+        assert length == (row.tolist().index(1) + 1 if ended else 8)
+        assert (row[length:] == 0).all()
+
+
+def test_samples_do_not_depend_on_the_other_prompts_or_the_rows():
+    prompts = tiny.prompts()
+    everything = sample([2, 3, 4, 1], num_rollouts=16)
+    alone = Prompts(prompts.tokens[2:3], prompts.mask[2:3], prompts.task_ids[2:3])
+    single = sample([3], prompts=alone)
+    np.testing.assert_array_equal(single.tokens, everything.tokens[5:8])
+    np.testing.assert_allclose(single.logps, everything.logps[5:8], atol=1e-4)
+    assert len({tuple(row) for row in everything.tokens[:10].tolist()}) > 5
+    assert not np.array_equal(sample([2, 3, 4, 1], seed=1).tokens, everything.tokens[:10])
+
+
+def test_padding_rows_are_empty():
+    got = sample([1, 0, 2, 0], num_rollouts=8)
+    assert got.mask.tolist() == [True] * 3 + [False] * 5
+    assert got.prompt_index.tolist() == [0, 2, 2] + [4] * 5
+    assert got.lengths[3:].tolist() == [0] * 5
+    assert (got.tokens[3:] == 0).all()
+    assert not got.finished[3:].any()
+
+
+def test_temperature_zero_takes_the_most_likely_token():
+    prompts = tiny.prompts()
+    got = sample([1, 1, 1, 1], temperature=0.0)
+    tokens, mask = prompts.tokens, prompts.mask
+    alive = np.ones(4, bool)
+    for step in range(6):
+        best = np.asarray(policy.apply(tiny.CONFIG, tiny.params(), tokens, mask)[:, -1].argmax(-1))
+        assert (np.asarray(got.tokens)[alive, step] == best[alive]).all()
+        alive &= best != 1
+        tokens = jnp.concatenate([tokens, jnp.array(best)[:, None]], axis=1)
+        mask = jnp.concatenate([mask, jnp.ones((4, 1), bool)], axis=1)
+
+
+def test_frequencies_follow_the_policy():
+    prompts = tiny.prompts(lengths=(3,))
+    got = sample([4000], prompts=prompts, max_new_tokens=1)
+    shares = np.bincount(np.asarray(got.tokens)[:, 0], minlength=16) / 4000
+    logits = policy.apply(tiny.CONFIG, tiny.params(), prompts.tokens, prompts.mask)[0, -1]
+    np.testing.assert_allclose(shares, jax.nn.softmax(logits), atol=0.03)
+
+
+def test_counts_and_temperature_do_not_recompile():
+    sample([2, 2, 2, 2])
+    before = sampler._generate._cache_size()
+    sample([8, 0, 0, 0], temperature=0.5)
+    sample([1, 2, 3, 2], temperature=0.0)
+    assert sampler._generate._cache_size() == before
+
+
+def test_bad_counts_are_refused():
+    with pytest.raises(ValueError, match=r"\[M\] = \[4\]"):
+        sample([1, 2])
+    with pytest.raises(ValueError, match="sum to 4"):
+        sample([1, 1, 1, 1], num_rollouts=3)
