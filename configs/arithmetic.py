@@ -1,0 +1,16 @@
+"""Knapsack-GRPO on the embedded arithmetic ladder, a few minutes on two CPU cores.
+
+    python train.py --config configs/arithmetic.py --workdir runs/arithmetic
+    python train.py --config configs/arithmetic.py --workdir runs/uniform --config.alloc.rule=uniform
+
+`make demo` runs both from one warm start and compares them; docs/results.md has three seeds.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """The default configuration is this run."""
+    return default.get_config()

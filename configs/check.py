@@ -1,0 +1,114 @@
+"""Refuses a wrong configuration before anything is loaded or compiled, in one line with the fix."""
+
+from absl import flags
+from ml_collections import ConfigDict
+
+# Keys that may change when a run continues from its checkpoint.
+FREE_KEYS = ("steps", "max_bad_updates", "eval.every", "checkpoint.every", "checkpoint.keep", "warm_start.dir", "mesh.shape", "mesh.axis_names", "optim.micro_batch")  # fmt: skip
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parse the command line; for absl.app.run(main, flags_parser=parse_flags).
+
+    Raises:
+        SystemExit: an unknown key or flag, a value of the wrong type, or a config file that fails.
+    """
+    try:
+        left = flags.FLAGS(argv)
+        config = flags.FLAGS["config"].value
+        if config is None:
+            raise ValueError("--config is missing; try --config configs/arithmetic.py")
+        dict(config)
+    except Exception as error:  # flags and config files raise many types; each ends in one line
+        raise SystemExit(f"{argv[0]}: {_one_line(error)}") from None
+    return left
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).replace("\\'", "'").replace("\\n", " ").replace('"', "").replace("''", "'").split())
+    return f"unknown config key {text}" if isinstance(error, AttributeError) else text
+
+
+def flatten(config: ConfigDict) -> dict:
+    """The configuration as {"section.key": value}."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat.update({f"{key}.{inner}": leaf for inner, leaf in flatten(value).items()})
+        else:
+            flat[key] = value
+    return flat
+
+
+def check(config: ConfigDict, *, rules: list[str], rewards: list[str]) -> None:
+    """Check every value and combination.
+
+    Args:
+        config: the whole configuration.
+        rules: the names of allocation rules.
+        rewards: the names of rewards.
+
+    Raises:
+        ValueError: names the key, what it is, and what it must be.
+    """
+
+    def need(condition: bool, key: str, must: str) -> None:
+        if not condition:
+            raise ValueError(f"config.{key}={flatten(config)[key]!r} must be {must}")
+
+    prompts, alloc, optim, mesh = config.prompts_per_step, config.alloc, config.optim, config.mesh
+    for key in _AT_LEAST_ONE:
+        need(flatten(config)[key] >= 1, key, "at least 1")
+    for key in _NOT_NEGATIVE:
+        need(flatten(config)[key] >= 0, key, "at least 0")
+    for key in _POSITIVE:
+        need(flatten(config)[key] > 0, key, "above 0")
+    for key in _FRACTIONS:
+        need(0 <= flatten(config)[key] <= 1, key, "between 0 and 1")
+    need(alloc.rule in rules, "alloc.rule", f"one of {sorted(rules)}")
+    need(config.data.source in ("arithmetic", "dataset"), "data.source", "'arithmetic' or 'dataset'")
+    need(config.data.reward in rewards, "data.reward", f"one of {sorted(rewards)}")
+    need("{prompt}" in config.data.template, "data.template", "a text with {prompt} in it")
+    need(config.policy.dtype in ("float32", "bfloat16"), "policy.dtype", "'float32' or 'bfloat16'")
+    need(config.loss.dual_clip > 1, "loss.dual_clip", "above 1")
+
+    need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
+    least, most = prompts * alloc.n_min, prompts * alloc.n_max
+    need(
+        least <= alloc.budget <= most,
+        "alloc.budget",
+        f"between {least} (prompts_per_step={prompts} x alloc.n_min={alloc.n_min}) and {most} (x alloc.n_max={alloc.n_max})",
+    )
+    updates = optim.updates_per_step
+    need(alloc.budget % updates == 0, "alloc.budget", f"a multiple of optim.updates_per_step={updates}")
+    need(
+        (alloc.budget // updates) % optim.micro_batch == 0,
+        "optim.micro_batch",
+        f"a divisor of {alloc.budget // updates} (alloc.budget / optim.updates_per_step)",
+    )
+    need(len(mesh.shape) == len(mesh.axis_names), "mesh.shape", f"as long as mesh.axis_names={mesh.axis_names}")
+    rows = 1
+    for size, name in zip(mesh.shape, mesh.axis_names, strict=True):
+        need(isinstance(size, int) and size >= 1, "mesh.shape", "whole numbers of at least 1")
+        rows *= size if name in ("data", "fsdp") else 1
+    for key in ("alloc.budget", "optim.micro_batch") + (("warm_start.batch_size",) if config.warm_start.steps else ()):
+        need(flatten(config)[key] % rows == 0, key, f"a multiple of the {rows} devices that split rows in mesh.shape")
+    if config.data.source == "arithmetic":
+        need(config.arithmetic.num_train >= prompts, "arithmetic.num_train", f"at least prompts_per_step={prompts}")
+    elif not config.data.path:
+        need(bool(config.data.name), "data.name", "a hub data set, or set config.data.path to a local file")
+
+
+_AT_LEAST_ONE = (
+    "prompts_per_step", "steps", "max_bad_updates", "alloc.n_min", "data.max_prompt_tokens", "arithmetic.num_train",
+    "arithmetic.num_test", "sample.max_new_tokens", "optim.updates_per_step", "optim.micro_batch", "eval.samples",
+    "checkpoint.every", "checkpoint.keep", "tokenizer.vocab_size", "policy.embed_size", "policy.num_layers",
+    "policy.num_heads", "policy.num_kv_heads", "policy.head_size", "policy.mlp_size", "policy.unroll", "warm_start.batch_size",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "seed", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
+    "arithmetic.two_step", "arithmetic.num_warm", "warm_start.steps", "optim.warmup_steps", "optim.weight_decay",
+    "eval.every", "eval.prompts", "eval.temperature", "loss.clip_high",
+)  # fmt: skip
+_POSITIVE = ("sample.temperature", "optim.learning_rate", "optim.grad_clip", "warm_start.learning_rate")
+_FRACTIONS = ("alloc.discount", "loss.clip_low", "optim.beta1", "optim.beta2")

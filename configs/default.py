@@ -1,0 +1,108 @@
+"""Every key of a run, with its unit. Other configs start from this one and change values."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The keys that every run has."""
+    config = ConfigDict()
+    config.seed = 0  # of the parameters, the order of the data and the samples
+    config.steps = 100  # training steps; a step samples, scores and learns from alloc.budget rollouts
+    config.prompts_per_step = 64  # M
+    config.max_bad_updates = 5  # non-finite updates in a row that stop the run
+
+    # How many rollouts each prompt gets.
+    config.alloc = ConfigDict()
+    config.alloc.rule = "knapsack"  # a key of krl.budget.RULES: "knapsack", or "uniform" for plain GRPO
+    config.alloc.budget = 512  # R, rollouts per step
+    config.alloc.n_min = 2  # fewest rollouts of a prompt
+    config.alloc.n_max = 128  # most rollouts of a prompt
+    config.alloc.discount = 0.9  # what a visit leaves of earlier evidence about a prompt, 0 to 1
+
+    # Where prompts come from.
+    config.data = ConfigDict()
+    config.data.source = "arithmetic"  # "arithmetic" (embedded) or "dataset"
+    config.data.reward = "exact"  # "exact" (the response is the answer) or "math" (marked final answer)
+    config.data.name = ""  # hub data set
+    config.data.subset = ""  # hub subset, "" for none
+    config.data.train_split = "train"
+    config.data.test_split = "test"
+    config.data.path = ""  # local .jsonl/.json/.parquet/.arrow file for training, instead of the hub
+    config.data.test_path = ""  # the same for evaluation; "" with a local path: hold out its last rows
+    config.data.prompt_field = "question"
+    config.data.answer_field = "answer"
+    config.data.completion_field = ""  # worked solutions for the warm start, "" for none
+    config.data.template = "{prompt}"  # the prompt's text
+    config.data.max_train = 0  # training prompts to read, 0 for all
+    config.data.max_prompt_tokens = 12  # P; longer prompts are left out
+
+    # The arithmetic ladder: most digits of an operand on each rung (0 leaves it out), and set sizes.
+    config.arithmetic = ConfigDict()
+    config.arithmetic.addition = 5
+    config.arithmetic.subtraction = 0
+    config.arithmetic.multiplication = 3
+    config.arithmetic.two_step = 0
+    config.arithmetic.num_warm = 20000  # expressions of the warm start
+    config.arithmetic.num_train = 1024  # D
+    config.arithmetic.num_test = 512
+
+    config.tokenizer = ConfigDict()
+    config.tokenizer.path = ""  # a sentencepiece model; "" trains one on the training texts
+    config.tokenizer.vocab_size = 64  # most pieces of a trained one
+    config.tokenizer.byte_fallback = False  # spell unknown characters as bytes (256 more pieces)
+
+    # The decoder's sizes; see krl.policy.PolicyConfig.
+    config.policy = ConfigDict()
+    config.policy.embed_size = 64
+    config.policy.num_layers = 2
+    config.policy.num_heads = 4
+    config.policy.num_kv_heads = 2
+    config.policy.head_size = 16
+    config.policy.mlp_size = 256
+    config.policy.tie_embeddings = True
+    config.policy.dtype = "float32"  # of the computation: "float32" or "bfloat16"
+    config.policy.unroll = 2  # layers compiled in a row; 1 compiles a deep decoder fastest
+    config.policy.remat = False  # recompute each layer in the backward pass, to save memory
+
+    # The supervised start of a policy without a checkpoint.
+    config.warm_start = ConfigDict()
+    config.warm_start.steps = 1500  # updates; 0 starts from random parameters
+    config.warm_start.batch_size = 64  # sequences per update
+    config.warm_start.learning_rate = 2e-3
+    config.warm_start.dir = ""  # where results are cached, "" for the work directory
+
+    config.sample = ConfigDict()
+    config.sample.max_new_tokens = 7  # T
+    config.sample.temperature = 1.0  # of training rollouts, > 0
+
+    config.loss = ConfigDict()
+    config.loss.scale_by_std = True  # divide advantages by the group's standard deviation
+    config.loss.clip_low = 0.2  # how far the probability ratio may fall below 1
+    config.loss.clip_high = 0.28  # and rise above 1
+    config.loss.dual_clip = 10.0  # bound on the ratio of rollouts with a negative advantage
+
+    config.optim = ConfigDict()
+    config.optim.learning_rate = 3e-4
+    config.optim.warmup_steps = 5  # updates over which the learning rate rises
+    config.optim.beta1 = 0.9
+    config.optim.beta2 = 0.98
+    config.optim.weight_decay = 0.0
+    config.optim.grad_clip = 1.0  # largest global gradient norm
+    config.optim.updates_per_step = 2  # optimiser updates per step, on equal shares of the rollouts
+    config.optim.micro_batch = 128  # rollouts that go through the model at once
+
+    config.eval = ConfigDict()
+    config.eval.every = 10  # steps; also before the first and after the last; 0 for never
+    config.eval.prompts = 512  # held-out prompts, 0 for all
+    config.eval.samples = 8  # samples of each
+    config.eval.temperature = 1.0  # 0 takes the most likely token
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 25  # steps
+    config.checkpoint.keep = 2  # newest checkpoints kept
+
+    # The device mesh; axis names are "data", "fsdp" and "model".
+    config.mesh = ConfigDict()
+    config.mesh.shape = (1,)  # devices along each axis
+    config.mesh.axis_names = ("data",)
+    return config

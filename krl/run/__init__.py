@@ -1,0 +1,1 @@
+"""Devices, disk and screen: the optimiser step, checkpoints, evaluation, metrics and figures."""

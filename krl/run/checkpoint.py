@@ -1,0 +1,124 @@
+"""Checkpoints by Orbax: everything a run needs to continue, written whole or not at all."""
+
+import json
+import pathlib
+import shutil
+import signal
+import threading
+from collections.abc import Sequence
+
+import jax
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+    """The numbered checkpoints of one directory; use it as a context so that writes finish."""
+
+    def __init__(self, directory: pathlib.Path, *, keep: int):
+        """Open or create a directory that keeps its newest `keep` checkpoints."""
+        self.directory = directory.absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def save(self, step: int, trees: dict) -> None:
+        """Write pytrees of arrays under a step; returns once they are copied from the devices."""
+        if step not in self._manager.all_steps():
+            self._manager.save(step, args=ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in trees.items()}))
+
+    def restore(self, like: dict) -> tuple[int, dict] | None:
+        """The newest checkpoint, placed like the given trees, or None if there is none.
+
+        Raises:
+            ValueError: the checkpoint's arrays are not those of `like`; the message names the directory.
+        """
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        try:
+            found = self._manager.restore(
+                step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in abstract.items()})
+            )
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"cannot read checkpoint {self.directory / str(step)}: {reason}; remove it or take another --workdir"
+            ) from None
+        return step, {name: found[name] for name in like}
+
+
+def open_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> None:
+    """Make a work directory, or check that the run in it has this config.
+
+    Args:
+        workdir: created if missing.
+        config: flat dictionary of every config key, JSON values.
+        free: keys that may change when a run continues.
+
+    Raises:
+        ValueError: the directory cannot be written, or belongs to a run with another config.
+    """
+    probe = workdir / ".writable"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write the work directory {workdir}: {error}; choose another --workdir") from None
+    if (workdir / "config.json").exists():
+        check_workdir(workdir, config, free)
+
+
+def claim_workdir(workdir: pathlib.Path, config: dict, tokenizer_file: pathlib.Path) -> None:
+    """Write config.json, which makes a directory a run's own, after a copy of the run's tokenizer."""
+    kept = workdir / "tokenizer.model"
+    if tokenizer_file != kept:
+        shutil.copy(tokenizer_file, kept)
+    partial = workdir / "config.partial"
+    partial.write_text(json.dumps(config, indent=1, sort_keys=True))
+    partial.replace(workdir / "config.json")
+
+
+def check_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> None:
+    """Check that a work directory belongs to a run with this config.
+
+    Args:
+        workdir: of a run.
+        config: flat dictionary of every config key, JSON values.
+        free: keys that may differ.
+
+    Raises:
+        ValueError: there is no run, or its config differs; the message names the first key that does.
+    """
+    file = workdir / "config.json"
+    try:
+        earlier = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{workdir} holds no run that can be read ({error}); choose another --workdir") from None
+    config = json.loads(json.dumps(config))
+    for key in sorted(config.keys() | earlier.keys()):
+        if key not in free and config.get(key) != earlier.get(key):
+            raise ValueError(
+                f"{workdir} belongs to a run with config.{key}={earlier.get(key)!r}, not {config.get(key)!r}; "
+                "give that value or choose another --workdir"
+            )
+
+
+def stop_on_signal() -> threading.Event:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the process at once."""
+    stop = threading.Event()
+
+    def request(number, _frame):
+        stop.set()
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, request)
+    return stop

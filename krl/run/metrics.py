@@ -1,0 +1,193 @@
+"""What a step is measured by, and where the numbers go: JSON lines, TensorBoard, the screen."""
+
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from krl.learn import mixed_groups
+from krl.masked import divide, masked_sum, segment_sum
+from krl.types import Rollouts
+
+
+@jax.jit
+def step_metrics(
+    counts: jax.Array, seen: jax.Array, rollouts: Rollouts, rewards: jax.Array, advantages: jax.Array
+) -> dict[str, jax.Array]:
+    """The metrics of a step that do not depend on the update; docs/metrics.md defines each.
+
+    Args:
+        counts: [M] int32.
+        seen: [M] bool, prompts sampled in an earlier step.
+        rollouts: R rollouts.
+        rewards: [R] float32.
+        advantages: [R] float32.
+
+    Returns:
+        float32 scalars by name.
+    """
+    num_prompts = counts.shape[0]
+    index = jnp.where(rollouts.mask, rollouts.prompt_index, num_prompts)
+    given = segment_sum(rollouts.mask.astype(jnp.float32), index, num_prompts)
+    wins = segment_sum(jnp.where(rollouts.mask, rewards, 0.0), index, num_prompts)
+    mixed = mixed_groups(rewards, rollouts.prompt_index, rollouts.mask, num_prompts)
+    real = rollouts.mask.sum(dtype=jnp.float32)
+    tokens = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
+    share = lambda which: divide(which.sum(dtype=jnp.float32), jnp.float32(num_prompts))  # noqa: E731
+    return {
+        "reward_mean": divide(*masked_sum(rewards, rollouts.mask)),
+        "effective_ratio_rollouts": divide(*masked_sum(advantages != 0, rollouts.mask)),
+        "effective_ratio_prompts": share(mixed),
+        "prompts_all_solved": share(~mixed & (given > 0) & (wins > 0)),
+        "prompts_all_failed": share(~mixed & (given > 0) & (wins <= 0)),
+        "prompts_mixed": share(mixed),
+        "prompts_unseen": share(~seen),
+        "count_min": counts.min(),
+        "count_mean": counts.mean(),
+        "count_max": counts.max(),
+        "count_gini": gini(counts),
+        "response_length_mean": divide(*masked_sum(rollouts.lengths, rollouts.mask)),
+        "response_length_max": jnp.where(rollouts.mask, rollouts.lengths, 0).max(),
+        "truncation_rate": divide(*masked_sum(~rollouts.finished, rollouts.mask)),
+        "entropy": divide(*masked_sum(-rollouts.logps, tokens & rollouts.mask[:, None])),
+        "rollouts": real,
+    }
+
+
+def gini(counts: jax.Array) -> jax.Array:
+    """Gini coefficient of the counts: 0 if all are equal, towards 1 if one prompt takes all.
+
+    >>> round(float(gini(jnp.array([0, 0, 0, 4]))), 3)
+    0.75
+    """
+    ordered = jnp.sort(counts.astype(jnp.float32))
+    size = counts.shape[0]
+    weights = 2.0 * jnp.arange(1, size + 1) - size - 1
+    return divide((weights * ordered).sum(), size * ordered.sum())
+
+
+class CompileCounter:
+    """Counts the XLA compilations of this process from its creation on."""
+
+    def __init__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+class PhaseClock:
+    """Wall time of each phase of a step, in seconds."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the statements inside; they must wait for their own results."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+class MetricsLog:
+    """metrics.jsonl, groups.jsonl and TensorBoard events of a work directory.
+
+    A run that continues from step s drops the rows of later steps, which it will write again.
+    """
+
+    def __init__(self, workdir: pathlib.Path, *, first_step: int):
+        """Open the files and drop the rows of steps after first_step."""
+        self._files = {}
+        for name in ("metrics", "groups"):
+            path = workdir / f"{name}.jsonl"
+            kept = [row for row in read_rows(path) if row["step"] <= first_step]
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            partial.replace(path)
+            self._files[name] = path.open("a")
+        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for file in self._files.values():
+            file.close()
+        self._board.close()
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Add a row of metrics; numbers that are not finite become null in the JSON."""
+        finite = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
+        self._append("metrics", {"step": step, **finite})
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()
+
+    def write_groups(self, step: int, groups: dict[str, np.ndarray]) -> None:
+        """Add a row with an [M] list for each quantity of the step's groups."""
+        self._append("groups", {"step": step, **{k: np.asarray(v).tolist() for k, v in groups.items()}})
+
+    def _append(self, name: str, row: dict) -> None:
+        self._files[name].write(json.dumps(row) + "\n")
+        self._files[name].flush()
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+    """The whole rows of a JSON-lines file; [] if it is missing. A row cut off by a crash is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+@contextmanager
+def progress(total: int, first: int, label: str) -> Iterator:
+    """A function (step, text) that shows how far a run is, with the time it still needs.
+
+    In a terminal it is a progress bar; elsewhere one plain line a call.
+    """
+    if sys.stdout.isatty():
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Progress(*columns, console=Console()) as bar:
+            task = bar.add_task(label, total=total, completed=first, text="")
+            yield lambda step, text: bar.update(task, completed=step, text=text)
+        return
+    began = time.perf_counter()
+
+    def line(step: int, text: str) -> None:
+        each = (time.perf_counter() - began) / max(step - first, 1)
+        print(f"{label} {step}/{total}  eta {format_seconds(each * (total - step))}  {text}", flush=True)
+
+    yield line
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

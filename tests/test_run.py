@@ -1,0 +1,274 @@
+"""What a run leaves on disk: metrics, checkpoints, claims, figures."""
+
+import json
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import arithmetic, gsm8k
+from configs.check import FREE_KEYS, check, flatten
+from krl import budget, learn
+from krl.run import report
+from krl.run.checkpoint import Checkpoints, claim_workdir, open_workdir, stop_on_signal
+from krl.run.evaluate import evaluate
+from krl.run.metrics import CompileCounter, MetricsLog, format_seconds, gini, read_rows, step_metrics
+from krl.run.warm_start import encode_pairs
+from krl.sharding import make_mesh, named_sharding
+from krl.tasks import EncodedTasks, TaskSet
+from krl.types import Rollouts
+from tests import tiny
+
+RULES, REWARDS = ["knapsack", "uniform"], ["exact", "math"]
+
+
+@pytest.mark.parametrize("module", [arithmetic, gsm8k])
+def test_shipped_configs_pass_their_check(module):
+    config = module.get_config()
+    check(config, rules=RULES, rewards=REWARDS)
+    assert set(FREE_KEYS) <= set(flatten(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alloc.budget": 127}, r"config.alloc.budget=127 must be between 128 .* and 8192"),
+        ({"alloc.budget": 8194}, r"config.alloc.budget=8194 must be between 128 .* and 8192"),
+        ({"alloc.n_min": 0}, "config.alloc.n_min=0 must be at least 1"),
+        ({"alloc.n_min": 200}, "config.alloc.n_min=200 must be at most alloc.n_max=128"),
+        ({"alloc.rule": "greedy"}, "config.alloc.rule='greedy' must be one of"),
+        ({"alloc.discount": 1.5}, "config.alloc.discount=1.5 must be between 0 and 1"),
+        ({"optim.micro_batch": 100}, "config.optim.micro_batch=100 must be a divisor"),
+        ({"optim.updates_per_step": 3}, "config.alloc.budget=512 must be a multiple of optim.updates_per_step=3"),
+        ({"mesh.shape": (3,)}, "config.alloc.budget=512 must be a multiple of the 3 devices"),
+        ({"mesh.shape": (2, 2)}, "config.mesh.shape=.* must be as long as"),
+        ({"mesh.shape": (0,)}, "config.mesh.shape=.* must be whole numbers"),
+        ({"data.source": "web"}, "config.data.source='web' must be"),
+        ({"data.source": "dataset"}, "config.data.name='' must be a hub data set"),
+        ({"data.template": "Q:"}, "config.data.template='Q:' must be a text with"),
+        ({"sample.temperature": 0.0}, "config.sample.temperature=0.0 must be above 0"),
+        ({"arithmetic.num_train": 10}, "config.arithmetic.num_train=10 must be at least prompts_per_step=64"),
+        ({"seed": -1}, "config.seed=-1 must be at least 0"),
+    ],
+)
+def test_impossible_configs_are_refused_by_key_and_fix(changes, message):
+    config = arithmetic.get_config()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=message) as error:
+        check(config, rules=RULES, rewards=REWARDS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_work_directory_belongs_to_one_config(tmp_path):
+    workdir, tokenizer = tmp_path / "work", tmp_path / "t.model"
+    tokenizer.write_bytes(b"pieces")
+    config = {"seed": 0, "steps": 5, "mesh.shape": (1,)}
+    open_workdir(workdir, {"seed": 9}, ())
+    open_workdir(workdir, config, ("steps",))  # nobody's until it is claimed
+    claim_workdir(workdir, config, tokenizer)
+    assert (workdir / "tokenizer.model").read_bytes() == b"pieces"
+    open_workdir(workdir, config | {"steps": 9}, ("steps",))
+    with pytest.raises(ValueError, match=r"config.seed=0, not 1"):
+        open_workdir(workdir, config | {"seed": 1}, ("steps",))
+    with pytest.raises(ValueError, match="choose another --workdir"):
+        open_workdir(tokenizer / "below", config, ())
+    (workdir / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="choose another --workdir"):
+        open_workdir(workdir, config, ())
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    mesh = make_mesh((4,), ("data",))
+    state = {"a": jax.device_put(jnp.arange(8.0), named_sharding(mesh, "batch")), "b": jnp.int32(3)}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore({"state": state}) is None
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"state": {**state, "b": jnp.int32(step)}})
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        step, found = checkpoints.restore({"state": state})
+        assert step == 3
+        np.testing.assert_array_equal(found["state"]["a"], state["a"])
+        assert found["state"]["a"].sharding.is_equivalent_to(state["a"].sharding, 1)
+        assert int(found["state"]["b"]) == 3
+        with pytest.raises(ValueError, match="cannot read checkpoint"):
+            checkpoints.restore({"state": {"a": jnp.zeros(5), "b": jnp.int32(0)}})
+
+
+def test_an_unfinished_checkpoint_is_ignored(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(1, {"state": {"a": jnp.ones(2)}})
+    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.restore({"state": {"a": jnp.ones(2)}})[0] == 1
+
+
+def test_a_continued_log_drops_later_rows_and_broken_ones(tmp_path):
+    with MetricsLog(tmp_path, first_step=0) as log:
+        for step in (1, 2, 3):
+            log.write(step, {"loss": 1.0 if step < 3 else float("nan")})
+            log.write_groups(step, {"counts": np.array([step])})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert read_rows(tmp_path / "metrics.jsonl")[-1] == {"step": 3, "loss": None}
+    with MetricsLog(tmp_path, first_step=2) as log:
+        log.write(3, {"loss": 5.0})
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert read_rows(tmp_path / "metrics.jsonl")[-1]["loss"] == 5.0
+    assert [row["counts"] for row in read_rows(tmp_path / "groups.jsonl")] == [[1], [2]]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_signals_ask_to_stop():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop = stop_on_signal()
+        assert isinstance(stop, threading.Event)
+        assert not stop.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_step_metrics_of_a_step_worked_by_hand():
+    # prompt 0: 2 of 2 solved; prompt 1: 1 of 3; prompt 2: 0 of 2; prompt 3: no rollouts; one padding row
+    index = jnp.array([0, 0, 1, 1, 1, 2, 2, 4])
+    rewards = jnp.array([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    mask = index < 4
+    lengths = jnp.array([1, 2, 3, 4, 1, 2, 3, 0])
+    rollouts = Rollouts(
+        prompt_index=index, sample_index=index, mask=mask, tokens=jnp.zeros((8, 4), jnp.int32),
+        logps=jnp.where(jnp.arange(4) < lengths[:, None], -0.5, 0.0), lengths=lengths, finished=mask & (lengths < 4),
+    )  # fmt: skip
+    advantages = learn.group_advantages(rewards, index, mask, 4)
+    counts, seen = jnp.array([2, 3, 2, 0]), jnp.array([True, True, False, True])
+    got = {k: float(v) for k, v in step_metrics(counts, seen, rollouts, rewards, advantages).items()}
+    assert got["reward_mean"] == pytest.approx(3 / 7)
+    assert got["effective_ratio_rollouts"] == pytest.approx(3 / 7)
+    assert got["effective_ratio_prompts"] == got["prompts_mixed"] == 0.25
+    assert got["prompts_all_solved"] == 0.25
+    assert got["prompts_all_failed"] == 0.25
+    assert got["prompts_unseen"] == 0.25
+    assert (got["count_min"], got["count_mean"], got["count_max"]) == (0, 1.75, 3)
+    assert got["response_length_mean"] == pytest.approx(16 / 7)
+    assert got["response_length_max"] == 4
+    assert got["truncation_rate"] == pytest.approx(1 / 7)
+    assert got["entropy"] == pytest.approx(0.5)
+    assert got["rollouts"] == 7
+
+
+def test_gini_by_hand():
+    assert float(gini(jnp.array([3, 3, 3]))) == pytest.approx(0.0)
+    assert float(gini(jnp.array([0, 0, 0, 4]))) == pytest.approx(0.75)
+    assert float(gini(jnp.zeros(3, jnp.int32))) == 0.0
+
+
+def test_compilations_are_counted():
+    counter = CompileCounter()
+    double = jax.jit(lambda x: x * 2)
+    double(jnp.ones(7))
+    first = counter.count
+    assert first > 0
+    double(jnp.ones(7))
+    assert counter.count == first
+
+
+def test_evaluation_covers_every_task_once():
+    tasks = TaskSet(tuple("abcde"), tuple("01234"))
+    encoded = EncodedTasks(np.ones((5, 2), np.int32), np.ones((5, 2), bool), tasks, dropped=0)
+    asked = []
+
+    def sample(params, prompts, counts, key, num_rollouts):
+        assert num_rollouts == 6
+        asked.extend(np.asarray(prompts.task_ids)[np.asarray(counts) > 0].tolist())
+        index = jnp.repeat(jnp.arange(2), counts, total_repeat_length=6)
+        live = jnp.arange(6) < counts.sum()
+        return Rollouts(index, index, live, jnp.zeros((6, 3), jnp.int32), jnp.zeros((6, 3)), 2 * live, live)
+
+    def score(rollouts, answers):
+        """Task 3 is solved every time, task 4 once in three."""
+        texts = [answers[i] for i in np.asarray(rollouts.prompt_index)]
+        return np.array([float(t == "3" or (t == "4" and j == 0)) for j, t in enumerate(texts)], np.float32)
+
+    got = evaluate(sample, score, {}, encoded, jax.random.key(0), num_prompts=2, samples=3, place=lambda x: x)
+    assert asked == [0, 1, 2, 3, 4]
+    assert got["accuracy"] == pytest.approx(4 / 15)
+    assert got["pass_at_k"] == pytest.approx(2 / 5)
+    assert got["response_length"] == pytest.approx(2.0)
+    assert got["truncation_rate"] == 0.0
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    pad_id, eos_ids, vocab_size = 0, (1,), 128
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+
+def test_pairs_mark_the_completion_and_leave_long_ones_out():
+    tasks = TaskSet(("a", "b"), ("", ""), ("xy", "xyz"))
+    encoded = EncodedTasks(np.array([[0, 97], [0, 98]], np.int32), np.array([[False, True]] * 2), tasks, dropped=0)
+    tokens, mask, target = encode_pairs(encoded, Letters(), 3)
+    assert tokens.tolist() == [[0, 97, 120, 121, 1]]
+    assert mask.tolist() == [[False, True, True, True, True]]
+    assert target.tolist() == [[False, False, True, True, True]]
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        encode_pairs(encoded, Letters(), 2)
+
+
+def write_run(path, rule, accuracies, effective):
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"alloc.rule": rule}))
+    with MetricsLog(path, first_step=0) as log:
+        log.write(0, {"rollouts_total": 0, "eval/accuracy": accuracies[0]})
+        for step, accuracy in enumerate(accuracies[1:], start=1):
+            log.write(
+                step,
+                {
+                    "rollouts_total": 100 * step, "eval/accuracy": accuracy, "effective_ratio_rollouts": effective,
+                    "effective_ratio_prompts": effective, "seconds/step": 1.0,
+                },
+            )  # fmt: skip
+            log.write_groups(step, {"counts": [2, 6], "belief": [0.5, 0.1], "task_ids": [0, 1], "successes": [1, 1]})
+
+
+def test_report_compares_runs_and_draws_them(tmp_path):
+    write_run(tmp_path / "a", "uniform", [0.1, 0.2, 0.3, 0.4], 0.3)
+    write_run(tmp_path / "b", "knapsack", [0.1, 0.3, 0.5, 0.6], 0.7)
+    text = report.write([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert "knapsack won by +0.200" in text
+    assert "with 50% of its rollouts (150 of 300)" in text
+    assert "effective rollouts +0.400" in text
+    for name in ("figures", "effective_ratio", "accuracy", "counts"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
+
+
+def test_report_says_who_lost_and_what_was_never_reached(tmp_path):
+    write_run(tmp_path / "a", "uniform", [0.1, 0.4], 0.3)
+    write_run(tmp_path / "b", "knapsack", [0.1, 0.2], 0.7)
+    text = report.write([tmp_path / "a", tmp_path / "b"], tmp_path)
+    assert "uniform won by +0.200" in text
+    assert "never reached" in text
+    with pytest.raises(ValueError, match="holds no run"):
+        report.write([tmp_path / "nothing"], tmp_path)
+
+
+def test_seconds_as_words():
+    assert [format_seconds(s) for s in (5, 65.4, 3671)] == ["0:05", "1:05", "1:01:11"]
+
+
+def test_budget_rules_are_the_ones_checked():
+    assert sorted(budget.RULES) == RULES
+
+
+def test_tiny_prompts_are_left_padded():
+    mask = np.asarray(tiny.prompts().mask)
+    assert (np.diff(mask.astype(int), axis=1) >= 0).all()

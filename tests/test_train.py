@@ -1,0 +1,217 @@
+"""train.py and eval.py as a user runs them, on a policy that trains in seconds."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+TINY = {
+    "steps": 4, "prompts_per_step": 4, "alloc.budget": 16, "alloc.n_max": 8, "arithmetic.addition": 2,
+    "arithmetic.multiplication": 0, "arithmetic.num_warm": 64, "arithmetic.num_train": 12, "arithmetic.num_test": 6,
+    "policy.embed_size": 8, "policy.num_heads": 2, "policy.num_kv_heads": 1, "policy.head_size": 4,
+    "policy.mlp_size": 16, "warm_start.steps": 8, "warm_start.batch_size": 8, "optim.micro_batch": 4,
+    "eval.every": 2, "eval.samples": 2, "checkpoint.every": 2, "data.max_prompt_tokens": 8,
+    "sample.max_new_tokens": 4,
+}  # fmt: skip
+
+
+def command(workdir, config="arithmetic", script="train.py", **changes):
+    keys = [f"--config.{key}={value}" for key, value in (TINY | changes).items()]
+    return [sys.executable, script, "--config", f"configs/{config}.py", "--workdir", str(workdir), *keys]
+
+
+def environment(home):
+    return os.environ | {"JAX_PLATFORMS": "cpu", "HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+
+
+def run(workdir, *extra, **changes):
+    return subprocess.run(
+        [*command(workdir, **changes), *extra], cwd=ROOT, env=environment(workdir.parent), capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+
+
+def rows(workdir, name="metrics"):
+    return [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def learnt(workdir):
+    """What a run measured, without its times."""
+    timed = ("seconds", "tokens_per_second", "compiles")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(workdir)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps from start to end."""
+    workdir = tmp_path_factory.mktemp("run") / "work"
+    done = run(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir, done.stdout
+
+
+def test_a_run_leaves_everything_a_user_looks_for(finished):
+    workdir, output = finished
+    assert [row["step"] for row in rows(workdir)] == [0, 1, 2, 3, 4]
+    assert "knapsack 4/4" in output
+    assert "eta" in output
+    for name in ("figures.png", "config.json", "tokenizer.model"):
+        assert (workdir / name).stat().st_size > 0
+    assert list((workdir / "tensorboard").glob("events*"))
+    for row in rows(workdir, "groups"):
+        assert sum(row["counts"]) == 16
+        assert min(row["counts"]) >= 2
+        assert max(row["counts"]) <= 8
+
+
+def test_every_metric_is_documented(finished):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    for name in rows(finished[0])[-1]:
+        assert f"`{name}`" in text, name
+
+
+def test_steps_compile_nothing_after_the_first_two(finished):
+    compiles = [row["compiles"] for row in rows(finished[0])[1:]]
+    assert compiles[1] == compiles[-1]
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    again = run(workdir)
+    assert again.returncode == 0, again.stderr
+    assert "warm start" not in again.stdout
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
+    workdir = tmp_path / "work"
+    assert run(workdir, steps=2).returncode == 0
+    more = run(workdir, steps=4)
+    assert more.returncode == 0, more.stderr
+    assert "continuing from step 2" in more.stdout
+    assert learnt(workdir) == learnt(finished[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
+    workdir = tmp_path / "work"
+    changes = {"steps": 2000, "eval.every": 0, "checkpoint.every": 2000}
+    process = subprocess.Popen(
+        command(workdir, **changes), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    file, deadline = workdir / "metrics.jsonl", time.time() + 120
+    while time.time() < deadline and not (file.exists() and len(rows(workdir)) > 3):
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "stopped after step" in output
+    assert "Traceback" not in errors
+    stopped = rows(workdir)[-1]["step"]
+    more = run(workdir, **(changes | {"steps": stopped + 1}))
+    assert f"continuing from step {stopped}" in more.stdout
+    assert [row["step"] for row in rows(workdir)] == list(range(1, stopped + 2))
+
+
+def test_a_killed_run_continues_from_its_last_checkpoint(finished, tmp_path):
+    workdir = tmp_path / "work"
+    process = subprocess.Popen(
+        command(workdir), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.time() + 120
+    while time.time() < deadline and not (workdir / "checkpoints" / "2").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert run(workdir).returncode == 0
+    assert learnt(workdir) == learnt(finished[0])
+
+
+def test_two_devices_equal_one(finished, tmp_path):
+    workdir = tmp_path / "work"
+    two = subprocess.run(
+        [sys.executable, "-c", "import sys, jax; jax.config.update('jax_num_cpu_devices', 2); import runpy; "
+         "sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')",
+         *command(workdir, **{"mesh.shape": "2,"})[1:]],
+        cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert two.returncode == 0, two.stderr
+    assert "'data': 2" in two.stdout
+    first, second = rows(finished[0])[1], rows(workdir)[1]
+    for name in ("reward_mean", "loss", "grad_norm", "entropy"):
+        np.testing.assert_allclose(second[name], first[name], atol=1e-3)
+
+
+def test_updates_that_are_not_finite_stop_the_run(tmp_path):
+    bad = run(tmp_path / "work", **{"optim.learning_rate": 1e30, "max_bad_updates": 2, "steps": 50})
+    assert bad.returncode != 0
+    assert "not finite" in bad.stderr
+    assert "config.optim.learning_rate" in bad.stderr
+    assert "Traceback" not in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alloc.rulez": "uniform"}, "unknown config key"),
+        ({"steps": "many"}, "config.steps"),
+        ({"alloc.budget": 6}, "config.alloc.budget=6 must be between 8"),
+        ({"mesh.shape": "64,", "alloc.budget": 64, "alloc.n_max": 16}, "config.optim.micro_batch=4 must be a multiple of the 64"),
+        ({"data.max_prompt_tokens": 1}, "raise config.data.max_prompt_tokens"),
+        ({"data.source": "dataset", "data.path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_before_any_compilation(tmp_path, changes, message):
+    refused = run(tmp_path / "work", **changes)
+    assert refused.returncode != 0
+    assert message in refused.stderr
+    lines = [line for line in refused.stderr.splitlines() if "TPU" not in line and "xla_bridge" not in line]
+    assert len(lines) == 1, refused.stderr
+    assert not (tmp_path / "work" / "checkpoints").exists()
+
+
+def test_another_config_in_the_same_directory_is_refused(finished):
+    refused = run(finished[0], seed=7)
+    assert "config.seed=0, not 7" in refused.stderr
+    assert refused.returncode != 0
+
+
+def test_a_missing_config_file_is_one_line(tmp_path):
+    refused = run(tmp_path / "work", config="nothing")
+    assert refused.returncode != 0
+    assert "nothing.py" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_real_rows_go_through_the_whole_path(tmp_path):
+    """GSM8K's own form, from a local file, with held-out rows and a rule of the other kind."""
+    questions = [
+        {"question": f"Tom has {a} apples and gets {b} more. How many has he?", "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>\n#### {a + b}"}
+        for a in range(6)
+        for b in range(6)
+    ]  # fmt: skip
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in questions))
+    done = run(
+        tmp_path / "work", config="gsm8k", **{
+            "data.path": file, "alloc.rule": "uniform", "eval.prompts": 6, "data.max_prompt_tokens": 64,
+            "sample.max_new_tokens": 24, "policy.num_layers": 1, "tokenizer.vocab_size": 400, "steps": 2,
+        },
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "30 training prompts" in done.stdout
+    assert "eval/accuracy" in rows(tmp_path / "work")[-1]
+
+
+def test_eval_measures_a_finished_run(finished):
+    workdir, _ = finished
+    done = run(workdir, script="eval.py")
+    assert done.returncode == 0, done.stderr
+    assert f"accuracy {rows(workdir)[-1]['eval/accuracy']:.3f}" in done.stdout

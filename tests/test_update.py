@@ -1,0 +1,169 @@
+"""The optimiser steps: micro-batches, skipped rollouts, devices and faults change nothing they should not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from krl import policy
+from krl.learn import policy_loss
+from krl.run.update import init_state, make_optimizer, policy_update, skipped_updates, supervised_update
+from krl.sharding import make_mesh, named_sharding, tree_sharding
+from tests import tiny
+
+OPTIONS = {"learning_rate": 0.01, "warmup_steps": 0, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.0, "grad_clip": 1.0}
+CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0}
+OPTIMIZER = make_optimizer(**OPTIONS)
+INDEX = np.repeat(np.arange(5), [5, 3, 4, 2, 2])  # the last two rows are padding
+ADVANTAGES = np.random.default_rng(3).normal(size=16) * (np.arange(16) % 3 > 0) * (INDEX < 4)
+
+
+def fresh_state():
+    return init_state(tiny.CONFIG, OPTIMIZER, tiny.params())
+
+
+def step(state=None, *, num_updates=1, micro_batch=4, advantages=ADVANTAGES, seed=0):
+    return policy_update(
+        tiny.CONFIG, OPTIMIZER, fresh_state() if state is None else state, tiny.prompts(), tiny.rollouts(INDEX),
+        jnp.asarray(advantages, jnp.float32), jax.random.key(seed),
+        num_updates=num_updates, micro_batch=micro_batch, temperature=1.0, **CLIPS,
+    )  # fmt: skip
+
+
+def assert_close(a, b, atol=1e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=atol), a, b)
+
+
+def test_update_is_the_gradient_of_the_token_mean_over_all_rollouts():
+    """Against plain code: every rollout at once, none skipped, optax without wrappers."""
+    prompts, rollouts = tiny.prompts(), tiny.rollouts(INDEX)
+    real = np.arange(4)[None, :] < np.asarray(rollouts.lengths)[:, None]
+    source = np.minimum(INDEX, 3)
+
+    def loss(params):
+        tokens = jnp.concatenate([prompts.tokens[source], rollouts.tokens], axis=1)
+        mask = jnp.concatenate([prompts.mask[source], jnp.array(real)], axis=1)
+        logits = jax.nn.log_softmax(policy.apply(tiny.CONFIG, params, tokens, mask))
+        logps = jnp.take_along_axis(logits[:, 4:-1], rollouts.tokens[..., None], axis=-1)[..., 0]
+        (total, _), _ = policy_loss(logps, rollouts.logps, jnp.asarray(ADVANTAGES, jnp.float32), jnp.array(real))
+        return total / real.sum()
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(tiny.params())
+    plain = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.01, b1=0.9, b2=0.98, weight_decay=0.0))
+    updates, _ = plain.update(grads, plain.init(tiny.params()), tiny.params())
+    state, metrics = step()
+    assert float(metrics["loss"]) == pytest.approx(float(value), abs=1e-5)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
+    assert_close(state.params, optax.apply_updates(tiny.params(), updates), atol=2e-4)
+
+
+def test_micro_batches_change_nothing():
+    whole, metrics = step(micro_batch=16)
+    parts, same = step(micro_batch=2)
+    assert_close(parts.params, whole.params, atol=1e-4)
+    assert_close(same, metrics, atol=1e-4)
+
+
+def test_the_key_decides_which_rollouts_share_an_update():
+    first, _ = step(num_updates=2, micro_batch=4, seed=0)
+    second, _ = step(num_updates=2, micro_batch=4, seed=1)
+    different = jax.tree.map(lambda a, b: float(abs(a - b).max()), first.params, second.params)
+    assert max(jax.tree.leaves(different)) > 1e-4
+
+
+def test_rollouts_without_advantage_are_not_run():
+    """Their tokens may be anything: a NaN log-probability would show in the loss."""
+    rollouts = tiny.rollouts(INDEX)
+    idle = np.flatnonzero(ADVANTAGES == 0)
+    poisoned = rollouts.replace(logps=rollouts.logps.at[idle].set(jnp.nan))
+    assert len(idle) >= 4
+    got, metrics = policy_update(
+        tiny.CONFIG, OPTIMIZER, fresh_state(), tiny.prompts(), poisoned, jnp.asarray(ADVANTAGES, jnp.float32),
+        jax.random.key(0), num_updates=1, micro_batch=1, temperature=1.0, **CLIPS,
+    )  # fmt: skip
+    assert_close(got.params, step(micro_batch=1)[0].params, atol=1e-6)
+    assert np.isfinite(float(metrics["loss"]))
+
+
+def test_no_gradient_no_change():
+    state, metrics = step(advantages=np.zeros(16))
+    assert_close(state.params, tiny.params(), atol=0)
+    assert float(metrics["grad_norm"]) == 0.0
+
+
+def test_counts_do_not_recompile_and_the_state_keeps_its_layout():
+    with jax.set_mesh(make_mesh((4, 2), ("fsdp", "model"))):
+        state = fresh_state()
+        layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+        state, _ = step(state)
+        size = policy_update._cache_size()
+        state, _ = step(state, advantages=ADVANTAGES * (np.arange(16) < 5))
+        assert policy_update._cache_size() == size
+        after = jax.tree.map(lambda leaf: leaf.sharding, state)
+    same = jax.tree.map(lambda a, b, leaf: a.is_equivalent_to(b, leaf.ndim), layout, after, state)
+    assert all(jax.tree.leaves(same))
+
+
+@pytest.mark.parametrize(("shape", "names"), [((8,), ("data",)), ((2, 2, 2), ("data", "fsdp", "model"))])
+def test_eight_devices_equal_one(shape, names):
+    alone, metrics = step()
+    mesh = make_mesh(shape, names)
+    shapes = jax.eval_shape(tiny.params)
+    shardings = tree_sharding(mesh, policy.param_axes(tiny.CONFIG), shapes)
+    with jax.set_mesh(mesh):
+        state = init_state(tiny.CONFIG, OPTIMIZER, jax.device_put(tiny.params(), shardings))
+        if "model" in names:
+            assert not state.params["blocks"]["gate"].sharding.is_fully_replicated
+            assert not state.opt_state.inner_state[1][0].mu["blocks"]["gate"].sharding.is_fully_replicated
+        spread, same = step(state, micro_batch=8)
+    assert_close(spread.params, alone.params, atol=2e-4)
+    assert_close(same, metrics, atol=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
+    broken = np.where(np.arange(16) == 1, np.nan, ADVANTAGES)
+    state, _ = step(advantages=broken)
+    assert_close(state.params, tiny.params(), atol=0)
+    assert skipped_updates(state) == (1, 1)
+    state, _ = step(state, advantages=broken)
+    assert skipped_updates(state) == (2, 2)
+    state, _ = step(state)
+    assert skipped_updates(state) == (0, 2)
+
+
+def test_supervised_update_is_cross_entropy_on_the_targets():
+    prompts = tiny.prompts(lengths=(5, 5, 3))
+    target = np.zeros(prompts.mask.shape, bool)
+    target[:, -2:] = True
+    logits = policy.apply(tiny.CONFIG, tiny.params(), prompts.tokens, prompts.mask)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits[:, -3:-1], prompts.tokens[:, -2:]).mean()
+    state, metrics = supervised_update(
+        tiny.CONFIG, OPTIMIZER, fresh_state(), prompts.tokens, prompts.mask, jnp.array(target)
+    )
+    assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
+    for _ in range(5):
+        state, later = supervised_update(tiny.CONFIG, OPTIMIZER, state, prompts.tokens, prompts.mask, jnp.array(target))
+    assert float(later["loss"]) < float(metrics["loss"])
+
+
+def test_replicated_prompts_on_a_mesh_sample_the_same():
+    from krl import rollout
+
+    def sample():
+        return rollout.generate(
+            tiny.CONFIG, tiny.params(), tiny.prompts(), jnp.array([5, 3, 4, 4]), jax.random.key(0),
+            max_new_tokens=4, eos_ids=tiny.EOS,
+        )  # fmt: skip
+
+    alone = sample()
+    mesh = make_mesh((4, 2), ("data", "model"))
+    with jax.set_mesh(mesh):
+        shardings = tree_sharding(mesh, policy.param_axes(tiny.CONFIG), jax.eval_shape(tiny.params))
+        prompts = jax.device_put(tiny.prompts(), named_sharding(mesh))
+        spread = rollout.generate(
+            tiny.CONFIG, jax.device_put(tiny.params(), shardings), prompts, jnp.array([5, 3, 4, 4]),
+            jax.random.key(0), max_new_tokens=4, eos_ids=tiny.EOS,
+        )  # fmt: skip
+    np.testing.assert_array_equal(spread.tokens, alone.tokens)
+    np.testing.assert_allclose(spread.logps, alone.logps, atol=1e-5)
