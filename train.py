@@ -84,7 +84,9 @@ def main(_):
     )
     advantages_of = jax.jit(
         functools.partial(
-            learn.group_advantages, num_prompts=config.prompts_per_step, scale_by_std=config.loss.scale_by_std
+            learn.group_advantages,
+            num_prompts=config.prompts_per_step,
+            scale_by_std=config.loss.scale_by_std,
         )
     )
     place = functools.partial(jax.device_put, device=named_sharding(mesh))
@@ -99,7 +101,8 @@ def main(_):
         place=place,
     )
     optimizer = make_optimizer(
-        learning_rate=config.optim.learning_rate, warmup_steps=config.optim.warmup_steps, beta1=config.optim.beta1,
+        learning_rate=config.optim.learning_rate, warmup_steps=config.optim.warmup_steps,
+        decay_steps=config.optim.decay_steps, beta1=config.optim.beta1,
         beta2=config.optim.beta2, weight_decay=config.optim.weight_decay, grad_clip=config.optim.grad_clip,
     )  # fmt: skip
 
@@ -170,8 +173,9 @@ def main(_):
                         clip_high=config.loss.clip_high, dual_clip=config.loss.dual_clip,
                     )  # fmt: skip
                     belief = budget.update(
-                        belief, prompts.task_ids, rewards, rollouts.prompt_index, rollouts.mask, config.alloc.discount
-                    )
+                        belief, prompts.task_ids, rewards, rollouts.prompt_index, rollouts.mask,
+                        discount=config.alloc.discount, discount_mixed=config.alloc.discount_mixed,
+                    )  # fmt: skip
                     jax.block_until_ready((state, belief))
                 step += 1
 
@@ -223,7 +227,8 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
         c = config.arithmetic
         rungs = {name: c[name] for name in ("addition", "subtraction", "multiplication", "two_step") if c[name]}
         sizes = {"warm": c.num_warm, "train": c.num_train, "test": c.num_test}
-        return make_ladder(rungs, sizes, seed=config.seed)
+        ladder = make_ladder(rungs, sizes, seed=config.seed)
+        return ladder | {"test": ladder["test"].take(range(min(config.eval.prompts or c.num_test, c.num_test)))}
     data = config.data
     load = functools.partial(
         load_tasks, name=data.name, subset=data.subset, prompt_field=data.prompt_field, answer_field=data.answer_field,

@@ -1,6 +1,6 @@
 """Uniform against knapsack budgets over several seeds, at equal rollouts and from equal warm starts.
 
-    python benchmarks/seeds.py --out runs/seeds [--seeds 0 1 2] [--config.key=value ...]
+    python -m benchmarks.seeds --out runs/seeds [--seeds 0 1 2] [--config.key=value ...]
 
 Runs train.py for every seed and rule (a finished run is not repeated), prints one table and writes
 seeds.json. Further arguments go to train.py. docs/results.md quotes its output.

@@ -107,8 +107,8 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
-    "arithmetic.two_step", "arithmetic.num_warm", "warm_start.steps", "optim.warmup_steps", "optim.weight_decay",
+    "arithmetic.two_step", "arithmetic.num_warm", "warm_start.steps", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
     "eval.every", "eval.prompts", "eval.temperature", "loss.clip_high",
 )  # fmt: skip
 _POSITIVE = ("sample.temperature", "optim.learning_rate", "optim.grad_clip", "warm_start.learning_rate")
-_FRACTIONS = ("alloc.discount", "loss.clip_low", "optim.beta1", "optim.beta2")
+_FRACTIONS = ("alloc.discount", "alloc.discount_mixed", "loss.clip_low", "optim.beta1", "optim.beta2")

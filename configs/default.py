@@ -7,7 +7,7 @@ def get_config() -> ConfigDict:
     """The keys that every run has."""
     config = ConfigDict()
     config.seed = 0  # of the parameters, the order of the data and the samples
-    config.steps = 100  # training steps; a step samples, scores and learns from alloc.budget rollouts
+    config.steps = 200  # training steps; a step samples, scores and learns from alloc.budget rollouts
     config.prompts_per_step = 64  # M
     config.max_bad_updates = 5  # non-finite updates in a row that stop the run
 
@@ -17,7 +17,8 @@ def get_config() -> ConfigDict:
     config.alloc.budget = 512  # R, rollouts per step
     config.alloc.n_min = 2  # fewest rollouts of a prompt
     config.alloc.n_max = 128  # most rollouts of a prompt
-    config.alloc.discount = 0.9  # what a visit leaves of earlier evidence about a prompt, 0 to 1
+    config.alloc.discount = 0.9  # what is left of the evidence about a prompt after an even group, 0 to 1
+    config.alloc.discount_mixed = 0.25  # and after a mixed group, which changes the policy on that prompt
 
     # Where prompts come from.
     config.data = ConfigDict()
@@ -44,7 +45,7 @@ def get_config() -> ConfigDict:
     config.arithmetic.two_step = 0
     config.arithmetic.num_warm = 20000  # expressions of the warm start
     config.arithmetic.num_train = 1024  # D
-    config.arithmetic.num_test = 512
+    config.arithmetic.num_test = 1024
 
     config.tokenizer = ConfigDict()
     config.tokenizer.path = ""  # a sentencepiece model; "" trains one on the training texts
@@ -82,8 +83,9 @@ def get_config() -> ConfigDict:
     config.loss.dual_clip = 10.0  # bound on the ratio of rollouts with a negative advantage
 
     config.optim = ConfigDict()
-    config.optim.learning_rate = 3e-4
+    config.optim.learning_rate = 4e-4
     config.optim.warmup_steps = 5  # updates over which the learning rate rises
+    config.optim.decay_steps = 395  # updates over which it then falls to 0; 0 for never
     config.optim.beta1 = 0.9
     config.optim.beta2 = 0.98
     config.optim.weight_decay = 0.0
@@ -92,8 +94,8 @@ def get_config() -> ConfigDict:
     config.optim.micro_batch = 128  # rollouts that go through the model at once
 
     config.eval = ConfigDict()
-    config.eval.every = 10  # steps; also before the first and after the last; 0 for never
-    config.eval.prompts = 512  # held-out prompts, 0 for all
+    config.eval.every = 20  # steps; also before the first and after the last; 0 for never
+    config.eval.prompts = 1024  # held-out prompts, 0 for all
     config.eval.samples = 8  # samples of each
     config.eval.temperature = 1.0  # 0 takes the most likely token
 

@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
     config.warm_start.batch_size = 32
     config.warm_start.learning_rate = 1e-3
     config.optim.micro_batch = 16
+    config.optim.decay_steps = 0
     config.eval.every = 20
     config.eval.prompts = 64
     config.eval.samples = 1

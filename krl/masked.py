@@ -23,7 +23,7 @@ def masked_sum(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array
     return total, mask.sum(dtype=jnp.float32)
 
 
-def divide(total: jax.Array, count: jax.Array) -> jax.Array:
+def divide(total: jax.Array | float, count: jax.Array) -> jax.Array:
     """total / count where count > 0, else 0; shapes broadcast."""
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0.0)
 
@@ -40,6 +40,24 @@ def segment_sum(values: jax.Array, index: jax.Array, num_segments: int) -> jax.A
         [M] float32; 0 for an empty segment.
     """
     return jax.ops.segment_sum(values, index, num_segments=num_segments + 1)[:num_segments]
+
+
+def segment_differs(values: jax.Array, index: jax.Array, num_segments: int) -> jax.Array:
+    """Which segments hold values that differ.
+
+    Decided by comparing values, not by a variance, so that rounding cannot make equal ones look mixed.
+
+    Args:
+        values: [R] float32.
+        index: [R] int32; rows with an index outside [0, num_segments) belong to no segment.
+        num_segments: M.
+
+    Returns:
+        [M] bool; False for an empty segment.
+    """
+    highest = jax.ops.segment_max(values, index, num_segments=num_segments + 1)
+    lowest = jax.ops.segment_min(values, index, num_segments=num_segments + 1)
+    return (highest > lowest)[:num_segments]
 
 
 def segment_moments(values: jax.Array, index: jax.Array, num_segments: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -170,14 +170,15 @@ def test_a_function_is_a_rule():
     assert info == {"note": 1}
 
 
-def updated_by_hand(successes, failures, ids, rewards, index, mask, discount):
+def updated_by_hand(successes, failures, ids, rewards, index, mask, discount, discount_mixed):
     """The belief's update as loops."""
     successes, failures = successes.copy(), failures.copy()
     for row, task in enumerate(ids):
         got = [r for r, i, m in zip(rewards, index, mask, strict=True) if m and i == row]
         if got:
-            successes[task] = discount * successes[task] + sum(got)
-            failures[task] = discount * failures[task] + len(got) - sum(got)
+            keep = discount if min(got) == max(got) else discount_mixed
+            successes[task] = keep * (successes[task] + sum(got))
+            failures[task] = keep * (failures[task] + len(got) - sum(got))
     return successes, failures
 
 
@@ -189,9 +190,9 @@ def test_belief_update_equals_loops():
         ids = rng.permutation(9)[:4]
         index = np.sort(rng.integers(0, 5, 12))  # 4 marks padding
         mask = index < 4
-        rewards = rng.random(12).astype(np.float32)
-        belief = budget.update(belief, jnp.array(ids), jnp.array(rewards), jnp.array(index), jnp.array(mask), 0.8)
-        successes, failures = updated_by_hand(successes, failures, ids, rewards, index, mask, 0.8)
+        rewards = rng.choice([0.0, 0.5, 1.0], 12).astype(np.float32)
+        belief = budget.update(belief, jnp.array(ids), jnp.array(rewards), jnp.array(index), jnp.array(mask), 0.8, 0.3)
+        successes, failures = updated_by_hand(successes, failures, ids, rewards, index, mask, 0.8, 0.3)
         np.testing.assert_allclose(belief.successes, successes, rtol=1e-5)
         np.testing.assert_allclose(belief.failures, failures, rtol=1e-5)
     assert int(belief.visits.sum()) <= 20

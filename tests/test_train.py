@@ -27,6 +27,14 @@ def command(workdir, config="arithmetic", script="train.py", **changes):
     return [sys.executable, script, "--config", f"configs/{config}.py", "--workdir", str(workdir), *keys]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """Runs of this file share what XLA compiled; nothing outside it does."""
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+    yield
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
 def environment(home):
     return os.environ | {"JAX_PLATFORMS": "cpu", "HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 

@@ -12,7 +12,15 @@ from krl.run.update import init_state, make_optimizer, policy_update, skipped_up
 from krl.sharding import make_mesh, named_sharding, tree_sharding
 from tests import tiny
 
-OPTIONS = {"learning_rate": 0.01, "warmup_steps": 0, "beta1": 0.9, "beta2": 0.98, "weight_decay": 0.0, "grad_clip": 1.0}
+OPTIONS = {
+    "learning_rate": 0.01,
+    "warmup_steps": 0,
+    "decay_steps": 0,
+    "beta1": 0.9,
+    "beta2": 0.98,
+    "weight_decay": 0.0,
+    "grad_clip": 1.0,
+}
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0}
 OPTIMIZER = make_optimizer(**OPTIONS)
 INDEX = np.repeat(np.arange(5), [5, 3, 4, 2, 2])  # the last two rows are padding

@@ -2,14 +2,17 @@
 
 Each task's rate is believed to be Beta(prior_alpha + successes, prior_beta + failures). The prior
 is the same for all tasks and is fitted to the data set's own statistics as training goes (empirical
-Bayes); old evidence is discounted at every visit, because the policy moves.
+Bayes). Evidence is discounted, because the policy moves. It moves most on the prompts it learns from: a
+group whose rewards differ makes a gradient, and what it showed is about a policy that this very step
+replaces; an even group makes none. So all of a task's evidence, the step's own too, is discounted by
+`discount_mixed` after a mixed group and by the larger `discount` after an even one.
 """
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from krl.masked import divide, segment_sum
+from krl.masked import divide, segment_differs, segment_sum
 
 # The prior's strength alpha + beta stays in this range: below it a single outcome would count as
 # certainty, above it no prompt could ever differ from the average one.
@@ -65,6 +68,7 @@ def update(
     prompt_index: jax.Array,
     mask: jax.Array,
     discount: jax.Array | float,
+    discount_mixed: jax.Array | float,
 ) -> Belief:
     """The belief after a step's rewards, with the prior fitted again.
 
@@ -74,7 +78,8 @@ def update(
         rewards: [R] float32 in [0, 1]; a reward between counts as that fraction of a success.
         prompt_index: [R] int32, the row of task_ids that each rollout belongs to.
         mask: [R] bool, False on padding rows.
-        discount: what a visit leaves of the earlier evidence, in [0, 1].
+        discount: what is left of a task's evidence after a group of equal rewards, in [0, 1].
+        discount_mixed: the same after a group of rewards that differ.
 
     Returns:
         The new belief. Tasks without a real rollout keep their evidence.
@@ -84,10 +89,11 @@ def update(
     wins = segment_sum(jnp.where(mask, rewards, 0.0), index, num_prompts)
     count = segment_sum(mask.astype(jnp.float32), index, num_prompts)
     visited = count > 0
-    keep = jnp.where(visited, discount, 1.0)
+    mixed = segment_differs(rewards, index, num_prompts)
+    keep = jnp.where(visited, jnp.where(mixed, discount_mixed, discount), 1.0)
     belief = belief.replace(
-        successes=belief.successes.at[task_ids].multiply(keep).at[task_ids].add(wins),
-        failures=belief.failures.at[task_ids].multiply(keep).at[task_ids].add(count - wins),
+        successes=belief.successes.at[task_ids].add(wins).at[task_ids].multiply(keep),
+        failures=belief.failures.at[task_ids].add(count - wins).at[task_ids].multiply(keep),
         visits=belief.visits.at[task_ids].add(visited.astype(jnp.int32)),
     )
     alpha, beta = fit_prior(belief)
@@ -114,7 +120,7 @@ def fit_prior(belief: Belief) -> tuple[jax.Array, jax.Array]:
     tasks = seen.sum(dtype=jnp.float32) + 2
     centre = divide(rate.sum() + 1, tasks)
     spread = jnp.where(seen, (rate - centre) ** 2, 0.0).sum() + (1 - centre) ** 2 + centre**2
-    noise = divide(jnp.where(seen, divide(jnp.ones_like(outcomes), outcomes), 0.0).sum(), tasks)
+    noise = divide(jnp.where(seen, divide(1.0, jnp.maximum(outcomes, 1.0)), 0.0).sum(), tasks)
     observed = divide(spread, tasks * centre * (1 - centre))
     rho = jnp.clip(divide(observed - noise, 1 - noise), 1e-6, 1 - 1e-6)
     strength = jnp.clip(divide(1 - rho, rho), *STRENGTH_RANGE)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from krl.masked import divide, segment_moments
+from krl.masked import divide, segment_differs, segment_moments
 
 
 def mixed_groups(rewards: jax.Array, prompt_index: jax.Array, mask: jax.Array, num_prompts: int) -> jax.Array:
@@ -16,13 +16,9 @@ def mixed_groups(rewards: jax.Array, prompt_index: jax.Array, mask: jax.Array, n
         num_prompts: M, static.
 
     Returns:
-        [M] bool; False for a prompt without rollouts. Decided by comparing rewards, not by a variance,
-        so that rounding cannot make an even group look mixed.
+        [M] bool; False for a prompt without rollouts.
     """
-    index = jnp.where(mask, prompt_index, num_prompts)
-    highest = jax.ops.segment_max(rewards, index, num_segments=num_prompts + 1)
-    lowest = jax.ops.segment_min(rewards, index, num_segments=num_prompts + 1)
-    return (highest > lowest)[:num_prompts]
+    return segment_differs(rewards, jnp.where(mask, prompt_index, num_prompts), num_prompts)
 
 
 def group_advantages(

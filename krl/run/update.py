@@ -14,18 +14,28 @@ from krl.types import Prompts, Rollouts, TrainState
 
 
 def make_optimizer(
-    *, learning_rate: float, warmup_steps: int, beta1: float, beta2: float, weight_decay: float, grad_clip: float
+    *,
+    learning_rate: float,
+    warmup_steps: int,
+    decay_steps: int,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    grad_clip: float,
 ) -> optax.GradientTransformation:
     """AdamW behind a clip of the global norm, which skips and counts non-finite gradients.
 
     Args:
-        learning_rate: reached after a linear rise over warmup_steps updates, then constant.
+        learning_rate: reached after a linear rise over warmup_steps updates.
         warmup_steps: updates.
+        decay_steps: updates over which the rate then falls linearly to 0; 0 keeps it constant.
         beta1, beta2: decay of the moments, per update.
         weight_decay: decoupled, per update, times the learning rate.
         grad_clip: the largest global norm of a gradient.
     """
-    schedule = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
+    rise = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
+    fall = optax.linear_schedule(learning_rate, 0.0 if decay_steps else learning_rate, decay_steps)
+    schedule = optax.join_schedules([rise, fall], [warmup_steps])
     adamw = optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay)
     never_give_in = jnp.iinfo(jnp.int32).max
     return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(grad_clip), adamw), never_give_in)

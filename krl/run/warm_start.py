@@ -88,7 +88,13 @@ def warm_start(
         FloatingPointError: too many updates in a row were not finite.
     """
     optimizer = make_optimizer(
-        learning_rate=learning_rate, warmup_steps=20, beta1=0.9, beta2=0.98, weight_decay=0.01, grad_clip=1.0
+        learning_rate=learning_rate,
+        warmup_steps=20,
+        decay_steps=0,
+        beta1=0.9,
+        beta2=0.98,
+        weight_decay=0.01,
+        grad_clip=1.0,
     )
     state = init_state(config, optimizer, params)
     began = time.perf_counter()

@@ -1,0 +1,56 @@
+"""Which discounts predict best: replays the groups that real runs logged.
+
+    python -m benchmarks.discount runs/seeds/uniform-0 runs/seeds/knapsack-0
+
+For every visit after the first pass over the data, the belief says how likely the observed number of
+successes was (a beta-binomial); the table is the mean logarithm of that, nats per visit, higher is
+better. docs/results.md quotes its output.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.special import betaln
+
+from krl import budget
+from krl.run.metrics import read_rows
+
+# (after an even group, after a mixed one); equal numbers are a plain discount.
+PAIRS = ((1.0, 1.0), (0.9, 0.9), (0.7, 0.7), (0.4, 0.4), (0.2, 0.2), (0.9, 0.5), (0.9, 0.25), (0.9, 0.1), (0.7, 0.25))
+
+
+def main():
+    workdirs = [pathlib.Path(name) for name in sys.argv[1:]]
+    print("| after an even group | after a mixed group | " + " | ".join(w.name for w in workdirs) + " |")
+    print("|---|---|" + "---|" * len(workdirs))
+    for even, mixed in PAIRS:
+        scores = [f"{predictive_log_likelihood(workdir, even, mixed):.3f}" for workdir in workdirs]
+        print(f"| {even} | {mixed} | " + " | ".join(scores) + " |")
+
+
+def predictive_log_likelihood(workdir: pathlib.Path, discount: float, discount_mixed: float) -> float:
+    """Mean log-probability of each visit's number of successes, nats, under the belief before it."""
+    num_tasks = json.loads((workdir / "config.json").read_text())["arithmetic.num_train"]
+    belief, scores = budget.init_belief(num_tasks), []
+    for row in read_rows(workdir / "groups.jsonl"):
+        counts, wins = np.array(row["counts"]), np.array(row["successes"])
+        ids = jnp.array(row["task_ids"])
+        seen = np.asarray(belief.visits[ids]) > 0
+        alpha, beta = (np.asarray(x, float) for x in budget.posterior(budget.take(belief, ids)))
+        log_probability = betaln(alpha + wins, beta + counts - wins) - betaln(alpha, beta)
+        scores.extend(log_probability[seen])
+        rewards = np.concatenate([np.arange(n) < w for n, w in zip(counts, wins, strict=True)]).astype(np.float32)
+        index = np.repeat(np.arange(len(counts)), counts)
+        belief = budget.update(
+            belief, ids, jnp.array(rewards), jnp.array(index), jnp.ones(len(rewards), bool), discount, discount_mixed
+        )
+    return float(np.mean(scores))
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    main()
