@@ -20,6 +20,27 @@ def get_config() -> ConfigDict:
     config.alloc.discount = 0.9  # what is left of the evidence about a prompt after an even group, 0 to 1
     config.alloc.discount_mixed = 0.25  # and after a mixed group, which changes the policy on that prompt
 
+    _add_tasks(config)
+    _add_policy(config)
+
+    config.eval = ConfigDict()
+    config.eval.every = 20  # steps; also before the first and after the last; 0 for never
+    config.eval.prompts = 1024  # held-out prompts, 0 for all
+    config.eval.samples = 8  # samples of each
+    config.eval.temperature = 1.0  # 0 takes the most likely token
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 25  # steps
+    config.checkpoint.keep = 2  # newest checkpoints kept
+
+    # The device mesh; axis names are "data", "fsdp" and "model".
+    config.mesh = ConfigDict()
+    config.mesh.shape = (1,)  # devices along each axis
+    config.mesh.axis_names = ("data",)
+    return config
+
+
+def _add_tasks(config: ConfigDict) -> None:
     # Where prompts come from.
     config.data = ConfigDict()
     config.data.source = "arithmetic"  # "arithmetic" (embedded) or "dataset"
@@ -52,6 +73,8 @@ def get_config() -> ConfigDict:
     config.tokenizer.vocab_size = 64  # most pieces of a trained one
     config.tokenizer.byte_fallback = False  # spell unknown characters as bytes (256 more pieces)
 
+
+def _add_policy(config: ConfigDict) -> None:
     # The decoder's sizes; see krl.policy.PolicyConfig.
     config.policy = ConfigDict()
     config.policy.embed_size = 64
@@ -92,19 +115,3 @@ def get_config() -> ConfigDict:
     config.optim.grad_clip = 1.0  # largest global gradient norm
     config.optim.updates_per_step = 2  # optimiser updates per step, on equal shares of the rollouts
     config.optim.micro_batch = 128  # rollouts that go through the model at once
-
-    config.eval = ConfigDict()
-    config.eval.every = 20  # steps; also before the first and after the last; 0 for never
-    config.eval.prompts = 1024  # held-out prompts, 0 for all
-    config.eval.samples = 8  # samples of each
-    config.eval.temperature = 1.0  # 0 takes the most likely token
-
-    config.checkpoint = ConfigDict()
-    config.checkpoint.every = 25  # steps
-    config.checkpoint.keep = 2  # newest checkpoints kept
-
-    # The device mesh; axis names are "data", "fsdp" and "model".
-    config.mesh = ConfigDict()
-    config.mesh.shape = (1,)  # devices along each axis
-    config.mesh.axis_names = ("data",)
-    return config

@@ -38,8 +38,8 @@ def get_config() -> ConfigDict:
     config.policy.unroll = 1
     config.policy.head_size = 32
     config.policy.mlp_size = 512
-    config.warm_start.steps = 200
-    config.warm_start.batch_size = 32
+    config.warm_start.steps = 100
+    config.warm_start.batch_size = 16
     config.warm_start.learning_rate = 1e-3
     config.optim.micro_batch = 16
     config.optim.decay_steps = 0

@@ -66,13 +66,15 @@ def test_a_work_directory_belongs_to_one_config(tmp_path):
     workdir, tokenizer = tmp_path / "work", tmp_path / "t.model"
     tokenizer.write_bytes(b"pieces")
     config = {"seed": 0, "steps": 5, "mesh.shape": (1,)}
-    open_workdir(workdir, {"seed": 9}, ())
+    open_workdir(workdir, config | {"seed": 9}, ())
     open_workdir(workdir, config, ("steps",))  # nobody's until it is claimed
     claim_workdir(workdir, config, tokenizer)
     assert (workdir / "tokenizer.model").read_bytes() == b"pieces"
     open_workdir(workdir, config | {"steps": 9}, ("steps",))
     with pytest.raises(ValueError, match=r"config.seed=0, not 1"):
         open_workdir(workdir, config | {"seed": 1}, ("steps",))
+    with pytest.raises(ValueError, match="other keys"):
+        open_workdir(workdir, config | {"speed": 1}, ("steps",))
     with pytest.raises(ValueError, match="choose another --workdir"):
         open_workdir(tokenizer / "below", config, ())
     (workdir / "config.json").write_text("{")

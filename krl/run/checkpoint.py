@@ -103,10 +103,13 @@ def check_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> N
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{workdir} holds no run that can be read ({error}); choose another --workdir") from None
     config = json.loads(json.dumps(config))
-    for key in sorted(config.keys() | earlier.keys()):
-        if key not in free and config.get(key) != earlier.get(key):
+    if earlier.keys() != config.keys():
+        key = min(earlier.keys() ^ config.keys())
+        raise ValueError(f"{workdir} is from a version with other keys (config.{key}); choose another --workdir")
+    for key in sorted(config.keys() - set(free)):
+        if config[key] != earlier[key]:
             raise ValueError(
-                f"{workdir} belongs to a run with config.{key}={earlier.get(key)!r}, not {config.get(key)!r}; "
+                f"{workdir} belongs to a run with config.{key}={earlier[key]!r}, not {config[key]!r}; "
                 "give that value or choose another --workdir"
             )
 
