@@ -107,13 +107,14 @@ def warm_start(
             rows = step_task_ids(len(pairs[0]), batch_size, done, seed=seed)
             batch = [place(part[rows]) for part in pairs]
             state, metrics = supervised_update(config, optimizer, state, *batch)
+            loss = float(metrics["loss"])  # waits, so that a signal is not answered many queued steps later
             done += 1
             if done % 20 == 0 or done == steps:
                 if skipped_updates(state)[0] >= max_bad_updates:
                     raise FloatingPointError(
                         f"warm start: {max_bad_updates} updates in a row were not finite; lower config.warm_start.learning_rate"
                     )
-                report(done, float(metrics["loss"]), time.perf_counter() - began)
+                report(done, loss, time.perf_counter() - began)
         if done > first:
             checkpoints.save(done, {"state": state})
     return state.params, done >= steps
