@@ -35,7 +35,9 @@ def main(_):
         mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
         tokenizer = SentencePieceTokenizer(workdir / "tokenizer.model")
         tasks = load_task_sets(config)["test"]
-        encoded = encode_tasks(tasks, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
+        encoded = encode_tasks(
+            tasks, tokenizer, max_prompt_tokens=config.data.max_prompt_tokens, limit=config.eval.prompts
+        )
         policy_config = policy.PolicyConfig(vocab_size=tokenizer.vocab_size, **config.policy)
         shapes = jax.eval_shape(functools.partial(policy.init, policy_config), jax.random.key(0))
         shardings = tree_sharding(mesh, policy.param_axes(policy_config), shapes)

@@ -49,7 +49,7 @@ def main(_):
         tokenizer_file = find_tokenizer(config, tasks["warm"], cache, workdir)
         tokenizer = SentencePieceTokenizer(tokenizer_file)
         encode = functools.partial(encode_tasks, tokenizer=tokenizer, max_prompt_tokens=config.data.max_prompt_tokens)
-        train_tasks, test_tasks = encode(tasks["train"]), encode(tasks["test"])
+        train_tasks, test_tasks = encode(tasks["train"]), encode(tasks["test"], limit=config.eval.prompts)
         step_task_ids(len(train_tasks), config.prompts_per_step, 0, seed=config.seed)
         pairs = (
             encode_pairs(encode(tasks["warm"]), tokenizer, config.sample.max_new_tokens)
@@ -227,8 +227,7 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
         c = config.arithmetic
         rungs = {name: c[name] for name in ("addition", "subtraction", "multiplication", "two_step") if c[name]}
         sizes = {"warm": c.num_warm, "train": c.num_train, "test": c.num_test}
-        ladder = make_ladder(rungs, sizes, seed=config.seed)
-        return ladder | {"test": ladder["test"].take(range(min(config.eval.prompts or c.num_test, c.num_test)))}
+        return make_ladder(rungs, sizes, seed=config.seed)
     data = config.data
     load = functools.partial(
         load_tasks, name=data.name, subset=data.subset, prompt_field=data.prompt_field, answer_field=data.answer_field,
@@ -239,7 +238,7 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
         held_out = min(config.eval.prompts or len(train) // 10, len(train) // 2)
         kept = train.take(range(len(train) - held_out))
         return {"warm": kept, "train": kept, "test": train.take(range(len(train) - held_out, len(train)))}
-    test = load(split=data.test_split, path=data.test_path, limit=config.eval.prompts)
+    test = load(split=data.test_split, path=data.test_path, limit=0)
     return {"warm": train, "train": train, "test": test}
 
 

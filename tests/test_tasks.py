@@ -113,6 +113,7 @@ def test_prompts_are_padded_on_the_left_and_long_ones_left_out():
     assert encoded.mask.tolist() == [[False, True, True], [False, False, True]]
     assert encoded.tasks == TaskSet(("ab", "c"), ("1", "3"), ("x", "z"))
     assert encoded.dropped == 1
+    assert encode_tasks(tasks, Letters(), max_prompt_tokens=3, limit=1).tasks.prompts == ("ab",)
 
 
 def test_all_prompts_too_long_is_refused():

@@ -126,16 +126,17 @@ def _load_rows(name: str, subset: str, split: str, path: str):
         raise ValueError(f"cannot read {source} as {builder}: {str(cause).strip().splitlines()[0]}") from None
 
 
-def encode_tasks(tasks: TaskSet, tokenizer: Encoder, *, max_prompt_tokens: int) -> EncodedTasks:
+def encode_tasks(tasks: TaskSet, tokenizer: Encoder, *, max_prompt_tokens: int, limit: int = 0) -> EncodedTasks:
     """Tokenise prompts and leave out those that do not fit.
 
     Args:
         tasks: the tasks as text.
         tokenizer: its pad_id fills the left side.
         max_prompt_tokens: P.
+        limit: keep at most so many of the tasks that fit; 0 keeps all.
 
     Returns:
-        The tasks that fit, in their order.
+        The first tasks that fit, in their order.
 
     Raises:
         ValueError: no prompt fits.
@@ -148,12 +149,14 @@ def encode_tasks(tasks: TaskSet, tokenizer: Encoder, *, max_prompt_tokens: int) 
             f"none of {len(encoded)} prompts has 1 to {max_prompt_tokens} tokens (the shortest has {shortest}); "
             "raise config.data.max_prompt_tokens"
         )
+    dropped = len(encoded) - len(kept)
+    kept = kept[: limit or None]
     tokens = np.full((len(kept), max_prompt_tokens), tokenizer.pad_id, np.int32)
     mask = np.zeros((len(kept), max_prompt_tokens), bool)
     for row, i in enumerate(kept):
         tokens[row, max_prompt_tokens - len(encoded[i]) :] = encoded[i]
         mask[row, max_prompt_tokens - len(encoded[i]) :] = True
-    return EncodedTasks(tokens, mask, tasks.take(kept), dropped=len(encoded) - len(kept))
+    return EncodedTasks(tokens, mask, tasks.take(kept), dropped=dropped)
 
 
 def step_task_ids(num_tasks: int, num_prompts: int, step: int, *, seed: int) -> np.ndarray:
