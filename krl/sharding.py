@@ -55,8 +55,8 @@ def partition_spec(logical_axes: tuple[str | None, ...], mesh_axes: tuple[str, .
     Raises:
         ValueError: a name without a rule, or two axes of one array on the same mesh axis.
 
-    >>> partition_spec(("batch", "length"), ("data", "model"))
-    PartitionSpec('data', None)
+    >>> tuple(partition_spec(("batch", "length"), ("data", "model")))
+    ('data', None)
     """
     unmatched = [axis for axis in logical_axes if axis is not None and axis not in RULES]
     if unmatched:

@@ -42,7 +42,7 @@ def knapsack(log_gains: jax.Array, budget: jax.Array | int, n_min: int) -> jax.A
 
     >>> from krl.budget.value import log_gains as gains
     >>> knapsack(gains(jnp.array([0.0, 0.1, 0.5]), n_min=1, n_max=9), budget=10, n_min=1).tolist()
-    [1, 5, 4]
+    [1, 4, 5]
     """
     if jnp.ndim(log_gains) != 2:
         raise ValueError(f"log_gains must have shape [M, n_max - n_min], got {jnp.shape(log_gains)}")

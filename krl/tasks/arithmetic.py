@@ -37,7 +37,7 @@ def make_ladder(rungs: dict[str, int], sizes: dict[str, int], *, seed: int) -> d
         ValueError: an unknown rung, fewer than one digit, or more tasks than there are expressions.
 
     >>> make_ladder({"addition": 2}, {"warm": 1, "train": 2, "test": 1}, seed=0)["train"].prompts
-    ('44+9=', '5+7=')
+    ('99+37=', '0+90=')
     """
     unknown = sorted(set(rungs) - set(RUNGS))
     if unknown or not rungs or min(rungs.values()) < 1:
