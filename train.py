@@ -123,13 +123,16 @@ def main(_):
         else:
             first = 0
             if pairs is not None:
-                with progress(config.warm_start.steps, 0, "warm start") as show:
-                    params, finished = warm_start(
-                        policy_config, params, pairs, cache, steps=config.warm_start.steps,
-                        batch_size=config.warm_start.batch_size, learning_rate=config.warm_start.learning_rate,
-                        seed=config.seed, max_bad_updates=config.max_bad_updates, stop=stop, place=place,
-                        report=lambda step, loss, seconds: show(step, f"loss {loss:.3f}"),
-                    )  # fmt: skip
+                try:
+                    with progress(config.warm_start.steps, 0, "warm start") as show:
+                        params, finished = warm_start(
+                            policy_config, params, pairs, cache, steps=config.warm_start.steps,
+                            batch_size=config.warm_start.batch_size, learning_rate=config.warm_start.learning_rate,
+                            seed=config.seed, max_bad_updates=config.max_bad_updates, stop=stop, place=place,
+                            report=lambda step, loss: show(step, f"loss {loss:.3f}"),
+                        )  # fmt: skip
+                except FloatingPointError as error:
+                    raise SystemExit(f"train.py: {error}") from None
                 if not finished:
                     print("krl: stopped during the warm start; the same command continues it")
                     return

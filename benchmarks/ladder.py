@@ -57,7 +57,7 @@ def main():
         max_bad_updates=config.max_bad_updates,
         stop=threading.Event(),
         place=jnp.asarray,
-        report=lambda step, loss, seconds: print(f"warm start {step}: loss {loss:.3f}"),
+        report=lambda step, loss: print(f"warm start {step}: loss {loss:.3f}"),
     )
 
     encoded = encode(tasks["train"])

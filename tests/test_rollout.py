@@ -64,6 +64,13 @@ def test_samples_do_not_depend_on_the_other_prompts_or_the_rows():
     assert not np.array_equal(sample([2, 3, 4, 1], seed=1).tokens, everything.tokens[:10])
 
 
+def test_equal_prompts_of_different_tasks_draw_different_samples():
+    one = tiny.prompts(lengths=(3,))
+    twins = Prompts(jnp.tile(one.tokens, (2, 1)), jnp.tile(one.mask, (2, 1)), jnp.array([5, 6]))
+    got = sample([4, 4], prompts=twins)
+    assert not np.array_equal(got.tokens[:4], got.tokens[4:])
+
+
 def test_padding_rows_are_empty():
     got = sample([1, 0, 2, 0], num_rollouts=8)
     assert got.mask.tolist() == [True] * 3 + [False] * 5

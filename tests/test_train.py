@@ -165,6 +165,13 @@ def test_updates_that_are_not_finite_stop_the_run(tmp_path):
     assert "Traceback" not in bad.stderr
 
 
+def test_a_warm_start_that_is_not_finite_stops_the_run(tmp_path):
+    bad = run(tmp_path / "work", **{"warm_start.learning_rate": 1e30, "max_bad_updates": 2, "warm_start.steps": 20})
+    assert bad.returncode != 0
+    assert "lower config.warm_start.learning_rate" in bad.stderr
+    assert "Traceback" not in bad.stderr
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

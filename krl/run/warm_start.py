@@ -2,7 +2,6 @@
 
 import pathlib
 import threading
-import time
 from collections.abc import Callable
 
 import jax
@@ -65,7 +64,7 @@ def warm_start(
     max_bad_updates: int,
     stop: threading.Event,
     place: Callable[[np.ndarray], jax.Array],
-    report: Callable[[int, float, float], None],
+    report: Callable[[int, float], None],
 ) -> tuple[dict, bool]:
     """Train params on worked solutions, or read the result from an earlier run.
 
@@ -79,7 +78,7 @@ def warm_start(
         max_bad_updates: non-finite updates in a row that end the run.
         stop: set when the run should save and leave.
         place: puts a host batch on the mesh.
-        report: called with (step, loss in nats per token, seconds so far) every few steps.
+        report: called with (step, loss in nats per token) every few steps.
 
     Returns:
         (params, whether they are finished; False only if `stop` was set).
@@ -97,7 +96,6 @@ def warm_start(
         grad_clip=1.0,
     )
     state = init_state(config, optimizer, params)
-    began = time.perf_counter()
     with Checkpoints(directory, keep=1) as checkpoints:
         restored = checkpoints.restore({"state": state})
         first, state = (0, state) if restored is None else (restored[0], restored[1]["state"])
@@ -114,7 +112,7 @@ def warm_start(
                     raise FloatingPointError(
                         f"warm start: {max_bad_updates} updates in a row were not finite; lower config.warm_start.learning_rate"
                     )
-                report(done, loss, time.perf_counter() - began)
+                report(done, loss)
         if done > first:
             checkpoints.save(done, {"state": state})
     return state.params, done >= steps
