@@ -12,6 +12,8 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -82,6 +84,7 @@ def main(_):
     allocate = jax.jit(
         functools.partial(budget.allocate, config.alloc.rule, n_min=config.alloc.n_min, n_max=config.alloc.n_max)
     )
+    update_belief = jax.jit(budget.update, donate_argnums=0)
     advantages_of = jax.jit(
         functools.partial(
             learn.group_advantages,
@@ -153,20 +156,25 @@ def main(_):
                     prompts = place(
                         Prompts(tokens=train_tasks.tokens[task_ids], mask=train_tasks.mask[task_ids], task_ids=task_ids)
                     )
+                    draw = functools.partial(
+                        sample_and_score, generate, score, clock, state.params, prompts, sample_key,
+                        answers=[train_tasks.tasks.answers[i] for i in task_ids], temperature=config.sample.temperature,
+                    )  # fmt: skip
                     known = budget.take(belief, prompts.task_ids)
+                    seen, pilot, rounds = known.visits > 0, 0, []
+                if (
+                    config.alloc.rule in budget.PILOT_RULES
+                ):  # n_min rollouts of every prompt before the counts are chosen
+                    pilot = config.alloc.n_min
+                    rounds.append(draw(jnp.full_like(prompts.task_ids, pilot), num_rollouts=len(task_ids) * pilot))
+                    first, outcomes = rounds[0]
+                    known = budget.observe(known, jnp.arange(len(task_ids)), outcomes, first.prompt_index, first.mask)
+                with clock.phase("budget"):
                     counts, info = jax.block_until_ready(allocate(known, config.alloc.budget))
-                with clock.phase("rollout"):
-                    rollouts = generate(
-                        state.params,
-                        prompts,
-                        counts,
-                        sample_key,
-                        num_rollouts=config.alloc.budget,
-                        temperature=config.sample.temperature,
-                    )
-                    jax.block_until_ready(rollouts)
-                with clock.phase("verify"):
-                    rewards = place(score(rollouts, [train_tasks.tasks.answers[i] for i in task_ids]))
+                left = config.alloc.budget - len(task_ids) * pilot
+                rounds.append(draw(counts - pilot, num_rollouts=left, first_sample=pilot))
+                rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(drawn for drawn, _ in rounds))
+                rewards = place(np.concatenate([got for _, got in rounds]))
                 with clock.phase("update"):
                     advantages = advantages_of(rewards, rollouts.prompt_index, rollouts.mask)
                     state, learnt = policy_update(
@@ -175,15 +183,15 @@ def main(_):
                         temperature=config.sample.temperature, clip_low=config.loss.clip_low,
                         clip_high=config.loss.clip_high, dual_clip=config.loss.dual_clip,
                     )  # fmt: skip
-                    belief = budget.update(
-                        belief, prompts.task_ids, rewards, rollouts.prompt_index, rollouts.mask,
+                    belief = update_belief(
+                        belief, prompts.task_ids, rewards, rollouts.prompt_index, rollouts.mask, step, rollouts.lengths,
                         discount=config.alloc.discount, discount_mixed=config.alloc.discount_mixed,
                     )  # fmt: skip
                     jax.block_until_ready((state, belief))
                 step += 1
 
                 # ---------------------------------------------------- what the step showed
-                shown = step_metrics(counts, known.visits > 0, rollouts, rewards, advantages)
+                shown = step_metrics(counts, seen, rollouts, rewards, advantages)
                 metrics = {k: float(v) for k, v in (shown | learnt | info).items()}
                 seconds = sum(clock.seconds.values())
                 in_a_row, skipped = skipped_updates(state)
@@ -198,10 +206,12 @@ def main(_):
                     metrics |= {f"eval/{k}": v for k, v in evaluation.items()}
                     text += f"  accuracy {evaluation['accuracy']:.3f}"
                 log.write(step, metrics)
-                wins = jax.ops.segment_sum(rewards, rollouts.prompt_index, num_segments=config.prompts_per_step)
-                log.write_groups(
-                    step, {"task_ids": task_ids, "counts": counts, "successes": wins, "belief": budget.mean(known)}
+                wins, lengths = (
+                    jax.ops.segment_sum(x, rollouts.prompt_index, num_segments=config.prompts_per_step)
+                    for x in (rewards, rollouts.lengths)
                 )
+                groups = {"task_ids": task_ids, "counts": counts, "successes": wins, "tokens": lengths}
+                log.write_groups(step, groups | {"belief": budget.mean(known)})
                 show(step, text)
                 if in_a_row >= config.max_bad_updates:
                     raise SystemExit(
@@ -217,6 +227,14 @@ def main(_):
 
     # ---------------------------------------------------------------- what the run showed
     print(report.write([workdir], workdir))
+
+
+def sample_and_score(generate, score, clock, params, prompts, key, counts, *, answers, **options):
+    """One round of a step's rollouts and their rewards, timed."""
+    with clock.phase("rollout"):
+        rollouts = jax.block_until_ready(generate(params, prompts, counts, key, **options))
+    with clock.phase("verify"):
+        return rollouts, score(rollouts, answers)
 
 
 def saved(state: TrainState, belief: budget.Belief) -> dict:

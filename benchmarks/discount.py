@@ -46,8 +46,9 @@ def predictive_log_likelihood(workdir: pathlib.Path, discount: float, discount_m
         rewards = np.concatenate([np.arange(n) < w for n, w in zip(counts, wins, strict=True)]).astype(np.float32)
         index = np.repeat(np.arange(len(counts)), counts)
         belief = budget.update(
-            belief, ids, jnp.array(rewards), jnp.array(index), jnp.ones(len(rewards), bool), discount, discount_mixed
-        )
+            belief, ids, jnp.array(rewards), jnp.array(index), jnp.ones(len(rewards), bool),
+            discount=discount, discount_mixed=discount_mixed,
+        )  # fmt: skip
     return float(np.mean(scores))
 
 

@@ -32,7 +32,7 @@ class Prompts(struct.PyTreeNode):
 
 
 class Rollouts(struct.PyTreeNode):
-    """The responses of one step, sorted by prompt, padded on the right."""
+    """The responses of one step, padded on the right; a prompt's rows need not lie together."""
 
     prompt_index: jax.Array  # [R] int32 in [0, M); M on padding rows
     sample_index: jax.Array  # [R] int32, 0 .. N-1 within the prompt

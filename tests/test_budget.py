@@ -191,7 +191,15 @@ def test_belief_update_equals_loops():
         index = np.sort(rng.integers(0, 5, 12))  # 4 marks padding
         mask = index < 4
         rewards = rng.choice([0.0, 0.5, 1.0], 12).astype(np.float32)
-        belief = budget.update(belief, jnp.array(ids), jnp.array(rewards), jnp.array(index), jnp.array(mask), 0.8, 0.3)
+        belief = budget.update(
+            belief,
+            jnp.array(ids),
+            jnp.array(rewards),
+            jnp.array(index),
+            jnp.array(mask),
+            discount=0.8,
+            discount_mixed=0.3,
+        )
         successes, failures = updated_by_hand(successes, failures, ids, rewards, index, mask, 0.8, 0.3)
         np.testing.assert_allclose(belief.successes, successes, rtol=1e-5)
         np.testing.assert_allclose(belief.failures, failures, rtol=1e-5)

@@ -64,6 +64,15 @@ def test_samples_do_not_depend_on_the_other_prompts_or_the_rows():
     assert not np.array_equal(sample([2, 3, 4, 1], seed=1).tokens, everything.tokens[:10])
 
 
+def test_a_second_round_draws_the_samples_after_the_first():
+    at_once, first, second = sample([3, 4, 2, 3]), sample([2, 2, 2, 2]), sample([1, 2, 0, 1], first_sample=2)
+    rounds = [(r.prompt_index, r.sample_index, r.tokens) for r in (first, second)]
+    index, number, tokens = (np.concatenate(parts) for parts in zip(*rounds, strict=True))
+    order = np.lexsort((number, index))
+    np.testing.assert_array_equal(number[order], at_once.sample_index)
+    np.testing.assert_array_equal(tokens[order], at_once.tokens)
+
+
 def test_equal_prompts_of_different_tasks_draw_different_samples():
     one = tiny.prompts(lengths=(3,))
     twins = Prompts(jnp.tile(one.tokens, (2, 1)), jnp.tile(one.mask, (2, 1)), jnp.array([5, 6]))

@@ -11,7 +11,7 @@ import pytest
 
 from configs import arithmetic, gsm8k
 from configs.check import FREE_KEYS, check, flatten
-from krl import budget, learn
+from krl import learn
 from krl.run import report
 from krl.run.checkpoint import Checkpoints, claim_workdir, open_workdir, stop_on_signal
 from krl.run.evaluate import evaluate
@@ -265,10 +265,6 @@ def test_report_says_who_lost_and_what_was_never_reached(tmp_path):
 
 def test_seconds_as_words():
     assert [format_seconds(s) for s in (5, 65.4, 3671)] == ["0:05", "1:05", "1:01:11"]
-
-
-def test_budget_rules_are_the_ones_checked():
-    assert sorted(budget.RULES) == RULES
 
 
 def test_tiny_prompts_are_left_padded():

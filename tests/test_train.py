@@ -225,6 +225,19 @@ def test_real_rows_go_through_the_whole_path(tmp_path):
     assert "eval/accuracy" in rows(tmp_path / "work")[-1]
 
 
+@pytest.mark.parametrize(("rule", "total"), [("two_round", 16), ("two_round", 8), ("knapsack_paper", 16)])
+def test_other_rules_train(tmp_path, rule, total):
+    """A rule with a pilot, also when the pilot is all there is."""
+    changes = {"alloc.rule": rule, "alloc.budget": total, "optim.micro_batch": 2, "warm_start.steps": 2, "steps": 2}
+    done = run(tmp_path / "work", **changes)
+    assert done.returncode == 0, done.stderr
+    logged = rows(tmp_path / "work")
+    assert [row["rollouts_total"] for row in logged] == [0, total, 2 * total]
+    groups = rows(tmp_path / "work", "groups")
+    assert all(sum(row["counts"]) == total and min(row["counts"]) >= 2 for row in groups)
+    assert groups[0]["belief"] != [0.5] * 4 if rule == "two_round" else groups[0]["belief"] == [0.5] * 4
+
+
 def test_eval_measures_a_finished_run(finished):
     workdir, _ = finished
     done = run(workdir, script="eval.py")

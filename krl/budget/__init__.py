@@ -1,21 +1,66 @@
 """How many rollouts each prompt gets: pure jnp, no model, no input or output."""
 
-from krl.budget.allocate import RULES, allocate, knapsack
-from krl.budget.belief import Belief, fit_prior, init_belief, mean, posterior, take, update
-from krl.budget.value import grpo_value, log_gains, log_gains_beta
+from krl.budget.allocate import PILOT_RULES, RULES, allocate, value_rule
+from krl.budget.belief import (
+    Belief,
+    fit_prior,
+    init_belief,
+    mean,
+    mean_tokens,
+    merge,
+    observe,
+    posterior,
+    reward_variance,
+    take,
+    update,
+    window_rate,
+)
+from krl.budget.explanation import explain
+from krl.budget.simulate import Replay, logged_rates, replay, synthetic_rates
+from krl.budget.solve import knapsack, knapsack_cost, knapsack_large, max_plus_dp
+from krl.budget.value import (
+    continuous_value,
+    gains_of,
+    grpo_value,
+    log_gain,
+    log_gains,
+    log_gains_beta,
+    reinforce_value,
+    rloo_value,
+)
 
 __all__ = [
+    "PILOT_RULES",
     "RULES",
     "Belief",
+    "Replay",
     "allocate",
+    "continuous_value",
+    "explain",
     "fit_prior",
+    "gains_of",
     "grpo_value",
     "init_belief",
     "knapsack",
+    "knapsack_cost",
+    "knapsack_large",
+    "log_gain",
     "log_gains",
     "log_gains_beta",
+    "logged_rates",
+    "max_plus_dp",
     "mean",
+    "mean_tokens",
+    "merge",
+    "observe",
     "posterior",
+    "reinforce_value",
+    "replay",
+    "reward_variance",
+    "rloo_value",
+    "synthetic_rates",
     "take",
     "update",
+    "value_rule",
+    "window_rate",
 ]

@@ -1,125 +1,180 @@
-"""From gains and a budget to counts.
+"""The rules: from what is known of a step's prompts to their counts, behind one signature.
 
-The knapsack of a step is: maximise sum_i V(N_i, p_i) subject to sum_i N_i = R and
-n_min <= N_i <= n_max. V is concave in N, so this is a separable concave resource allocation, and
-taking the R - M n_min largest marginal gains is optimal (Fox, "Discrete optimization via marginal
-analysis", Management Science 13(3), 1966; Ibaraki & Katoh, "Resource Allocation Problems", 1988).
-No dynamic program is needed: one search for the threshold gain.
+A rule is a function (belief of M prompts, budget R, n_min, n_max) -> (counts [M] int32 with sum R, info).
+Where a rule from the literature was stated otherwise, its docstring says what was kept. All of them keep
+the bounds and the sum, so that runs and simulations can be compared at equal cost.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from krl.budget.belief import Belief, posterior
-from krl.budget.value import log_gains_beta
+from krl.budget.belief import Belief, mean, mean_tokens, posterior, reward_variance, window_rate
+from krl.budget.solve import knapsack, price
+from krl.budget.value import Value, check_bounds, continuous_value, gains_of, log_gains, log_gains_beta
+from krl.masked import divide
 
-Rule = Callable[[Belief, jax.Array | int, int, int], tuple[jax.Array, dict[str, Any]]]
+Counts = tuple[jax.Array, dict[str, Any]]
+Rule = Callable[[Belief, jax.Array | int, int, int], Counts]
 
 
-def knapsack(log_gains: jax.Array, budget: jax.Array | int, n_min: int) -> jax.Array:
-    """The exact counts for a table of marginal gains that do not rise along a row.
+def knapsack_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """The exact knapsack on the expected gains under each prompt's Beta belief.
 
-    The budget is data: changing it does not recompile. Ties go to the smaller count first and then to
-    the lower prompt index, so equal prompts share evenly and the answer is deterministic.
+    Assumes 0/1 rewards and that the policy moves little between a prompt's visits, beyond what the belief's
+    discounts say. Value: Li et al., arXiv 2509.25849.
+    """
+    alpha, beta = posterior(belief)
+    return _solve(log_gains_beta(alpha, beta, n_min, n_max), budget, n_min)
 
-    Args:
-        log_gains: [M, J] float32; column j is the (log) gain of rollout n_min + j + 1.
-        budget: R, an int or int32 scalar with M n_min <= R <= M (n_min + J). Outside jit another
-            value is refused; inside, the nearest possible budget is spent.
-        n_min: rollouts that every prompt gets in any case.
 
-    Returns:
-        counts [M] int32, sum R.
+def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """The knapsack by gain per token: of prompts that teach as much, those with short responses first.
 
-    Raises:
-        ValueError: log_gains is not of rank 2 or holds NaN, or the budget is out of range.
+    The R rollouts with the most expected gain for each of their tokens, which no other counts can beat at
+    the tokens these are expected to take (`expected_tokens`). Assumes that a prompt's responses stay as
+    long as they were.
+    """
+    alpha, beta = posterior(belief)
+    tokens = jnp.maximum(mean_tokens(belief), 1.0)
+    counts, info = _solve(log_gains_beta(alpha, beta, n_min, n_max) - jnp.log(tokens)[:, None], budget, n_min)
+    return counts, info | {"expected_tokens": (counts * tokens).sum()}
+
+
+def knapsack_continuous_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """The knapsack for rewards that are any numbers in [0, 1]: see `continuous_value`."""
+    variance = reward_variance(belief)[:, None]
+    value = functools.partial(lambda average, n: continuous_value(average, variance, n))
+    return _solve(gains_of(value, mean(belief), n_min, n_max), budget, n_min)
+
+
+def knapsack_paper_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """The rule of the Knapsack RL paper, as its text and published code have it.
+
+    The success rate is that of the newest visit, filled up from earlier outcomes to 16. A prompt with fewer
+    than 8 outcomes gets the uniform count; solved (1) and unsolved (0) ones get n_min; the rest is divided
+    by the knapsack on the plain rates. If the prompts in between need less than there is, at
+    log(0.1) / log(max(p, 1-p)) rollouts each, the surplus goes to the unsolved ones. Unlike the code,
+    this keeps n_max, counts the value of n_min rollouts, and never divides by zero prompts: what is left when all are
+    at their bounds goes first to prompts in between, then to new ones, then to solved ones.
 
     References:
-        Fox 1966; Ibaraki & Katoh 1988, chapter 4.
-
-    >>> from krl.budget.value import log_gains as gains
-    >>> knapsack(gains(jnp.array([0.0, 0.1, 0.5]), n_min=1, n_max=9), budget=10, n_min=1).tolist()
-    [1, 4, 5]
+        Li et al., "Knapsack RL", arXiv 2509.25849.
     """
-    if jnp.ndim(log_gains) != 2:
-        raise ValueError(f"log_gains must have shape [M, n_max - n_min], got {jnp.shape(log_gains)}")
-    prompts, columns = jnp.shape(log_gains)
-    if not isinstance(budget, jax.core.Tracer):
-        least, most = prompts * n_min, prompts * (n_min + columns)
-        if not least <= int(budget) <= most:
-            raise ValueError(f"budget {int(budget)} cannot be met: {prompts} prompts take {least} to {most} rollouts")
-    if not isinstance(log_gains, jax.core.Tracer) and bool(jnp.isnan(log_gains).any()):
-        raise ValueError("log_gains holds NaN; every success rate must be a number in [0, 1]")
-    return _take_largest(jnp.asarray(log_gains, jnp.float32), jnp.asarray(budget, jnp.int32), n_min)
+    prompts = belief.visits.shape[0]
+    budget = jnp.asarray(budget, jnp.int32)
+    rate = window_rate(belief)
+    new = belief.recorded < 8
+    unsolved, solved = ~new & (rate <= 0), ~new & (rate >= 1)
+    between = ~new & ~unsolved & ~solved
+    least = jnp.where(new, jnp.clip(budget // max(prompts, 1), n_min, n_max), n_min)
+    safe = jnp.where(between, rate, 0.5)
+    need = jnp.minimum(n_max, (jnp.log(0.1) / jnp.log(jnp.maximum(safe, 1 - safe))).astype(jnp.int32))
+    surplus = jnp.where(between, need, 0).sum() < budget - least.sum()
+
+    # One knapsack in tiers: a whole tier is taken before anything of the one below.
+    n = n_min + jnp.arange(n_max - n_min)[None, :]
+    gains = log_gains(safe, n_min, n_max)
+    wanted = between[:, None] & (~surplus | (n < n_min + need[:, None]))
+    tiers = jnp.where(wanted, gains, jnp.where(between[:, None], gains - 2e4, -3e4))
+    tiers = jnp.where(unsolved[:, None], -1e4, jnp.where(solved[:, None], -4e4, tiers))
+    # A new prompt's first rollouts are its uniform count, above every tier.
+    tiers = jnp.where(new[:, None] & (n < least[:, None]), 1.0, tiers)
+    counts = knapsack(tiers, budget, n_min)
+    return counts, {"surplus": surplus.astype(jnp.float32)}
 
 
-@jax.jit(static_argnames="n_min")
-def _take_largest(log_gains: jax.Array, budget: jax.Array, n_min: int) -> jax.Array:
-    prompts, columns = log_gains.shape
-    wanted = jnp.clip(budget - prompts * n_min, 0, prompts * columns)
-    keys = _ordered_integers(log_gains)
-    threshold = _largest_threshold(keys, wanted)
-    surely = keys > threshold
-    tied = keys == threshold
-    # Tied gains are taken column by column: the n-th rollout of every prompt before anyone's next.
-    rank = jnp.cumsum(tied.T.reshape(-1), dtype=jnp.int32).reshape(columns, prompts).T
-    taken = surely | (tied & (rank <= wanted - surely.sum(dtype=jnp.int32)))
-    return n_min + taken.sum(axis=1, dtype=jnp.int32)
-
-
-def _ordered_integers(values: jax.Array) -> jax.Array:
-    """Integers in the order of float32 values: the bit pattern, with negative numbers turned round."""
-    bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.int32)  # + 0.0 makes -0.0 equal 0.0
-    return jnp.where(bits < 0, jnp.iinfo(jnp.int32).min - bits - 1, bits)
-
-
-def _largest_threshold(keys: jax.Array, wanted: jax.Array) -> jax.Array:
-    """The largest integer t for which at least `wanted` of the keys are >= t, by bisection.
-
-    Building t bit by bit from the sign down needs 32 counts over the table, and no sort.
-    """
-
-    def with_bit(step, threshold):
-        candidate = threshold + jnp.left_shift(jnp.int32(1), 30 - step)
-        enough = (keys >= candidate).sum(dtype=jnp.int32) >= wanted
-        return jnp.where(enough, candidate, threshold)
-
-    lowest = jnp.iinfo(jnp.int32).min
-    start = jnp.where((keys >= 0).sum(dtype=jnp.int32) >= wanted, 0, lowest).astype(jnp.int32)
-    return jax.lax.fori_loop(0, 31, with_bit, start)
-
-
-def knapsack_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> tuple[jax.Array, dict[str, Any]]:
-    """The exact knapsack on the expected gains under each prompt's Beta belief."""
-    alpha, beta = posterior(belief)
-    gains = log_gains_beta(alpha, beta, n_min, n_max)
-    counts = knapsack(gains, budget, n_min)
-    return counts, {"price": _price(gains, counts, n_min)}
-
-
-def uniform_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> tuple[jax.Array, dict[str, Any]]:
+def uniform_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
     """Plain GRPO (Shao et al., arXiv 2402.03300): every prompt the same; the remainder to the first ones."""
-    prompts = belief.successes.shape[0]
-    share, remainder = jnp.divmod(jnp.asarray(budget, jnp.int32), prompts)
+    prompts = belief.visits.shape[0]
+    share, remainder = jnp.divmod(jnp.asarray(budget, jnp.int32), max(prompts, 1))
     counts = share + (jnp.arange(prompts) < remainder)
     return counts.astype(jnp.int32), {}
 
 
-def _price(log_gains: jax.Array, counts: jax.Array, n_min: int) -> jax.Array:
-    """The smallest (log) gain that was taken: what the last rollout of the budget was worth."""
-    taken = jnp.arange(log_gains.shape[1])[None, :] < (counts - n_min)[:, None]
-    return jnp.where(taken, log_gains, jnp.inf).min(initial=jnp.inf)
+def variance_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """Counts in proportion to sqrt(p (1-p)), the reward's standard deviation.
+
+    Neyman's allocation (J. Royal Statistical Society 97, 1934): it minimises the variance of the mean reward's
+    estimate over all prompts. Assumes that p is known; takes the belief's mean for it.
+    """
+    rate = mean(belief)
+    return _in_proportion(jnp.sqrt(rate * (1 - rate)), budget, n_min, n_max)
 
 
-RULES: dict[str, Rule] = {"knapsack": knapsack_rule, "uniform": uniform_rule}
+def inverse_sqrt_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """Counts in proportion to 1 / sqrt(p): the harder, the more.
+
+    What minimises the gradient's variance when only successes are learnt from (Yao et al., "GVM-RAFT",
+    arXiv 2505.02391, with equal gradient norms). Hopeless prompts take the most. Takes the belief's mean for p.
+    """
+    return _in_proportion(divide(1.0, jnp.sqrt(mean(belief))), budget, n_min, n_max)
 
 
-def allocate(
-    rule: str | Rule, belief: Belief, budget: jax.Array | int, n_min: int, n_max: int
-) -> tuple[jax.Array, dict[str, Any]]:
+def skip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """Skips prompts whose last groups were even, more often the longer that lasts; the others share alike.
+
+    GRESO (Zheng et al., arXiv 2506.02177) skips a prompt after z even groups in a row with probability
+    1 - 2^-z. Here it is explored on every 2^z-th of its visits, which is as often and needs no random
+    numbers; a skipped prompt still gets n_min.
+    """
+    period = jnp.left_shift(1, jnp.minimum(belief.even_streak, 20))
+    explored = belief.visits % period == 0
+    gains = jnp.where(explored, 0.0, -1.0)[:, None] * jnp.ones(n_max - n_min)
+    return knapsack(gains, budget, n_min), {"skipped": (~explored).mean(dtype=jnp.float32)}
+
+
+def dynamic_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """DAPO's dynamic sampling (Yu et al., arXiv 2503.14476) under a fixed budget.
+
+    DAPO samples uniform groups until R rollouts lie in mixed ones, however many that takes. With a
+    fixed budget its counts are the uniform ones: it changes when an update is made, not what a rollout
+    shows. `rounds` is how many such budgets one of its updates is expected to take.
+    """
+    counts, _ = uniform_rule(belief, budget, n_min, n_max)
+    rate = mean(belief)
+    mixed = 1 - rate**counts - (1 - rate) ** counts
+    return counts, {"rounds": divide(jnp.float32(counts.sum()), (counts * mixed).sum())}
+
+
+def two_round_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """The knapsack after a pilot: n_min rollouts of every prompt from the current policy come first.
+
+    Every prompt gets those in any case. Whoever calls this rule draws them, adds them to the belief with
+    `krl.budget.observe`, and passes that belief: see PILOT_RULES. Assumes that waiting between the two rounds
+    is worth it. Two-stage adaptive sampling as in Xiong et al., "Reinforce-Ada", arXiv 2510.04996.
+    """
+    return knapsack_rule(belief, budget, n_min, n_max)
+
+
+def value_rule(value: Value) -> Rule:
+    """A knapsack rule from a value function of your own, (p, n) -> value, at the belief's mean."""
+
+    def rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+        return _solve(gains_of(value, mean(belief), n_min, n_max), budget, n_min)
+
+    return rule
+
+
+RULES: dict[str, Rule] = {
+    "knapsack": knapsack_rule,
+    "knapsack_tokens": knapsack_tokens_rule,
+    "knapsack_continuous": knapsack_continuous_rule,
+    "knapsack_paper": knapsack_paper_rule,
+    "uniform": uniform_rule,
+    "variance": variance_rule,
+    "inverse_sqrt": inverse_sqrt_rule,
+    "skip": skip_rule,
+    "dynamic": dynamic_rule,
+    "two_round": two_round_rule,
+}
+PILOT_RULES = ("two_round",)  # rules whose belief must already hold n_min rollouts of this step
+
+
+def allocate(rule: str | Rule, belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
     """The counts of a step under a rule.
 
     Args:
@@ -138,11 +193,21 @@ def allocate(
         if rule not in RULES:
             raise ValueError(f"unknown allocation rule {rule!r}; the rules are {sorted(RULES)}")
         rule = RULES[rule]
-    if not 1 <= n_min <= n_max:
-        raise ValueError(f"need 1 <= n_min <= n_max, got n_min={n_min}, n_max={n_max}")
-    prompts = belief.successes.shape[0]
+    check_bounds(n_min, n_max)
+    prompts = belief.visits.shape[0]
     if not isinstance(budget, jax.core.Tracer) and not prompts * n_min <= int(budget) <= prompts * n_max:
         raise ValueError(
             f"budget {int(budget)} cannot be met: {prompts} prompts take {prompts * n_min} to {prompts * n_max} rollouts"
         )
     return rule(belief, budget, n_min, n_max)
+
+
+def _solve(gains: jax.Array, budget: jax.Array | int, n_min: int) -> Counts:
+    counts = knapsack(gains, budget, n_min)
+    return counts, {"price": price(gains, counts, n_min)}
+
+
+def _in_proportion(weights: jax.Array, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """Whole counts in proportion to weights [M] within the bounds, by Webster's method of highest averages."""
+    n = n_min + jnp.arange(n_max - n_min, dtype=jnp.float32)
+    return knapsack(jnp.log(weights)[:, None] - jnp.log(n + 0.5)[None, :], budget, n_min), {}

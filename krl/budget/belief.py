@@ -8,6 +8,8 @@ replaces; an even group makes none. So all of a task's evidence, the step's own 
 `discount_mixed` after a mixed group and by the larger `discount` after an even one.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -17,6 +19,7 @@ from krl.masked import divide, segment_differs, segment_sum
 # The prior's strength alpha + beta stays in this range: below it a single outcome would count as
 # certainty, above it no prompt could ever differ from the average one.
 STRENGTH_RANGE = (0.1, 10.0)
+WINDOW = 16  # newest outcomes kept one by one, for the rule of the paper
 
 
 class Belief(struct.PyTreeNode):
@@ -24,17 +27,37 @@ class Belief(struct.PyTreeNode):
 
     successes: jax.Array  # [D] float32, discounted sum of rewards
     failures: jax.Array  # [D] float32, discounted sum of 1 - reward
+    squares: jax.Array  # [D] float32, discounted sum of squared rewards
+    tokens: jax.Array  # [D] float32, discounted sum of response lengths, tokens
     visits: jax.Array  # [D] int32, steps in which the task was sampled
+    last_step: jax.Array  # [D] int32, the newest of them, -1 before
+    even_streak: jax.Array  # [D] int32, visits in a row whose rewards were all equal
+    recorded: jax.Array  # [D] int32, rollouts seen in all
+    last_count: jax.Array  # [D] int32, rollouts of the newest visit
+    last_successes: jax.Array  # [D] float32, sum of their rewards
+    recent: jax.Array  # [D] uint32, bit i = the i-th newest outcome of WINDOW was a reward of 1/2 or more
     prior_alpha: jax.Array  # [] float32
     prior_beta: jax.Array  # [] float32
 
 
 def init_belief(num_tasks: int) -> Belief:
     """Nothing known of D tasks: Jeffreys' prior, Beta(1/2, 1/2)."""
+
+    def zeros(dtype):
+        return jnp.zeros(num_tasks, dtype)
+
     return Belief(
-        successes=jnp.zeros(num_tasks, jnp.float32),
-        failures=jnp.zeros(num_tasks, jnp.float32),
-        visits=jnp.zeros(num_tasks, jnp.int32),
+        successes=zeros(jnp.float32),
+        failures=zeros(jnp.float32),
+        squares=zeros(jnp.float32),
+        tokens=zeros(jnp.float32),
+        visits=zeros(jnp.int32),
+        last_step=jnp.full(num_tasks, -1, jnp.int32),
+        even_streak=zeros(jnp.int32),
+        recorded=zeros(jnp.int32),
+        last_count=zeros(jnp.int32),
+        last_successes=zeros(jnp.float32),
+        recent=zeros(jnp.uint32),
         prior_alpha=jnp.float32(0.5),
         prior_beta=jnp.float32(0.5),
     )
@@ -42,11 +65,7 @@ def init_belief(num_tasks: int) -> Belief:
 
 def take(belief: Belief, task_ids: jax.Array) -> Belief:
     """The beliefs of some tasks: [D] arrays in, [M] arrays out, the same prior."""
-    return belief.replace(
-        successes=belief.successes[task_ids],
-        failures=belief.failures[task_ids],
-        visits=belief.visits[task_ids],
-    )
+    return jax.tree.map(lambda leaf: leaf[task_ids] if leaf.ndim else leaf, belief)
 
 
 def posterior(belief: Belief) -> tuple[jax.Array, jax.Array]:
@@ -60,17 +79,48 @@ def mean(belief: Belief) -> jax.Array:
     return divide(alpha, alpha + beta)
 
 
+def reward_variance(belief: Belief) -> jax.Array:
+    """Expected variance of a reward of each task, [D] float32 in [0, 1/4].
+
+    The prior stands for rewards of 0 and 1 in its proportion, so that few rewards that happen to be equal
+    are not taken for certainty. For 0/1 rewards this is m (1-m) with the mean m of `mean`.
+    """
+    alpha, beta = posterior(belief)
+    square = divide(belief.prior_alpha + belief.squares, alpha + beta)
+    return jnp.clip(square - divide(alpha, alpha + beta) ** 2, 0.0, 0.25)
+
+
+def mean_tokens(belief: Belief) -> jax.Array:
+    """Expected response length of each task, tokens, [D] float32; the average of the seen ones for others."""
+    outcomes = belief.successes + belief.failures
+    average = divide(belief.tokens.sum(), outcomes.sum())
+    return jnp.where(outcomes > 0, divide(belief.tokens, outcomes), jnp.where(average > 0, average, 1.0))
+
+
+def window_rate(belief: Belief) -> jax.Array:
+    """Success rate over the newest visit, filled up from the newest earlier outcomes to WINDOW; [D] float32.
+
+    0 for a task without outcomes. The paper's estimate (Li et al., arXiv 2509.25849, appendix).
+    """
+    kept = jnp.minimum(belief.recorded, WINDOW)
+    ones = jax.lax.population_count(belief.recent & (jnp.left_shift(jnp.uint32(1), kept.astype(jnp.uint32)) - 1))
+    long = belief.last_count >= WINDOW
+    return jnp.where(long, divide(belief.last_successes, belief.last_count), divide(ones.astype(jnp.float32), kept))
+
+
 @jax.jit
-def update(
+def observe(
     belief: Belief,
     task_ids: jax.Array,
     rewards: jax.Array,
     prompt_index: jax.Array,
     mask: jax.Array,
-    discount: jax.Array | float,
-    discount_mixed: jax.Array | float,
+    step: jax.Array | int = 0,
+    lengths: jax.Array | None = None,
+    discount: jax.Array | float = 1.0,
+    discount_mixed: jax.Array | float = 1.0,
 ) -> Belief:
-    """The belief after a step's rewards, with the prior fitted again.
+    """The belief after some rewards, with the prior as it was.
 
     Args:
         belief: of D tasks.
@@ -78,26 +128,106 @@ def update(
         rewards: [R] float32 in [0, 1]; a reward between counts as that fraction of a success.
         prompt_index: [R] int32, the row of task_ids that each rollout belongs to.
         mask: [R] bool, False on padding rows.
+        step: of the training run, kept as the tasks' newest visit.
+        lengths: [R] int32, response tokens; without them every length counts as 1.
         discount: what is left of a task's evidence after a group of equal rewards, in [0, 1].
         discount_mixed: the same after a group of rewards that differ.
 
     Returns:
-        The new belief. Tasks without a real rollout keep their evidence.
+        The new belief. Tasks without a real rollout keep their record.
     """
     num_prompts = task_ids.shape[0]
     index = jnp.where(mask, prompt_index, num_prompts)
-    wins = segment_sum(jnp.where(mask, rewards, 0.0), index, num_prompts)
+    rewards = jnp.where(mask, jnp.asarray(rewards, jnp.float32), 0.0)
+    lengths = jnp.ones(rewards.shape, jnp.float32) if lengths is None else lengths.astype(jnp.float32)
+    old = take(belief, task_ids)
+
+    wins, squares, tokens = (segment_sum(x, index, num_prompts) for x in (rewards, rewards**2, lengths))
     count = segment_sum(mask.astype(jnp.float32), index, num_prompts)
-    visited = count > 0
     mixed = segment_differs(rewards, index, num_prompts)
-    keep = jnp.where(visited, jnp.where(mixed, discount_mixed, discount), 1.0)
-    belief = belief.replace(
-        successes=belief.successes.at[task_ids].add(wins).at[task_ids].multiply(keep),
-        failures=belief.failures.at[task_ids].add(count - wins).at[task_ids].multiply(keep),
-        visits=belief.visits.at[task_ids].add(visited.astype(jnp.int32)),
+    keep = jnp.where(mixed, discount_mixed, discount)
+    number = count.astype(jnp.int32)
+    new = old.replace(
+        successes=keep * (old.successes + wins),
+        failures=keep * (old.failures + count - wins),
+        squares=keep * (old.squares + squares),
+        tokens=keep * (old.tokens + tokens),
+        visits=old.visits + 1,
+        last_step=jnp.full(num_prompts, step, jnp.int32),
+        even_streak=jnp.where(mixed, 0, old.even_streak + 1),
+        recorded=old.recorded + number,
+        last_count=number,
+        last_successes=wins,
+        recent=_shift_in(old.recent, rewards, index, number),
     )
+
+    def write(whole, before, after):
+        return whole.at[task_ids].set(jnp.where(count > 0, after, before)) if whole.ndim else whole
+
+    return jax.tree.map(write, belief, old, new)
+
+
+@jax.jit
+def update(
+    belief: Belief,
+    task_ids: jax.Array,
+    rewards: jax.Array,
+    prompt_index: jax.Array,
+    mask: jax.Array,
+    step: jax.Array | int = 0,
+    lengths: jax.Array | None = None,
+    *,
+    discount: jax.Array | float,
+    discount_mixed: jax.Array | float,
+) -> Belief:
+    """The belief after a step's rewards, with the prior fitted again; arguments as for `observe`.
+
+    The arrays of all D tasks are copied. A loop that has no more use for the old belief saves that with
+    `jax.jit(update, donate_argnums=0)`.
+    """
+    belief = observe(belief, task_ids, rewards, prompt_index, mask, step, lengths, discount, discount_mixed)
     alpha, beta = fit_prior(belief)
     return belief.replace(prior_alpha=alpha, prior_beta=beta)
+
+
+def _shift_in(recent: jax.Array, rewards: jax.Array, index: jax.Array, count: jax.Array) -> jax.Array:
+    """The windows after a step's outcomes; recent [M] uint32, rewards [R], index [R] (M marks padding), count [M]."""
+    num_prompts = len(count)
+    order = jnp.argsort(index, stable=True)
+    group = index[order]
+    end = jnp.append(jnp.cumsum(count), 0)[group]
+    age = end - 1 - jnp.arange(len(order))  # 0 for the newest outcome of a group
+    fits = (age < WINDOW) & (group < num_prompts)
+    bits = jnp.where(fits & (rewards[order] >= 0.5), jnp.left_shift(1, jnp.clip(age, 0, WINDOW - 1)), 0)
+    new = jax.ops.segment_sum(bits.astype(jnp.uint32), group, num_segments=num_prompts + 1)[:num_prompts]
+    shift = jnp.minimum(count, WINDOW).astype(jnp.uint32)
+    return (jnp.left_shift(recent, shift) | new) & jnp.uint32(2**WINDOW - 1)
+
+
+def merge(beliefs: Sequence[Belief]) -> Belief:
+    """One belief from several hosts that began with the same one and visited different tasks.
+
+    Args:
+        beliefs: at least one, of the same D tasks.
+
+    Returns:
+        Of each task the record with the newest visit, the earlier belief's if they are level; the prior is
+        fitted to the result.
+
+    Raises:
+        ValueError: no belief, or beliefs of different numbers of tasks.
+    """
+    sizes = {belief.visits.shape for belief in beliefs}
+    if len(sizes) != 1:
+        raise ValueError(f"merge needs beliefs of the same tasks, got {sorted(sizes)}")
+    newest = jnp.stack([belief.last_step for belief in beliefs]).argmax(axis=0)
+
+    def pick(*leaves):
+        return jnp.take_along_axis(jnp.stack(leaves), newest[None], axis=0)[0] if leaves[0].ndim else leaves[0]
+
+    merged = jax.tree.map(pick, *beliefs)
+    alpha, beta = fit_prior(merged)
+    return merged.replace(prior_alpha=alpha, prior_beta=beta)
 
 
 def fit_prior(belief: Belief) -> tuple[jax.Array, jax.Array]:

@@ -9,11 +9,28 @@ gained from it (Li et al., "Knapsack RL", arXiv 2509.25849, section 3):
 The gain of one rollout more, V(n+1, p) - V(n, p) = p (1-p)^2 (p^n (1-p) + (1-p)^n p), falls strictly
 in n for 0 < p < 1, so V is concave in N and the largest gains are the optimal ones to take. Gains
 are kept as logarithms: in float32 the plain ones underflow long before n = 128.
+
+Other estimators learn differently from the same rollouts. Let one logit decide whether a rollout
+succeeds, so that its score is r - p and the true gradient is v = p (1-p). A step of the best size along
+an estimate g improves a smooth objective by at most a constant times E[g]^2 / E[g^2], whatever g's
+scale. Relative to a step along the true gradient that is
+
+    rho_N = E[g]^2 / E[g^2]    in [0, 1],
+
+and a group's value is p (1-p)^2 rho_N. `rloo_value`, `reinforce_value` and `continuous_value` are that for
+their estimators. For rare successes all of them, and the paper's, behave as N p / (1 + N p).
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import betaln
+import numpy as np
+
+from krl.masked import divide
+
+Bound = int | np.ndarray | jax.Array  # one number of rollouts for all prompts, or [M] of them
+Value = Callable[[jax.Array, jax.Array], jax.Array]  # (p, n) -> value, broadcasting
 
 
 def grpo_value(p: jax.Array, n: jax.Array) -> jax.Array:
@@ -36,30 +53,113 @@ def grpo_value(p: jax.Array, n: jax.Array) -> jax.Array:
     return p * (1 - p) ** 2 * (1 - p**n - (1 - p) ** n)
 
 
-def log_gains(p: jax.Array, n_min: int, n_max: int) -> jax.Array:
+def rloo_value(p: jax.Array, n: jax.Array) -> jax.Array:
+    """The value of n rollouts under the leave-one-out estimator, and under Dr. GRPO.
+
+    RLOO's estimate of the gradient is the sample variance s^2 of the rewards (N - 1 in the denominator):
+    it is unbiased, and Var[s^2] = (m4 - v^2 (N-3)/(N-1)) / N with the fourth central moment
+    m4 = v (1 - 3v) of a 0/1 reward of variance v = p (1-p). Hence
+
+        rho_N = v / (v + (1 - 4v + 2v/(N-1)) / N).
+
+    Dr. GRPO leaves the standard deviation out and averages over N: (N-1)/N times RLOO's estimate. rho
+    does not see a scale, so both have this value.
+
+    Args:
+        p: [...] float, success rates in [0, 1].
+        n: [...] int or float, rollouts; one rollout has no other to compare with and is worth 0.
+
+    Returns:
+        [...] float32, dimensionless.
+
+    References:
+        Ahmadian et al., "Back to Basics", arXiv 2402.14740; Liu et al., "Dr. GRPO", arXiv 2503.20783.
+
+    >>> float(rloo_value(0.5, 2))
+    0.0625
+    """
+    p, n = jnp.asarray(p, jnp.float32), jnp.asarray(n, jnp.float32)
+    variance = p * (1 - p)
+    noise = divide(1 - 4 * variance + divide(2 * variance, n - 1), n)
+    return jnp.where(n > 1, divide(variance, variance + noise), 0.0) * variance * (1 - p)
+
+
+def reinforce_value(p: jax.Array, n: jax.Array) -> jax.Array:
+    """The value of n rollouts under REINFORCE without a baseline.
+
+    The estimate is the mean of r (r - p) over the group: unbiased, of variance (1-p)^2 v / N with
+    v = p (1-p), so that rho_N = N p / (N p + 1 - p). A single rollout already teaches.
+
+    Args:
+        p: [...] float, success rates in [0, 1].
+        n: [...] int or float, rollouts.
+
+    Returns:
+        [...] float32, dimensionless.
+
+    References:
+        Williams, "Simple statistical gradient-following algorithms", Machine Learning 8, 1992.
+
+    >>> float(reinforce_value(0.5, 1))
+    0.0625
+    """
+    p, n = jnp.asarray(p, jnp.float32), jnp.asarray(n, jnp.float32)
+    return divide(n * p, n * p + 1 - p) * p * (1 - p) ** 2
+
+
+def continuous_value(mean: jax.Array, variance: jax.Array, n: jax.Array) -> jax.Array:
+    """The value of n rollouts whose rewards are any numbers in [0, 1].
+
+    For 0/1 rewards p (1-p)^2 is the variance of the reward times the room above its mean, and that is
+    what any bounded reward offers. The estimate is the sample variance again. With the fourth moment of a
+    normal distribution, m4 = 3 v^2, its own variance is 2 v^2 / (N - 1), so rho_N = (N-1) / (N+1): groups of
+    continuous rewards are never even, and the first rollouts are worth most.
+
+    Args:
+        mean: [...] float, mean rewards in [0, 1].
+        variance: [...] float >= 0, variances of the reward.
+        n: [...] int or float, rollouts; one is worth 0.
+
+    Returns:
+        [...] float32, in units of squared reward.
+
+    >>> round(float(continuous_value(0.5, 0.25, 3)), 6)
+    0.0625
+    """
+    mean, variance, n = (jnp.asarray(array, jnp.float32) for array in (mean, variance, n))
+    return variance * (1 - mean) * divide(jnp.maximum(n - 1, 0), n + 1)
+
+
+def log_gains(p: jax.Array, n_min: Bound, n_max: Bound, *, columns: int | None = None) -> jax.Array:
     """Logarithm of the gain of the rollouts n_min + 1 .. n_max of each prompt.
 
     Args:
         p: [M] float, success rates in [0, 1].
-        n_min, n_max: the fewest and the most rollouts of a prompt, static.
+        n_min, n_max: the fewest and the most rollouts, ints or [M] int arrays.
+        columns: J, static. By default the largest n_max less the smallest n_min; name it where the bounds
+            are traced.
 
     Returns:
-        [M, n_max - n_min] float32; column j holds log(V(n_min + j + 1, p) - V(n_min + j, p)). Rows do
+        [M, J] float32; column j of row i holds log(V(n + 1, p_i) - V(n, p_i)) at n = n_min_i + j. Rows do
         not rise; a prompt with p = 0 or p = 1 has nothing to gain, -inf.
 
     Raises:
-        ValueError: p is not of rank 1, or not 1 <= n_min <= n_max.
+        ValueError: p is not of rank 1, not 1 <= n_min <= n_max, or no columns for traced bounds.
     """
-    _check(n_min, n_max, p=p)
-    p = jnp.asarray(p, jnp.float32)[:, None]
-    n = jnp.arange(n_min, n_max, dtype=jnp.float32)[None, :]
+    n = _rollouts(n_min, n_max, columns, p=p)
+    return jax.lax.cummin(log_gain(jnp.asarray(p, jnp.float32)[:, None], n), axis=1)
+
+
+def log_gain(p: jax.Array, n: jax.Array) -> jax.Array:
+    """Logarithm of the gain of rollout n + 1; p and n broadcast. -inf at p = 0 and p = 1; float32."""
     log_p, log_q = jnp.log(p), jnp.log1p(-p)
-    gains = log_p + 2 * log_q + jnp.logaddexp(n * log_p + log_q, n * log_q + log_p)
-    certain = (p <= 0) | (p >= 1)
-    return jax.lax.cummin(jnp.where(certain, -jnp.inf, gains), axis=1)
+    gain = log_p + 2 * log_q + jnp.logaddexp(n * log_p + log_q, n * log_q + log_p)
+    return jnp.where((p <= 0) | (p >= 1), -jnp.inf, gain)
 
 
-def log_gains_beta(alpha: jax.Array, beta: jax.Array, n_min: int, n_max: int) -> jax.Array:
+def log_gains_beta(
+    alpha: jax.Array, beta: jax.Array, n_min: Bound, n_max: Bound, *, columns: int | None = None
+) -> jax.Array:
     """Logarithm of the expected gain of each further rollout when p ~ Beta(alpha, beta).
 
     The expectation of p (1-p)^2 (p^n (1-p) + (1-p)^n p) has a closed form,
@@ -67,29 +167,95 @@ def log_gains_beta(alpha: jax.Array, beta: jax.Array, n_min: int, n_max: int) ->
         E[g(n)] = [B(a+n+1, b+3) + B(a+2, b+n+2)] / B(a, b),
 
     and as a mixture of functions that fall in n it falls in n too. Prompts never seen, always failed
-    and always solved need no special case: 0 of 2 and 0 of 200 are different beliefs.
+    and always solved need no special case: 0 of 2 and 0 of 200 are different beliefs. The ratios of Beta
+    functions are products of plain fractions, so no Gamma function is evaluated and beliefs of any strength
+    keep their precision.
 
     Args:
         alpha, beta: [M] float > 0, the parameters of each prompt's belief.
-        n_min, n_max: the fewest and the most rollouts of a prompt, static.
+        n_min, n_max, columns: as for `log_gains`.
 
     Returns:
-        [M, n_max - n_min] float32, finite; column j is the gain of rollout n_min + j + 1.
+        [M, J] float32, finite; column j of row i is the gain of rollout n_min_i + j + 1.
 
     Raises:
-        ValueError: alpha or beta is not of rank 1, or not 1 <= n_min <= n_max.
+        ValueError: alpha or beta is not of rank 1, or the bounds are wrong as for `log_gains`.
     """
-    _check(n_min, n_max, alpha=alpha, beta=beta)
-    a, b = jnp.asarray(alpha, jnp.float32)[:, None], jnp.asarray(beta, jnp.float32)[:, None]
-    n = jnp.arange(n_min, n_max, dtype=jnp.float32)[None, :]
-    successes_first, failures_first = betaln(a + n + 1, b + 3), betaln(a + 2, b + n + 2)
-    gains = jnp.logaddexp(successes_first, failures_first) - betaln(a, b)
-    return jax.lax.cummin(gains, axis=1)
+    n = _rollouts(n_min, n_max, columns, alpha=alpha, beta=beta)
+    a, b = jnp.asarray(alpha, jnp.float32), jnp.asarray(beta, jnp.float32)
+    four = sum(jnp.log(a + b + i) for i in range(4))
+    won = jnp.log(a) + sum(jnp.log(b + i) for i in range(3)) - four  # B(a+1, b+3) / B(a, b), at n = 0
+    lost = jnp.log(a) + jnp.log(a + 1) + jnp.log(b) + jnp.log(b + 1) - four  # B(a+2, b+2) / B(a, b)
+
+    def one_more(won, lost, n):
+        """From n to n + 1 by B(x+1, y) = B(x, y) x / (x+y)."""
+        total = a + b + n + 4
+        return won + jnp.log(divide(a + n + 1, total)), lost + jnp.log(divide(b + n + 2, total))
+
+    def before_first(n, state):
+        return tuple(
+            jnp.where(n < first, after, now) for now, after in zip(state, one_more(state[0], state[1], n), strict=True)
+        )
+
+    def column(state, offset):
+        won, lost, lowest = state
+        gain = jnp.minimum(lowest, jnp.logaddexp(won, lost))  # rounding must not make a row rise
+        return (*one_more(won, lost, first + offset), gain), gain
+
+    first = n[:, 0] if n.shape[1] else jnp.zeros(1)
+    won, lost = jax.lax.fori_loop(0, first.max(initial=0).astype(jnp.int32), before_first, (won, lost))
+    start = won, lost, jnp.full_like(won, jnp.inf)
+    return jax.lax.scan(column, start, jnp.arange(n.shape[1], dtype=jnp.float32))[1].T
 
 
-def _check(n_min: int, n_max: int, **vectors) -> None:
+def gains_of(value: Value, p: jax.Array, n_min: Bound, n_max: Bound, *, columns: int | None = None) -> jax.Array:
+    """Logarithms of the marginal gains of any value function, for a knapsack of your own.
+
+    Args:
+        value: (p, n) -> value, for arrays that broadcast; it must rise in n ever more slowly. `knapsack`
+            refuses a table whose gains rise; `max_plus_dp` takes any values.
+        p: [M] float, what is known of each prompt; it goes to `value` as [M, 1].
+        n_min, n_max, columns: as for `log_gains`.
+
+    Returns:
+        [M, J] float32; column j of row i is log(value(p_i, n + 1) - value(p_i, n)) at n = n_min_i + j, and
+        -inf where nothing is gained.
+
+    >>> [round(float(gain), 2) for gain in gains_of(lambda p, n: p * jnp.sqrt(n), jnp.array([1.0]), 1, 4)[0]]
+    [-0.88, -1.15, -1.32]
+    """
+    n = _rollouts(n_min, n_max, columns, p=p)
+    p = jnp.asarray(p, jnp.float32)[:, None]
+    after = value(p, n + 1)
+    gain = after - value(p, n)
+    falling = jax.lax.cummin(gain, axis=1)
+    # Rounding makes flat stretches wiggle; a rise beyond that is the function's own and is left to be seen.
+    rounding = 8 * jnp.finfo(jnp.float32).eps * jnp.abs(after)
+    gain = jnp.where((gain > falling + rounding).any(axis=1, keepdims=True), gain, falling)
+    return jnp.where(gain <= 0, -jnp.inf, jnp.log(jnp.where(gain <= 0, 1.0, gain)))
+
+
+def _rollouts(n_min: Bound, n_max: Bound, columns: int | None, **vectors) -> jax.Array:
+    """[M or 1, J] float32: how many rollouts a prompt has before the one of each column."""
     for name, vector in vectors.items():
         if jnp.ndim(vector) != 1:
             raise ValueError(f"{name} must have shape [M], got {jnp.shape(vector)}")
-    if not 1 <= n_min <= n_max:
+    check_bounds(n_min, n_max)
+    if columns is None:
+        if isinstance(n_min, jax.core.Tracer) or isinstance(n_max, jax.core.Tracer):
+            raise ValueError("n_min or n_max is traced, so the width of the table is unknown; name columns")
+        highest, lowest = (
+            np.max(np.asarray(n_max), initial=0),
+            np.min(np.asarray(n_min), initial=np.max(n_max, initial=0)),
+        )
+        columns = int(highest - lowest)
+    first = jnp.asarray(n_min, jnp.float32).reshape(-1, 1)
+    return first + jnp.arange(columns, dtype=jnp.float32)[None, :]
+
+
+def check_bounds(n_min: Bound, n_max: Bound) -> None:
+    """Refuse bounds that are not 1 <= n_min <= n_max, where they are known."""
+    if isinstance(n_min, jax.core.Tracer) or isinstance(n_max, jax.core.Tracer):
+        return
+    if np.any(np.asarray(n_min) < 1) or np.any(np.asarray(n_min) > np.asarray(n_max)):
         raise ValueError(f"need 1 <= n_min <= n_max, got n_min={n_min}, n_max={n_max}")

@@ -23,6 +23,7 @@ def generate(
     pad_id: int = 0,
     num_rollouts: int | None = None,
     temperature: jax.Array | float = 1.0,
+    first_sample: jax.Array | int = 0,
 ) -> Rollouts:
     """Sample counts[i] responses to prompt i.
 
@@ -41,6 +42,7 @@ def generate(
         pad_id: written after the end.
         num_rollouts: R, the number of rows; needed when counts are traced, else their sum.
         temperature: the logits are divided by it; 0 takes the most likely token.
+        first_sample: the sample index of each prompt's first row, for a second round in the same step.
 
     Returns:
         Rollouts of R rows sorted by prompt.
@@ -58,13 +60,17 @@ def generate(
     if num_rollouts is None:
         raise ValueError("num_rollouts must be given when counts are traced")
     return _generate(
-        config, params, prompts, counts, key, temperature, max_new_tokens, tuple(eos_ids), pad_id, num_rollouts
-    )
+        config, params, prompts, counts, key, temperature, first_sample,
+        max_new_tokens, tuple(eos_ids), pad_id, num_rollouts,
+    )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9))
-def _generate(config, params, prompts, counts, key, temperature, max_new_tokens, eos_ids, pad_id, num_rollouts):
+@functools.partial(jax.jit, static_argnums=(0, 7, 8, 9, 10))
+def _generate(
+    config, params, prompts, counts, key, temperature, first_sample, max_new_tokens, eos_ids, pad_id, num_rollouts
+):
     prompt_index, sample_index, mask = make_slots(counts, num_rollouts)
+    sample_index = jnp.where(mask, sample_index + first_sample, 0)
     source = jnp.minimum(prompt_index, prompts.tokens.shape[0] - 1)
     keys = jax.vmap(lambda task, sample: jax.random.fold_in(jax.random.fold_in(key, task), sample))(
         prompts.task_ids[source], sample_index

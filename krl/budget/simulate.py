@@ -1,0 +1,212 @@
+"""Replay of a rule without a model: prompts whose success rates are given for every step.
+
+What a rule decides does not change the rates, so all rules face the same prompts and can be compared, also
+with the rule that knows the rates. Everything is one jitted scan over the steps, vectorised over seeds.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from krl.budget import belief as beliefs
+from krl.budget.allocate import PILOT_RULES, RULES, Rule
+from krl.budget.value import grpo_value
+from krl.masked import divide, segment_sum
+
+BINS = 20  # of the success rate, in the histograms
+KNOWN = 1e6  # outcomes that make the belief of the rule that knows the rates
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """What a rule did, for S seeds and `steps` steps."""
+
+    effective: np.ndarray  # [S, steps] share of the rollouts that lie in mixed groups
+    mixed: np.ndarray  # [S, steps] share of the prompts whose group is mixed
+    realised: np.ndarray  # [S, steps] sum over mixed groups of p (1-p)^2
+    expected: np.ndarray  # [S, steps] sum over prompts of V(N, p) at the true rates
+    log_loss: np.ndarray  # [S, steps] mean -log of the belief's probability of each outcome, nats
+    counts: np.ndarray  # [S, BINS] mean rollouts of a prompt, by its true rate
+    prompts: np.ndarray  # [S, BINS] how many prompts were seen at such a rate
+    believed: np.ndarray  # [S, BINS] prompts seen, by the believed rate
+    succeeded: np.ndarray  # [S, BINS] mean true rate of those prompts: believed well if near the bin's centre
+
+
+def synthetic_rates(
+    key: jax.Array,
+    num_tasks: int,
+    steps: int,
+    *,
+    hopeless: float = 0.3,
+    solved: float = 0.3,
+    drift: float = 0.05,
+    trend: float = 0.003,
+) -> jax.Array:
+    """Success rates of a data set while a policy learns.
+
+    A share of the tasks is hopeless (p = 0.0005), a share solved (p = 0.9995); the others start at
+    uniform rates. All their logits move by a random walk with a trend upwards, the hopeless and solved ones' too.
+
+    Args:
+        key: consumed.
+        num_tasks: D.
+        steps: of the run.
+        hopeless, solved: shares in [0, 1].
+        drift: standard deviation of a step's move, logits.
+        trend: mean of a step's move, logits.
+
+    Returns:
+        [steps, D] float32 in (0, 1).
+    """
+    kind_key, start_key, walk_key = jax.random.split(key, 3)
+    kind = jax.random.uniform(kind_key, (num_tasks,))
+    start = jax.random.uniform(start_key, (num_tasks,), minval=0.005, maxval=0.995)
+    start = jnp.where(kind < hopeless, 0.0005, jnp.where(kind < hopeless + solved, 0.9995, start))
+    moves = trend + drift * jax.random.normal(walk_key, (steps, num_tasks))
+    return jax.nn.sigmoid(jax.scipy.special.logit(start) + jnp.cumsum(moves, axis=0))
+
+
+def logged_rates(rows: Sequence[Mapping], num_tasks: int, *, bandwidth: float = 20.0) -> jax.Array:
+    """Success rates at every step of a real run, from the groups it logged.
+
+    A task's outcomes are averaged with weights that fall with their distance in steps, as a normal
+    distribution; a task that was never sampled has the average rate of all. Half an outcome at the task's
+    own average, pulled a little off 0 and 1, keeps the rates inside.
+
+    Args:
+        rows: one per step, with `task_ids`, `counts` and `successes`: the rows of a work directory's groups.jsonl.
+        num_tasks: D.
+        bandwidth: standard deviation of the weights, steps.
+
+    Returns:
+        [steps, D] float32 in (0, 1).
+    """
+    steps = len(rows)
+    wins, outcomes = np.zeros((steps, num_tasks), np.float32), np.zeros((steps, num_tasks), np.float32)
+    for step, row in enumerate(rows):
+        wins[step, row["task_ids"]] = row["successes"]
+        outcomes[step, row["task_ids"]] = row["counts"]
+    overall = divide(wins.sum(), outcomes.sum())
+    own = divide(wins.sum(axis=0) + 0.1 * overall, outcomes.sum(axis=0) + 0.1)
+    distance = jnp.arange(steps)[:, None] - jnp.arange(steps)[None, :]
+    weights = jnp.exp(-0.5 * divide(distance.astype(jnp.float32), jnp.float32(bandwidth)) ** 2)
+    return divide(weights @ wins + 0.5 * own, weights @ outcomes + 0.5)
+
+
+def replay(
+    rule: str | Rule,
+    rates: jax.Array,
+    keys: jax.Array,
+    *,
+    prompts_per_step: int,
+    budget: int,
+    n_min: int,
+    n_max: int,
+    discount: float = 0.9,
+    discount_mixed: float = 0.9,
+    prior: tuple[float, float] | None = None,
+) -> Replay:
+    """Run a rule for every step of some success rates.
+
+    Each pass over the data is a fresh permutation, cut into steps of M prompts, the same for every rule.
+
+    Args:
+        rule: a key of RULES, a function like them, or "known" for the knapsack that is told the rates.
+        rates: [S, steps, D] float32, true success rates for each seed.
+        keys: [S] random keys, one per seed; consumed.
+        prompts_per_step: M <= D.
+        budget: R, rollouts per step.
+        n_min, n_max: the fewest and the most rollouts of a prompt.
+        discount, discount_mixed: of the belief, see `krl.budget.update`.
+        prior: (alpha, beta) held fixed; by default it is fitted as the run goes.
+
+    Returns:
+        A Replay.
+
+    Raises:
+        ValueError: an unknown rule, or rates that are not [S, steps, D] with D >= M.
+    """
+    if rule != "known" and isinstance(rule, str) and rule not in RULES:
+        raise ValueError(f"unknown allocation rule {rule!r}; the rules are 'known' and {sorted(RULES)}")
+    if rates.ndim != 3 or rates.shape[2] < prompts_per_step or rates.shape[0] != keys.shape[0]:
+        raise ValueError(f"rates must be [seeds, steps, D] with D >= {prompts_per_step}, got {rates.shape}")
+    one = functools.partial(
+        _replay_one, rule, prompts_per_step=prompts_per_step, budget=budget, n_min=n_min, n_max=n_max, fit=prior is None
+    )
+    discounts = jnp.float32(discount), jnp.float32(discount_mixed)
+    start = beliefs.init_belief(rates.shape[2])
+    if prior is not None:
+        start = start.replace(prior_alpha=jnp.float32(prior[0]), prior_beta=jnp.float32(prior[1]))
+    shown = jax.jit(jax.vmap(one, in_axes=(0, 0, None, None)))(rates, keys, start, discounts)
+    return Replay(**{name: np.asarray(value) for name, value in shown.items()})
+
+
+def _replay_one(rule, rates, key, start, discounts, *, prompts_per_step, budget, n_min, n_max, fit):
+    steps, num_tasks = rates.shape
+    per_pass = num_tasks // prompts_per_step
+    order_key, outcome_key = jax.random.split(key)
+    choose = RULES["knapsack"] if rule == "known" else RULES[rule] if isinstance(rule, str) else rule
+
+    def tasks_of(step):
+        order = jax.random.permutation(jax.random.fold_in(order_key, step // per_pass), num_tasks)
+        return jax.lax.dynamic_slice(order, (step % per_pass * prompts_per_step,), (prompts_per_step,))
+
+    def take_step(belief, inputs):
+        step, rate = inputs
+        ids = tasks_of(step)
+        p = rate[ids]
+        known = beliefs.take(belief, ids)
+        # Outcome j of a prompt is the same whatever the counts, so that rules differ in nothing but their counts.
+        luck = jax.random.fold_in(outcome_key, step)
+        draws = jax.random.uniform(luck, (prompts_per_step, n_max)) < p[:, None]
+        if rule == "known":
+            told = known.replace(successes=KNOWN * p, failures=KNOWN * (1 - p))
+            counts, _ = choose(told, budget, n_min, n_max)
+        elif rule in PILOT_RULES:
+            index = jnp.repeat(jnp.arange(prompts_per_step), n_min)
+            pilot = draws[:, :n_min].reshape(-1).astype(jnp.float32)
+            fresh = beliefs.observe(known, jnp.arange(prompts_per_step), pilot, index, jnp.ones(index.shape, bool))
+            counts, _ = choose(fresh, budget, n_min, n_max)
+        else:
+            counts, _ = choose(known, budget, n_min, n_max)
+        index = jnp.searchsorted(jnp.cumsum(counts), jnp.arange(budget), side="right")
+        sample = jnp.arange(budget) - (jnp.cumsum(counts) - counts)[index]
+        rewards = draws[index, sample].astype(jnp.float32)
+        everything = jnp.ones(budget, bool)
+        shown = _measure(p, beliefs.mean(known), counts, rewards, index)
+        change = beliefs.update if fit else beliefs.observe
+        belief = change(
+            belief, ids, rewards, index, everything, step, discount=discounts[0], discount_mixed=discounts[1]
+        )
+        return belief, shown
+
+    _, shown = jax.lax.scan(take_step, start, (jnp.arange(steps), rates))
+    sums = {name: shown.pop(name).sum(axis=0) for name in ("counts", "prompts", "believed", "succeeded")}
+    sums["counts"] = divide(sums["counts"], sums["prompts"])
+    sums["succeeded"] = divide(sums["succeeded"], sums["believed"])
+    return shown | sums
+
+
+def _measure(p, believed, counts, rewards, index) -> dict[str, jax.Array]:
+    """The numbers of one step; all but `rewards` and `index` [R] are [M]."""
+    prompts = len(p)
+    wins = segment_sum(rewards, index, prompts)
+    mixed = (wins > 0) & (wins < counts)
+    misfit = -(wins * jnp.log(believed) + (counts - wins) * jnp.log1p(-believed))
+    true_bin, believed_bin = (jnp.clip((rate * BINS).astype(jnp.int32), 0, BINS - 1) for rate in (p, believed))
+    ones = jnp.ones(prompts)
+    return {
+        "effective": divide(jnp.where(mixed, counts, 0).sum(), counts.sum()),
+        "mixed": mixed.mean(dtype=jnp.float32),
+        "realised": jnp.where(mixed, p * (1 - p) ** 2, 0.0).sum(),
+        "expected": grpo_value(p, counts).sum(),
+        "log_loss": divide(misfit.sum(), counts.sum()),
+        "counts": segment_sum(counts.astype(jnp.float32), true_bin, BINS),
+        "prompts": segment_sum(ones, true_bin, BINS),
+        "believed": segment_sum(ones, believed_bin, BINS),
+        "succeeded": segment_sum(p, believed_bin, BINS),
+    }

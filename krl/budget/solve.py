@@ -1,0 +1,395 @@
+"""Exact solvers: from a table of gains and a budget to counts.
+
+The knapsack of a step is: maximise sum_i V(N_i, p_i) subject to sum_i N_i = R and
+n_min <= N_i <= n_max. V is concave in N, so this is a separable concave resource allocation, and
+taking the R - M n_min largest marginal gains is optimal (Fox, "Discrete optimization via marginal
+analysis", Management Science 13(3), 1966; Ibaraki & Katoh, "Resource Allocation Problems", 1988).
+No dynamic program is needed: one search for the threshold gain.
+"""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from krl.budget.value import Bound, check_bounds, log_gain
+
+
+def knapsack(
+    log_gains: jax.Array,
+    budget: jax.Array | int,
+    n_min: Bound,
+    n_max: Bound | None = None,
+    mask: jax.Array | None = None,
+) -> jax.Array:
+    """The exact counts for a table of marginal gains that do not rise along a row.
+
+    The budget is data: changing it does not recompile. Ties go to the smaller count first and then to
+    the lower prompt index, so equal prompts share evenly and the answer is deterministic.
+
+    Args:
+        log_gains: [M, J] float32; column j of row i is the (log) gain of rollout n_min_i + j + 1.
+        budget: R, an int or int32 scalar from the sum of n_min to the sum of n_max. Outside jit another
+            value is refused; inside, the nearest possible budget is spent.
+        n_min: rollouts that every prompt gets in any case, an int or [M] int32.
+        n_max: the most rollouts of a prompt, an int or [M] int32; by default n_min + J.
+        mask: [M] bool, False on prompts that get nothing.
+
+    Returns:
+        counts [M] int32, sum R.
+
+    Raises:
+        ValueError: log_gains is not of rank 2, holds NaN or rises along a row; the bounds or the budget are
+            out of range. Values inside jit cannot be checked.
+
+    References:
+        Fox 1966; Ibaraki & Katoh 1988, chapter 4.
+
+    >>> from krl.budget.value import log_gains as gains
+    >>> knapsack(gains(jnp.array([0.0, 0.1, 0.5]), n_min=1, n_max=9), budget=10, n_min=1).tolist()
+    [1, 4, 5]
+    """
+    if jnp.ndim(log_gains) != 2:
+        raise ValueError(f"log_gains must have shape [M, n_max - n_min], got {jnp.shape(log_gains)}")
+    least, most = _limits(jnp.shape(log_gains), n_min, n_max, mask)
+    _check_budget(budget, least, most)
+    _check_gains(log_gains)
+    return _take_largest(jnp.asarray(log_gains, jnp.float32), jnp.asarray(budget, jnp.int32), least, most)
+
+
+@jax.jit
+def _take_largest(log_gains: jax.Array, budget: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:
+    wanted = jnp.clip(budget, least.sum(), most.sum()) - least.sum()
+    allowed = jnp.arange(log_gains.shape[1]) < (most - least)[:, None]
+    keys = jnp.where(allowed, _ordered_integers(log_gains), _NEVER)
+    threshold = _largest_threshold(lambda candidate: (keys >= candidate).sum(dtype=jnp.int32), wanted)
+    surely = keys > threshold
+    tied = allowed & (keys == threshold)
+    taken = surely | (tied & (_running_total(tied.astype(jnp.int32)) <= wanted - surely.sum(dtype=jnp.int32)))
+    return least + taken.sum(axis=1, dtype=jnp.int32)
+
+
+def knapsack_large(
+    p: Any,
+    budget: jax.Array | int,
+    n_min: Bound,
+    n_max: Bound,
+    mask: jax.Array | None = None,
+    *,
+    gain: Callable[[Any, jax.Array], jax.Array] = log_gain,
+) -> jax.Array:
+    """The counts of `knapsack` for very many prompts, without an [M, J] table.
+
+    The same search for the threshold gain, but how many rollouts of a prompt reach a threshold is found by
+    bisection over its count. The brackets of earlier thresholds are kept, so they narrow as the search does.
+    Between prompts there are only sums (and a running sum to break ties): p may be sharded over devices or
+    hosts, and nothing is gathered.
+
+    Args:
+        p: [M] float, success rates in [0, 1]; with a `gain` of your own any tree of [M] arrays.
+        budget, n_min, n_max, mask: as for `knapsack`; n_max is needed.
+        gain: (p, n [M] float32) -> [M] float32, the (log) gain of rollout n + 1, not rising in n; static.
+
+    Returns:
+        counts [M] int32, sum R, with the ties of `knapsack`.
+
+    Raises:
+        ValueError: bounds or budget out of range, or p holds NaN.
+
+    >>> knapsack_large(jnp.array([0.0, 0.1, 0.5]), budget=10, n_min=1, n_max=9).tolist()
+    [1, 4, 5]
+    """
+    leaves = jax.tree.leaves(p)
+    if any(jnp.ndim(leaf) != 1 for leaf in leaves):
+        raise ValueError(f"p must have shape [M], got {[jnp.shape(leaf) for leaf in leaves]}")
+    least, most = _limits(jnp.shape(leaves[0]), n_min, n_max, mask)
+    _check_budget(budget, least, most)
+    for leaf in leaves:
+        if not isinstance(leaf, jax.core.Tracer) and bool(jnp.isnan(leaf).any()):
+            raise ValueError("p holds NaN; every success rate must be a number in [0, 1]")
+    p = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), p)
+    return _take_largest_by_bisection(p, jnp.asarray(budget, jnp.int32), least, most, gain)
+
+
+@functools.partial(jax.jit, static_argnames="gain")
+def _take_largest_by_bisection(p, budget, least, most, gain) -> jax.Array:
+    wanted = jnp.clip(budget, least.sum(), most.sum()) - least.sum()
+
+    def reach(threshold, low, high):
+        """How many rollouts each prompt has if it takes those with keys >= threshold; low <= it <= high."""
+
+        def halve(state):
+            low, high = state
+            middle = low + (high - low) // 2
+            key = _ordered_integers(gain(p, middle.astype(jnp.float32)))
+            open_ = low < high
+            return jnp.where(open_ & (key >= threshold), middle + 1, low), jnp.where(
+                open_ & (key < threshold), middle, high
+            )
+
+        return jax.lax.while_loop(lambda state: (state[0] < state[1]).any(), halve, (low, high))[0]
+
+    def with_bit(step, state):
+        threshold, low, high = state
+        candidate = jnp.where(step == 0, 0, threshold + jnp.left_shift(jnp.int32(1), 31 - jnp.maximum(step, 1)))
+        reached = reach(candidate, low, high)
+        enough = (reached - least).sum(dtype=jnp.int32) >= wanted
+        return (
+            jnp.where(enough, candidate, threshold),
+            jnp.where(enough, low, reached),
+            jnp.where(enough, reached, high),
+        )
+
+    threshold, low, high = jax.lax.fori_loop(0, 32, with_bit, (_NEVER, least, most))
+    # Now low counts the keys above the threshold and high those at it too: what lies between is tied.
+    low, high = reach(threshold + 1, low, high), reach(threshold, low, high)
+    missing = wanted - (low - least).sum(dtype=jnp.int32)
+
+    def tied_before(column):
+        """How many tied rollouts lie in columns < column, counted from each prompt's least."""
+        return jnp.clip(jnp.minimum(high, least + column) - low, 0)
+
+    def halve(state):
+        first, last = state
+        middle = first + (last - first) // 2
+        enough = tied_before(middle).sum(dtype=jnp.int32) >= missing
+        return jnp.where(enough, first, middle + 1), jnp.where(enough, middle, last)
+
+    width = (most - least).max(initial=0)
+    _, column = jax.lax.while_loop(lambda state: state[0] < state[1], halve, (jnp.int32(0), width))
+    taken = tied_before(jnp.maximum(column - 1, 0))
+    last = tied_before(column) - taken
+    left = missing - taken.sum(dtype=jnp.int32)
+    return low + taken + jnp.where(jnp.cumsum(last, dtype=jnp.int32) <= left, last, 0)
+
+
+def knapsack_cost(
+    log_gains: jax.Array,
+    costs: jax.Array,
+    budget: jax.Array | int,
+    n_min: Bound,
+    n_max: Bound | None = None,
+    mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The counts under a budget of tokens, when a rollout of prompt i costs costs_i tokens.
+
+    Rollouts are taken by their gain per token as long as they fit. Up to the first that does not fit this is
+    the optimum of the problem in which rollouts may be split, so no way to spend the budget can be worth more
+    than these counts plus the tokens left times that rollout's gain per token: less than its gain.
+
+    Args:
+        log_gains, n_min, n_max, mask: as for `knapsack`.
+        costs: [M] float or int > 0, tokens of one rollout, rounded up to whole tokens.
+        budget: tokens, an int or int32 scalar that covers n_min. Sums are int32: n_max rollouts of every
+            prompt must cost less than 2^31 tokens.
+
+    Returns:
+        (counts [M] int32, bound [] float32): the value that was missed is at most the bound, in the units
+        of the gains.
+
+    Raises:
+        ValueError: as for `knapsack`; costs of the wrong shape or below one token, a budget that does not
+            cover n_min.
+
+    References:
+        Dantzig, "Discrete-variable extremum problems", Operations Research 5(2), 1957.
+    """
+    if jnp.ndim(log_gains) != 2 or jnp.shape(costs) != jnp.shape(log_gains)[:1]:
+        raise ValueError(f"need log_gains [M, J] and costs [M], got {jnp.shape(log_gains)} and {jnp.shape(costs)}")
+    least, most = _limits(jnp.shape(log_gains), n_min, n_max, mask)
+    costs = jnp.ceil(jnp.asarray(costs, jnp.float32)).astype(jnp.int32)
+    _check_costs(costs, budget, least, most)
+    _check_gains(log_gains)
+    return _take_densest(jnp.asarray(log_gains, jnp.float32), costs, jnp.asarray(budget, jnp.int32), least, most)
+
+
+@jax.jit
+def _take_densest(log_gains, costs, budget, least, most):
+    left = budget - (costs * least).sum()
+    allowed = jnp.arange(log_gains.shape[1]) < (most - least)[:, None]
+    density = log_gains - jnp.log(costs.astype(jnp.float32))[:, None]
+    keys = jnp.where(allowed, _ordered_integers(density), _NEVER)
+    tokens = jnp.where(allowed, costs[:, None], 0)
+    # The largest threshold whose rollouts overrun the budget; if there is none, everything fits.
+    threshold = _largest_threshold(lambda candidate: jnp.where(keys >= candidate, tokens, 0).sum(), left + 1)
+    surely = keys > threshold
+    tied = allowed & (keys == threshold)
+    spent = _running_total(jnp.where(tied, tokens, 0))
+    left = left - jnp.where(surely, tokens, 0).sum()
+    taken = surely | (tied & (spent <= left))
+    left = left - jnp.where(tied & (spent <= left), tokens, 0).sum()
+    next_density = jnp.where(allowed & ~taken, density, -jnp.inf).max(initial=-jnp.inf)
+    return least + taken.sum(axis=1, dtype=jnp.int32), jnp.exp(next_density) * left
+
+
+def max_plus_dp(values: jax.Array, budget: int) -> jax.Array:
+    """The exact counts for any table of values, concave or not.
+
+    best_i(b) = max over n of best_{i-1}(b - n) + values[i, n]: a max-plus convolution for each prompt, of
+    O(M R N) time and O(M R) memory. For concave rows `knapsack` finds an optimum thousands of times faster, and
+    a call outside jit says so. Outside jit the sums are float64.
+
+    Args:
+        values: [M, N+1] float, the value of giving a prompt 0 .. N rollouts; -inf for counts that are not
+            allowed.
+        budget: R, static.
+
+    Returns:
+        counts [M] int32, sum R; of equal optima the one in which later prompts have fewer rollouts.
+
+    Raises:
+        ValueError: values is not of rank 2 or holds NaN, or no allowed counts sum to R.
+
+    References:
+        Ibaraki & Katoh 1988, chapter 3.
+
+    >>> max_plus_dp(jnp.array([[0.0, 0.0, 3.0], [0.0, 1.0, 1.5]]), 2).tolist()
+    [2, 0]
+    """
+    if jnp.ndim(values) != 2:
+        raise ValueError(f"values must have shape [M, N+1], got {jnp.shape(values)}")
+    if isinstance(values, jax.core.Tracer):
+        return _max_plus(values, budget)[0]
+    table = np.asarray(values, np.float64)
+    if np.isnan(table).any():
+        raise ValueError("values holds NaN; use -inf for a count that is not allowed")
+    with np.errstate(invalid="ignore"):
+        gains = np.diff(table, axis=1)
+        concave = np.isfinite(table).all() and (np.diff(gains, axis=1) <= 1e-12).all() and (gains >= 0).all()
+    if concave and table.size:
+        warnings.warn("every row is concave: krl.budget.knapsack gives an optimum much faster", stacklevel=2)
+    with jax.enable_x64(True):
+        counts, best = _max_plus(jnp.asarray(table), budget)
+        counts, best = np.asarray(counts), float(best)
+    if not best > -math.inf:
+        raise ValueError(f"no allowed counts of {len(table)} prompts sum to budget {budget}")
+    return jnp.asarray(counts, jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames="budget")
+def _max_plus(values: jax.Array, budget: int) -> tuple[jax.Array, jax.Array]:
+    most = values.shape[1] - 1
+
+    def add_prompt(best, row):
+        def try_count(n, state):
+            total, choice = state
+            shifted = jnp.where(jnp.arange(budget + 1) >= n, jnp.roll(best, n), -jnp.inf) + row[n]
+            return jnp.where(shifted > total, shifted, total), jnp.where(shifted > total, n, choice)
+
+        nothing = jnp.full(budget + 1, -jnp.inf, values.dtype), jnp.zeros(budget + 1, jnp.int32)
+        return jax.lax.fori_loop(0, most + 1, try_count, nothing)
+
+    start = jnp.where(jnp.arange(budget + 1) == 0, 0.0, -jnp.inf).astype(values.dtype)
+    best, choices = jax.lax.scan(add_prompt, start, values)
+
+    def look_back(left, choice):
+        return left - choice[left], choice[left]
+
+    _, counts = jax.lax.scan(look_back, jnp.int32(budget), choices, reverse=True)
+    return counts, best[budget]
+
+
+_NEVER = jnp.iinfo(jnp.int32).min  # below the key of every float, -inf too
+
+
+def _ordered_integers(values: jax.Array) -> jax.Array:
+    """Integers in the order of float32 values: the bit pattern, with negative numbers turned round."""
+    bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.int32)  # + 0.0 makes -0.0 equal 0.0
+    return jnp.where(bits < 0, jnp.iinfo(jnp.int32).min - bits - 1, bits)
+
+
+def _largest_threshold(total: Callable[[jax.Array], jax.Array], wanted: jax.Array) -> jax.Array:
+    """The largest integer t with total(t) >= wanted, for a total that falls in t; the lowest if none has.
+
+    Building t bit by bit from the sign down needs 32 totals over the table, and no sort.
+    """
+
+    def with_bit(step, threshold):
+        candidate = threshold + jnp.left_shift(jnp.int32(1), 30 - step)
+        return jnp.where(total(candidate) >= wanted, candidate, threshold)
+
+    start = jnp.where(total(jnp.int32(0)) >= wanted, 0, _NEVER).astype(jnp.int32)
+    return jax.lax.fori_loop(0, 31, with_bit, start)
+
+
+def _running_total(table: jax.Array) -> jax.Array:
+    """Sums in the order of ties, column by column: the n-th rollout of every prompt before anyone's next."""
+    columns = table.sum(axis=0, dtype=jnp.int32)
+    return jnp.cumsum(table, axis=0, dtype=jnp.int32) + (jnp.cumsum(columns) - columns)[None, :]
+
+
+def _limits(shape: tuple[int, ...], n_min: Bound, n_max: Bound | None, mask) -> tuple[jax.Array, jax.Array]:
+    """The fewest and the most rollouts of each prompt, [M] int32, 0 where mask is False."""
+    prompts = shape[0]
+    n_max = n_min + shape[1] if n_max is None else n_max
+    check_bounds(n_min, n_max)
+    bounds = []
+    for name, bound in (("n_min", n_min), ("n_max", n_max)):
+        if jnp.ndim(bound) and jnp.shape(bound) != (prompts,):
+            raise ValueError(f"{name} must be one number or have shape [M] = [{prompts}], got {jnp.shape(bound)}")
+        bounds.append(jnp.broadcast_to(jnp.asarray(bound, jnp.int32), (prompts,)))
+    least, most = bounds
+    if len(shape) > 1:
+        most = jnp.minimum(most, least + shape[1])  # a table has no gains beyond its width
+    if mask is not None:
+        least, most = jnp.where(mask, least, 0), jnp.where(mask, most, 0)
+    return least, most
+
+
+def _check_budget(budget: jax.Array | int, least: jax.Array, most: jax.Array) -> None:
+    """Refuse a budget that no counts sum to, where it is known."""
+    if any(isinstance(array, jax.core.Tracer) for array in (budget, least, most)):
+        return
+    lowest, highest = int(np.asarray(least).sum()), int(np.asarray(most).sum())
+    if not lowest <= int(budget) <= highest:
+        raise ValueError(
+            f"budget {int(budget)} cannot be met: {len(least)} prompts take {lowest} to {highest} rollouts"
+        )
+
+
+def _check_costs(costs: jax.Array, budget: jax.Array | int, least: jax.Array, most: jax.Array) -> None:
+    """Refuse costs and a budget of tokens that make no sense, where they are known."""
+    if any(isinstance(array, jax.core.Tracer) for array in (costs, budget, least, most)):
+        return
+    wide = np.asarray(costs, np.int64)
+    if (wide < 1).any():
+        raise ValueError("every cost must be a number of tokens above 0")
+    lowest, highest = int(wide @ np.asarray(least, np.int64)), int(wide @ np.asarray(most, np.int64))
+    if highest >= 2**31:
+        raise ValueError(
+            f"n_max rollouts of every prompt cost {highest} tokens; all costs together must stay below 2^31"
+        )
+    if int(budget) < lowest:
+        raise ValueError(f"budget {int(budget)} does not cover the {lowest} tokens of n_min rollouts of every prompt")
+
+
+def _check_gains(log_gains: jax.Array) -> None:
+    """Refuse a table that is not one of falling gains, where it is known."""
+    if isinstance(log_gains, jax.core.Tracer):
+        return
+    nan, rising = _faults(jnp.asarray(log_gains, jnp.float32))
+    if bool(nan):
+        raise ValueError("log_gains holds NaN; every success rate must be a number in [0, 1]")
+    if int(rising) >= 0:
+        raise ValueError(
+            f"log_gains rises along row {int(rising)}: its value is not concave; use max_plus_dp on a table of values"
+        )
+
+
+@jax.jit
+def _faults(log_gains: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(whether there is a NaN, the first row that rises or -1)."""
+    rises = (log_gains[:, 1:] > log_gains[:, :-1]).any(axis=1)
+    first = jnp.where(rises, jnp.arange(len(rises)), len(rises)).min(initial=len(rises))
+    return jnp.isnan(log_gains).any(), jnp.where(first < len(rises), first, -1)
+
+
+def price(log_gains: jax.Array, counts: jax.Array, n_min: Bound) -> jax.Array:
+    """The smallest (log) gain that was taken: what the last rollout of the budget was worth; [] float32."""
+    taken = jnp.arange(log_gains.shape[1])[None, :] < (counts - n_min)[:, None]
+    return jnp.where(taken, log_gains, jnp.inf).min(initial=jnp.inf)
