@@ -91,11 +91,9 @@ def test_proportional_rules():
 
 
 def test_skip_explores_less_often_the_longer_groups_were_even():
-    belief = budget.init_belief(4).replace(
-        even_streak=jnp.array([0, 1, 1, 3]), visits=jnp.array([5, 5, 6, 8]), recorded=jnp.ones(4, jnp.int32)
-    )
+    belief = budget.init_belief(4).replace(even_streak=jnp.array([0, 1, 2, 3]))
     counts, info = budget.allocate("skip", belief, 32, 2, 20)
-    assert counts.tolist() == [10, 2, 10, 10]
+    assert counts.tolist() == [10, 10, 2, 10]
     assert float(info["skipped"]) == 0.25
 
 
@@ -143,6 +141,14 @@ def test_values_rise_as_their_derivations_say():
     draws = np.random.default_rng(0).normal(0.5, 0.1, (200_000, 5)).var(axis=1, ddof=1)
     share = draws.mean() ** 2 / (draws**2).mean()
     assert float(budget.continuous_value(0.5, 0.01, 5)) == pytest.approx(0.01 * 0.5 * share, rel=0.02)
+
+
+def test_values_of_rare_successes_keep_their_digits():
+    for p in (1e-6, 1e-4, 1 - 2.0**-20):
+        exact = np.float64(p) * (1 - np.float64(p)) ** 2 * (2 * np.float64(p) * (1 - np.float64(p)))
+        assert float(budget.grpo_value(p, 2)) == pytest.approx(exact, rel=1e-3 if p > 0.5 else 1e-5)
+    gains = budget.gains_of(budget.grpo_value, jnp.array([1e-4, 0.9999]), 1, 128)
+    assert int(budget.knapsack(gains, 50, 1).sum()) == 50
 
 
 @pytest.mark.parametrize("value", [budget.grpo_value, budget.rloo_value, budget.reinforce_value])
@@ -208,7 +214,8 @@ def test_explain_says_why():
 
 def replayed(rule, rates, **options):
     keys = jax.random.split(jax.random.key(1), len(rates))
-    return budget.replay(rule, rates, keys, prompts_per_step=16, budget=128, n_min=2, n_max=32, **options)
+    sizes = {"prompts_per_step": 16, "budget": 128, "n_min": 2, "n_max": 32}
+    return budget.replay(rule, rates, keys, **(sizes | options))
 
 
 def test_replay_of_fixed_rates_converges_to_what_is_known():
@@ -231,6 +238,10 @@ def test_replay_refuses_what_it_cannot_run():
         replayed("best", jnp.ones((1, 2, 16)))
     with pytest.raises(ValueError, match="D >= 16"):
         replayed("uniform", jnp.ones((1, 2, 8)))
+    with pytest.raises(ValueError, match="it spent 32, 2 to 2"):
+        replayed(lambda belief, total, n_min, n_max: (jnp.full(16, n_min), {}), jnp.full((1, 2, 16), 0.5))
+    with pytest.raises(ValueError, match="budget 128 cannot be met"):
+        replayed("uniform", jnp.ones((1, 2, 16)), n_max=4)
 
 
 def test_beta_knapsack_comes_closest_to_the_known_rates():

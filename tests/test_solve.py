@@ -121,12 +121,25 @@ def test_rising_rows_are_refused_with_the_way_out():
         budget.knapsack(jnp.array([[-1.0, -2.0], [-2.0, -1.0]]), 3, 1)
 
 
+def test_what_is_masked_or_out_of_bounds_is_not_looked_at():
+    nan = jnp.array([[0.0, -1.0, 5.0], [jnp.nan, 0.0, 1.0]])
+    mask = jnp.array([True, False])
+    assert budget.knapsack(nan, 2, 1, 2, mask).tolist() == [2, 0]
+    assert budget.knapsack_large(jnp.array([0.5, jnp.nan]), 2, 1, 4, mask).tolist() == [2, 0]
+    assert budget.knapsack_cost(jnp.zeros((2, 1)), jnp.array([3, 0]), 6, 1, mask=mask)[0].tolist() == [2, 0]
+
+
+def test_zeros_of_either_sign_tie():
+    assert budget.knapsack(jnp.array([[-0.0], [0.0]]), 3, 1).tolist() == [2, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ((jnp.array([0.5, jnp.nan]), 4, 1, 4), "NaN"),
         ((jnp.ones((2, 2)), 4, 1, 4), "shape"),
         ((jnp.array([0.5]), 9, 1, 4), "budget 9"),
+        ((jnp.array([0.5, 0.5, 0.5]), 9, 1, 10**9), "below 2\\^31"),
         ((jnp.array([0.5]), 4, 5, 4), "n_min"),
         ((jnp.array([0.5, 0.5]), 4, jnp.array([1, 1, 1]), 4), "n_min must be one number"),
     ],

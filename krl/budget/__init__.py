@@ -17,7 +17,7 @@ from krl.budget.belief import (
 )
 from krl.budget.explanation import explain
 from krl.budget.simulate import Replay, logged_rates, replay, synthetic_rates
-from krl.budget.solve import knapsack, knapsack_cost, knapsack_large, max_plus_dp
+from krl.budget.solve import knapsack, knapsack_cost, knapsack_large, max_plus_dp, price
 from krl.budget.value import (
     continuous_value,
     gains_of,
@@ -54,6 +54,7 @@ __all__ = [
     "merge",
     "observe",
     "posterior",
+    "price",
     "reinforce_value",
     "replay",
     "reward_variance",

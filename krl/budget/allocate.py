@@ -5,7 +5,6 @@ Where a rule from the literature was stated otherwise, its docstring says what w
 the bounds and the sum, so that runs and simulations can be compared at equal cost.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +46,8 @@ def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_
 def knapsack_continuous_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
     """The knapsack for rewards that are any numbers in [0, 1]: see `continuous_value`."""
     variance = reward_variance(belief)[:, None]
-    value = functools.partial(lambda average, n: continuous_value(average, variance, n))
-    return _solve(gains_of(value, mean(belief), n_min, n_max), budget, n_min)
+    gains = gains_of(lambda average, n: continuous_value(average, variance, n), mean(belief), n_min, n_max)
+    return _solve(gains, budget, n_min)
 
 
 def knapsack_paper_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
@@ -56,8 +55,8 @@ def knapsack_paper_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_m
 
     The success rate is that of the newest visit, filled up from earlier outcomes to 16. A prompt with fewer
     than 8 outcomes gets the uniform count; solved (1) and unsolved (0) ones get n_min; the rest is divided
-    by the knapsack on the plain rates. If the prompts in between need less than there is, at
-    log(0.1) / log(max(p, 1-p)) rollouts each, the surplus goes to the unsolved ones. Unlike the code,
+    by the knapsack on the plain rates. If the prompts in between need less than there is, which is
+    log(0.1) / log(max(p, 1-p)) rollouts each, rounded down, above n_min, the surplus goes to the unsolved ones. Unlike the code,
     this keeps n_max, counts the value of n_min rollouts, and never divides by zero prompts: what is left when all are
     at their bounds goes first to prompts in between, then to new ones, then to solved ones.
 
@@ -72,7 +71,7 @@ def knapsack_paper_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_m
     between = ~new & ~unsolved & ~solved
     least = jnp.where(new, jnp.clip(budget // max(prompts, 1), n_min, n_max), n_min)
     safe = jnp.where(between, rate, 0.5)
-    need = jnp.minimum(n_max, (jnp.log(0.1) / jnp.log(jnp.maximum(safe, 1 - safe))).astype(jnp.int32))
+    need = jnp.minimum(n_max, divide(jnp.log(10.0), -jnp.log(jnp.maximum(safe, 1 - safe))).astype(jnp.int32))
     surplus = jnp.where(between, need, 0).sum() < budget - least.sum()
 
     # One knapsack in tiers: a whole tier is taken before anything of the one below.
@@ -117,12 +116,11 @@ def inverse_sqrt_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max
 def skip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
     """Skips prompts whose last groups were even, more often the longer that lasts; the others share alike.
 
-    GRESO (Zheng et al., arXiv 2506.02177) skips a prompt after z even groups in a row with probability
-    1 - 2^-z. Here it is explored on every 2^z-th of its visits, which is as often and needs no random
+    GRESO (Zheng et al., arXiv 2506.02177) skips a prompt with a probability that rises with its even groups in
+    a row. Here the pauses between explorations double, after 1, 3, 7, 15 ... even groups, which needs no random
     numbers; a skipped prompt still gets n_min.
     """
-    period = jnp.left_shift(1, jnp.minimum(belief.even_streak, 20))
-    explored = belief.visits % period == 0
+    explored = (belief.even_streak & (belief.even_streak + 1)) == 0
     gains = jnp.where(explored, 0.0, -1.0)[:, None] * jnp.ones(n_max - n_min)
     return knapsack(gains, budget, n_min), {"skipped": (~explored).mean(dtype=jnp.float32)}
 
@@ -137,7 +135,8 @@ def dynamic_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int
     counts, _ = uniform_rule(belief, budget, n_min, n_max)
     rate = mean(belief)
     mixed = 1 - rate**counts - (1 - rate) ** counts
-    return counts, {"rounds": divide(jnp.float32(counts.sum()), (counts * mixed).sum())}
+    useful = (counts * mixed).sum()
+    return counts, {"rounds": jnp.where(useful > 0, divide(jnp.float32(counts.sum()), useful), jnp.inf)}
 
 
 def two_round_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
@@ -184,7 +183,8 @@ def allocate(rule: str | Rule, belief: Belief, budget: jax.Array | int, n_min: i
         n_min, n_max: the fewest and the most rollouts of a prompt, static.
 
     Returns:
-        (counts [M] int32 with sum R, info: the rule's own numbers).
+        (counts [M] int32, info: the rule's own numbers; docs/metrics.md says which). The counts of the rules
+        in RULES sum to R.
 
     Raises:
         ValueError: an unknown name, bounds with n_min < 1 or n_max < n_min, a budget out of range.

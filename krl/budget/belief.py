@@ -74,7 +74,7 @@ def posterior(belief: Belief) -> tuple[jax.Array, jax.Array]:
 
 
 def mean(belief: Belief) -> jax.Array:
-    """Expected success rate of each task, [D] float32 in (0, 1)."""
+    """Expected success rate of each task, [D] float32 in [0, 1]."""
     alpha, beta = posterior(belief)
     return divide(alpha, alpha + beta)
 
@@ -124,7 +124,7 @@ def observe(
 
     Args:
         belief: of D tasks.
-        task_ids: [M] int32, distinct.
+        task_ids: [M] int32, distinct: of two rows of one task only one would be kept.
         rewards: [R] float32 in [0, 1]; a reward between counts as that fraction of a success.
         prompt_index: [R] int32, the row of task_ids that each rollout belongs to.
         mask: [R] bool, False on padding rows.
@@ -236,7 +236,7 @@ def fit_prior(belief: Belief) -> tuple[jax.Array, jax.Array]:
     A task with rate p ~ Beta(alpha, beta) of mean m and n outcomes has an observed rate of variance
     m (1-m) (rho + (1-rho) / n), where rho = 1 / (alpha + beta + 1). Averaging over the tasks and
     solving for rho gives the strength alpha + beta, kept within STRENGTH_RANGE. Two pseudo-tasks at
-    rates 0 and 1 keep the mean off the edges and stand for Jeffreys' prior while little is known.
+    rates 0 and 1 keep the mean off the edges, and the prior weak while little is known.
 
     Returns:
         (alpha, beta), float32 scalars.

@@ -32,9 +32,10 @@ def explain(
     Returns:
         Arrays of shape [M]: `mean`, `low`, `high` (success rate), `visits`, `count`, `value` (expected value of the count),
         `gain` (of the last rollout it got), `next_gain` (of one more), `price` (the smallest gain that any prompt's
-        last rollout beyond n_min has, the same in every row), and `why`, the first of these that holds:
-        "n_max" (bound from above), "unseen" (its belief is the prior), "n_min" (one rollout more is worth less than the
-        price), "price" (it got rollouts until the next was worth less).
+        last rollout beyond n_min has, the same in every row, inf if none got more than n_min), and `why`, the first
+        of these that holds: "n_max" (bound from above), "unseen" (its belief is the prior), "n_min" (one rollout
+        more is worth no more than the price), "price" (it got rollouts until the next was worth no more). The last two
+        reasons are the knapsack's.
 
     Raises:
         ValueError: as for `allocate`.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from krl.budget import belief as beliefs
-from krl.budget.allocate import PILOT_RULES, RULES, Rule
+from krl.budget.allocate import PILOT_RULES, RULES, Rule, allocate
 from krl.budget.value import grpo_value
 from krl.masked import divide, segment_sum
 
@@ -115,7 +115,8 @@ def replay(
     Each pass over the data is a fresh permutation, cut into steps of M prompts, the same for every rule.
 
     Args:
-        rule: a key of RULES, a function like them, or "known" for the knapsack that is told the rates.
+        rule: a key of RULES, a function like them (without a pilot), or "known" for the knapsack that is
+            told the rates.
         rates: [S, steps, D] float32, true success rates for each seed.
         keys: [S] random keys, one per seed; consumed.
         prompts_per_step: M <= D.
@@ -128,28 +129,48 @@ def replay(
         A Replay.
 
     Raises:
-        ValueError: an unknown rule, or rates that are not [S, steps, D] with D >= M.
+        ValueError: an unknown rule, bounds or a budget that cannot be, a rule that does not keep them, or rates
+            that are not [S, steps, D] with D >= M.
     """
     if rule != "known" and isinstance(rule, str) and rule not in RULES:
         raise ValueError(f"unknown allocation rule {rule!r}; the rules are 'known' and {sorted(RULES)}")
     if rates.ndim != 3 or rates.shape[2] < prompts_per_step or rates.shape[0] != keys.shape[0]:
         raise ValueError(f"rates must be [seeds, steps, D] with D >= {prompts_per_step}, got {rates.shape}")
-    one = functools.partial(
-        _replay_one, rule, prompts_per_step=prompts_per_step, budget=budget, n_min=n_min, n_max=n_max, fit=prior is None
-    )
-    discounts = jnp.float32(discount), jnp.float32(discount_mixed)
     start = beliefs.init_belief(rates.shape[2])
     if prior is not None:
         start = start.replace(prior_alpha=jnp.float32(prior[0]), prior_beta=jnp.float32(prior[1]))
-    shown = jax.jit(jax.vmap(one, in_axes=(0, 0, None, None)))(rates, keys, start, discounts)
-    return Replay(**{name: np.asarray(value) for name, value in shown.items()})
+    choose = RULES["knapsack"] if rule == "known" else rule
+    allocate(choose, beliefs.take(start, jnp.arange(prompts_per_step)), budget, n_min, n_max)  # refuses what cannot be
+    shown = _replay_seeds(
+        RULES[choose] if isinstance(choose, str) else choose, rates, keys, start, discount, discount_mixed, prompts_per_step,
+        budget, n_min, n_max, prior is None, rule == "known", rule in PILOT_RULES,
+    )  # fmt: skip
+    shown = {name: np.asarray(value) for name, value in shown.items()}
+    low, high = shown.pop("fewest").min(), shown.pop("most").max()
+    spent = shown.pop("spent")
+    if low < n_min or high > n_max or (spent != budget).any():
+        wrong = spent[spent != budget][0] if (spent != budget).any() else budget
+        raise ValueError(
+            f"the rule must spend {budget} rollouts, {n_min} to {n_max} each; it spent {wrong}, {low} to {high}"
+        )
+    return Replay(**shown)
 
 
-def _replay_one(rule, rates, key, start, discounts, *, prompts_per_step, budget, n_min, n_max, fit):
+@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9, 10, 11, 12))
+def _replay_seeds(
+    rule, rates, keys, start, discount, discount_mixed, prompts_per_step, budget, n_min, n_max, fit, known, pilot
+):
+    one = functools.partial(
+        _replay_one, rule, prompts_per_step=prompts_per_step, budget=budget, n_min=n_min, n_max=n_max,
+        fit=fit, known=known, pilot=pilot,
+    )  # fmt: skip
+    return jax.vmap(one, in_axes=(0, 0, None, None))(rates, keys, start, (discount, discount_mixed))
+
+
+def _replay_one(rule, rates, key, start, discounts, *, prompts_per_step, budget, n_min, n_max, fit, known, pilot):
     steps, num_tasks = rates.shape
     per_pass = num_tasks // prompts_per_step
     order_key, outcome_key = jax.random.split(key)
-    choose = RULES["knapsack"] if rule == "known" else RULES[rule] if isinstance(rule, str) else rule
 
     def tasks_of(step):
         order = jax.random.permutation(jax.random.fold_in(order_key, step // per_pass), num_tasks)
@@ -159,25 +180,23 @@ def _replay_one(rule, rates, key, start, discounts, *, prompts_per_step, budget,
         step, rate = inputs
         ids = tasks_of(step)
         p = rate[ids]
-        known = beliefs.take(belief, ids)
+        believed = beliefs.take(belief, ids)
         # Outcome j of a prompt is the same whatever the counts, so that rules differ in nothing but their counts.
         luck = jax.random.fold_in(outcome_key, step)
         draws = jax.random.uniform(luck, (prompts_per_step, n_max)) < p[:, None]
-        if rule == "known":
-            told = known.replace(successes=KNOWN * p, failures=KNOWN * (1 - p))
-            counts, _ = choose(told, budget, n_min, n_max)
-        elif rule in PILOT_RULES:
-            index = jnp.repeat(jnp.arange(prompts_per_step), n_min)
-            pilot = draws[:, :n_min].reshape(-1).astype(jnp.float32)
-            fresh = beliefs.observe(known, jnp.arange(prompts_per_step), pilot, index, jnp.ones(index.shape, bool))
-            counts, _ = choose(fresh, budget, n_min, n_max)
-        else:
-            counts, _ = choose(known, budget, n_min, n_max)
+        informed = believed
+        if known:
+            informed = believed.replace(successes=KNOWN * p, failures=KNOWN * (1 - p))
+        elif pilot:
+            rows = jnp.arange(prompts_per_step)
+            first = draws[:, :n_min].reshape(-1).astype(jnp.float32)
+            informed = beliefs.observe(believed, rows, first, jnp.repeat(rows, n_min), jnp.ones(first.shape, bool))
+        counts, _ = rule(informed, budget, n_min, n_max)
         index = jnp.searchsorted(jnp.cumsum(counts), jnp.arange(budget), side="right")
         sample = jnp.arange(budget) - (jnp.cumsum(counts) - counts)[index]
         rewards = draws[index, sample].astype(jnp.float32)
         everything = jnp.ones(budget, bool)
-        shown = _measure(p, beliefs.mean(known), counts, rewards, index)
+        shown = _measure(p, believed, counts, rewards, index)
         change = beliefs.update if fit else beliefs.observe
         belief = change(
             belief, ids, rewards, index, everything, step, discount=discounts[0], discount_mixed=discounts[1]
@@ -191,15 +210,20 @@ def _replay_one(rule, rates, key, start, discounts, *, prompts_per_step, budget,
     return shown | sums
 
 
-def _measure(p, believed, counts, rewards, index) -> dict[str, jax.Array]:
+def _measure(p, belief, counts, rewards, index) -> dict[str, jax.Array]:
     """The numbers of one step; all but `rewards` and `index` [R] are [M]."""
     prompts = len(p)
     wins = segment_sum(rewards, index, prompts)
     mixed = (wins > 0) & (wins < counts)
-    misfit = -(wins * jnp.log(believed) + (counts - wins) * jnp.log1p(-believed))
-    true_bin, believed_bin = (jnp.clip((rate * BINS).astype(jnp.int32), 0, BINS - 1) for rate in (p, believed))
+    alpha, beta = beliefs.posterior(belief)
+    misfit = counts * jnp.log(alpha + beta) - wins * jnp.log(alpha) - (counts - wins) * jnp.log(beta)
+    rates = p, beliefs.mean(belief)
+    true_bin, believed_bin = (jnp.clip((rate * BINS).astype(jnp.int32), 0, BINS - 1) for rate in rates)
     ones = jnp.ones(prompts)
     return {
+        "spent": counts.sum(),
+        "fewest": counts.min(),
+        "most": counts.max(),
         "effective": divide(jnp.where(mixed, counts, 0).sum(), counts.sum()),
         "mixed": mixed.mean(dtype=jnp.float32),
         "realised": jnp.where(mixed, p * (1 - p) ** 2, 0.0).sum(),

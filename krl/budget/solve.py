@@ -37,7 +37,7 @@ def knapsack(
         budget: R, an int or int32 scalar from the sum of n_min to the sum of n_max. Outside jit another
             value is refused; inside, the nearest possible budget is spent.
         n_min: rollouts that every prompt gets in any case, an int or [M] int32.
-        n_max: the most rollouts of a prompt, an int or [M] int32; by default n_min + J.
+        n_max: the most rollouts of a prompt, an int or [M] int32; by default n_min + J, the table's width.
         mask: [M] bool, False on prompts that get nothing.
 
     Returns:
@@ -58,7 +58,7 @@ def knapsack(
         raise ValueError(f"log_gains must have shape [M, n_max - n_min], got {jnp.shape(log_gains)}")
     least, most = _limits(jnp.shape(log_gains), n_min, n_max, mask)
     _check_budget(budget, least, most)
-    _check_gains(log_gains)
+    _check_gains(log_gains, least, most)
     return _take_largest(jnp.asarray(log_gains, jnp.float32), jnp.asarray(budget, jnp.int32), least, most)
 
 
@@ -87,12 +87,12 @@ def knapsack_large(
 
     The same search for the threshold gain, but how many rollouts of a prompt reach a threshold is found by
     bisection over its count. The brackets of earlier thresholds are kept, so they narrow as the search does.
-    Between prompts there are only sums (and a running sum to break ties): p may be sharded over devices or
-    hosts, and nothing is gathered.
+    Between prompts there are only sums, and one running sum of an int per prompt to break ties: p may be
+    sharded over the devices of one or many hosts.
 
     Args:
         p: [M] float, success rates in [0, 1]; with a `gain` of your own any tree of [M] arrays.
-        budget, n_min, n_max, mask: as for `knapsack`; n_max is needed.
+        budget, n_min, n_max, mask: as for `knapsack`; n_max is needed, and in all below 2^31 rollouts.
         gain: (p, n [M] float32) -> [M] float32, the (log) gain of rollout n + 1, not rising in n; static.
 
     Returns:
@@ -110,7 +110,7 @@ def knapsack_large(
     least, most = _limits(jnp.shape(leaves[0]), n_min, n_max, mask)
     _check_budget(budget, least, most)
     for leaf in leaves:
-        if not isinstance(leaf, jax.core.Tracer) and bool(jnp.isnan(leaf).any()):
+        if not _unknown(leaf, most) and bool((jnp.isnan(leaf) & (most > 0)).any()):
             raise ValueError("p holds NaN; every success rate must be a number in [0, 1]")
     p = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), p)
     return _take_largest_by_bisection(p, jnp.asarray(budget, jnp.int32), least, most, gain)
@@ -193,8 +193,8 @@ def knapsack_cost(
         of the gains.
 
     Raises:
-        ValueError: as for `knapsack`; costs of the wrong shape or below one token, a budget that does not
-            cover n_min.
+        ValueError: as for `knapsack`; costs of the wrong shape or not above 0, a budget that does not cover
+            n_min.
 
     References:
         Dantzig, "Discrete-variable extremum problems", Operations Research 5(2), 1957.
@@ -202,9 +202,12 @@ def knapsack_cost(
     if jnp.ndim(log_gains) != 2 or jnp.shape(costs) != jnp.shape(log_gains)[:1]:
         raise ValueError(f"need log_gains [M, J] and costs [M], got {jnp.shape(log_gains)} and {jnp.shape(costs)}")
     least, most = _limits(jnp.shape(log_gains), n_min, n_max, mask)
-    costs = jnp.ceil(jnp.asarray(costs, jnp.float32)).astype(jnp.int32)
+    costs = jnp.asarray(costs)
+    costs = jnp.where(most > 0, costs if jnp.issubdtype(costs.dtype, jnp.integer) else jnp.ceil(costs), 1).astype(
+        jnp.int32
+    )
     _check_costs(costs, budget, least, most)
-    _check_gains(log_gains)
+    _check_gains(log_gains, least, most)
     return _take_densest(jnp.asarray(log_gains, jnp.float32), costs, jnp.asarray(budget, jnp.int32), least, most)
 
 
@@ -224,7 +227,8 @@ def _take_densest(log_gains, costs, budget, least, most):
     taken = surely | (tied & (spent <= left))
     left = left - jnp.where(tied & (spent <= left), tokens, 0).sum()
     next_density = jnp.where(allowed & ~taken, density, -jnp.inf).max(initial=-jnp.inf)
-    return least + taken.sum(axis=1, dtype=jnp.int32), jnp.exp(next_density) * left
+    bound = jnp.where(left > 0, jnp.exp(next_density) * left, 0.0)
+    return least + taken.sum(axis=1, dtype=jnp.int32), bound
 
 
 def max_plus_dp(values: jax.Array, budget: int) -> jax.Array:
@@ -243,7 +247,8 @@ def max_plus_dp(values: jax.Array, budget: int) -> jax.Array:
         counts [M] int32, sum R; of equal optima the one in which later prompts have fewer rollouts.
 
     Raises:
-        ValueError: values is not of rank 2 or holds NaN, or no allowed counts sum to R.
+        ValueError: values is not of shape [M, N+1] or holds NaN, or no allowed counts sum to R. Inside jit
+            values cannot be checked.
 
     References:
         Ibaraki & Katoh 1988, chapter 3.
@@ -251,8 +256,11 @@ def max_plus_dp(values: jax.Array, budget: int) -> jax.Array:
     >>> max_plus_dp(jnp.array([[0.0, 0.0, 3.0], [0.0, 1.0, 1.5]]), 2).tolist()
     [2, 0]
     """
-    if jnp.ndim(values) != 2:
+    if jnp.ndim(values) != 2 or not jnp.shape(values)[1]:
         raise ValueError(f"values must have shape [M, N+1], got {jnp.shape(values)}")
+    budget = int(budget)
+    if budget < 0:
+        raise ValueError(f"budget {budget} is below 0")
     if isinstance(values, jax.core.Tracer):
         return _max_plus(values, budget)[0]
     table = np.asarray(values, np.float64)
@@ -260,8 +268,9 @@ def max_plus_dp(values: jax.Array, budget: int) -> jax.Array:
         raise ValueError("values holds NaN; use -inf for a count that is not allowed")
     with np.errstate(invalid="ignore"):
         gains = np.diff(table, axis=1)
-        concave = np.isfinite(table).all() and (np.diff(gains, axis=1) <= 1e-12).all() and (gains >= 0).all()
-    if concave and table.size:
+        tolerance = 1e-12 * np.abs(table).max(axis=1, initial=0, keepdims=True)
+        concave = np.isfinite(table).all() and (np.diff(gains, axis=1) <= tolerance).all() and (gains >= 0).all()
+    if concave and gains.shape[1] > 1 and len(table):
         warnings.warn("every row is concave: krl.budget.knapsack gives an optimum much faster", stacklevel=2)
     with jax.enable_x64(True):
         counts, best = _max_plus(jnp.asarray(table), budget)
@@ -299,7 +308,8 @@ _NEVER = jnp.iinfo(jnp.int32).min  # below the key of every float, -inf too
 
 def _ordered_integers(values: jax.Array) -> jax.Array:
     """Integers in the order of float32 values: the bit pattern, with negative numbers turned round."""
-    bits = jax.lax.bitcast_convert_type(values + 0.0, jnp.int32)  # + 0.0 makes -0.0 equal 0.0
+    values = jnp.where(values == 0, 0.0, values)  # -0.0 is 0.0
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
     return jnp.where(bits < 0, jnp.iinfo(jnp.int32).min - bits - 1, bits)
 
 
@@ -341,11 +351,21 @@ def _limits(shape: tuple[int, ...], n_min: Bound, n_max: Bound | None, mask) -> 
     return least, most
 
 
+def _unknown(*arrays) -> bool:
+    """Whether a value is traced, or lies on the devices of other hosts too."""
+    return any(
+        isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable)
+        for array in arrays
+    )
+
+
 def _check_budget(budget: jax.Array | int, least: jax.Array, most: jax.Array) -> None:
     """Refuse a budget that no counts sum to, where it is known."""
-    if any(isinstance(array, jax.core.Tracer) for array in (budget, least, most)):
+    if _unknown(budget, least, most):
         return
-    lowest, highest = int(np.asarray(least).sum()), int(np.asarray(most).sum())
+    lowest, highest = int(np.asarray(least, np.int64).sum()), int(np.asarray(most, np.int64).sum())
+    if highest >= 2**31:
+        raise ValueError(f"the prompts may take {highest} rollouts in all; n_max must leave that below 2^31")
     if not lowest <= int(budget) <= highest:
         raise ValueError(
             f"budget {int(budget)} cannot be met: {len(least)} prompts take {lowest} to {highest} rollouts"
@@ -354,7 +374,7 @@ def _check_budget(budget: jax.Array | int, least: jax.Array, most: jax.Array) ->
 
 def _check_costs(costs: jax.Array, budget: jax.Array | int, least: jax.Array, most: jax.Array) -> None:
     """Refuse costs and a budget of tokens that make no sense, where they are known."""
-    if any(isinstance(array, jax.core.Tracer) for array in (costs, budget, least, most)):
+    if _unknown(costs, budget, least, most):
         return
     wide = np.asarray(costs, np.int64)
     if (wide < 1).any():
@@ -368,11 +388,11 @@ def _check_costs(costs: jax.Array, budget: jax.Array | int, least: jax.Array, mo
         raise ValueError(f"budget {int(budget)} does not cover the {lowest} tokens of n_min rollouts of every prompt")
 
 
-def _check_gains(log_gains: jax.Array) -> None:
-    """Refuse a table that is not one of falling gains, where it is known."""
-    if isinstance(log_gains, jax.core.Tracer):
+def _check_gains(log_gains: jax.Array, least: jax.Array, most: jax.Array) -> None:
+    """Refuse a table that is not one of falling gains where they may be taken, where it is known."""
+    if _unknown(log_gains, least, most):
         return
-    nan, rising = _faults(jnp.asarray(log_gains, jnp.float32))
+    nan, rising = _faults(jnp.asarray(log_gains, jnp.float32), most - least)
     if bool(nan):
         raise ValueError("log_gains holds NaN; every success rate must be a number in [0, 1]")
     if int(rising) >= 0:
@@ -382,8 +402,9 @@ def _check_gains(log_gains: jax.Array) -> None:
 
 
 @jax.jit
-def _faults(log_gains: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(whether there is a NaN, the first row that rises or -1)."""
+def _faults(log_gains: jax.Array, room: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(whether there is a NaN, the first row that rises or -1) among the first room_i columns of each row."""
+    log_gains = jnp.where(jnp.arange(log_gains.shape[1]) < room[:, None], log_gains, -jnp.inf)
     rises = (log_gains[:, 1:] > log_gains[:, :-1]).any(axis=1)
     first = jnp.where(rises, jnp.arange(len(rises)), len(rises)).min(initial=len(rises))
     return jnp.isnan(log_gains).any(), jnp.where(first < len(rises), first, -1)

@@ -12,13 +12,14 @@ are kept as logarithms: in float32 the plain ones underflow long before n = 128.
 
 Other estimators learn differently from the same rollouts. Let one logit decide whether a rollout
 succeeds, so that its score is r - p and the true gradient is v = p (1-p). A step of the best size along
-an estimate g improves a smooth objective by at most a constant times E[g]^2 / E[g^2], whatever g's
-scale. Relative to a step along the true gradient that is
+an estimate g is sure to improve a smooth objective by v^2 E[g]^2 / E[g^2] times a constant, whatever g's
+scale, and one along the true gradient by v^2 times that constant. The share that noise leaves is
 
     rho_N = E[g]^2 / E[g^2]    in [0, 1],
 
 and a group's value is p (1-p)^2 rho_N. `rloo_value`, `reinforce_value` and `continuous_value` are that for
-their estimators. For rare successes all of them, and the paper's, behave as N p / (1 + N p).
+their estimators. For rare successes the first two are p N p / (1 + N p), where the paper's is
+p (1 - exp(-N p)): the same beginning and end.
 """
 
 from collections.abc import Callable
@@ -50,7 +51,9 @@ def grpo_value(p: jax.Array, n: jax.Array) -> jax.Array:
     0.0625
     """
     p, n = jnp.asarray(p, jnp.float32), jnp.asarray(n, jnp.float32)
-    return p * (1 - p) ** 2 * (1 - p**n - (1 - p) ** n)
+    rarer = jnp.minimum(p, 1 - p)  # expm1 and log1p keep the digits that 1 - p^n - (1-p)^n cancels
+    mixed = -jnp.expm1(n * jnp.log1p(-rarer)) - rarer**n
+    return p * (1 - p) ** 2 * mixed
 
 
 def rloo_value(p: jax.Array, n: jax.Array) -> jax.Array:
@@ -137,7 +140,7 @@ def log_gains(p: jax.Array, n_min: Bound, n_max: Bound, *, columns: int | None =
         p: [M] float, success rates in [0, 1].
         n_min, n_max: the fewest and the most rollouts, ints or [M] int arrays.
         columns: J, static. By default the largest n_max less the smallest n_min; name it where the bounds
-            are traced.
+            are traced. Rows with less room have gains beyond their n_max: give `knapsack` the bounds too.
 
     Returns:
         [M, J] float32; column j of row i holds log(V(n + 1, p_i) - V(n, p_i)) at n = n_min_i + j. Rows do
@@ -151,7 +154,15 @@ def log_gains(p: jax.Array, n_min: Bound, n_max: Bound, *, columns: int | None =
 
 
 def log_gain(p: jax.Array, n: jax.Array) -> jax.Array:
-    """Logarithm of the gain of rollout n + 1; p and n broadcast. -inf at p = 0 and p = 1; float32."""
+    """Logarithm of the gain of one rollout, V(n + 1, p) - V(n, p); shapes broadcast.
+
+    Args:
+        p: [...] float32, success rates in [0, 1].
+        n: [...] float32, rollouts before this one.
+
+    Returns:
+        [...] float32, -inf at p = 0 and p = 1.
+    """
     log_p, log_q = jnp.log(p), jnp.log1p(-p)
     gain = log_p + 2 * log_q + jnp.logaddexp(n * log_p + log_q, n * log_q + log_p)
     return jnp.where((p <= 0) | (p >= 1), -jnp.inf, gain)
@@ -168,8 +179,8 @@ def log_gains_beta(
 
     and as a mixture of functions that fall in n it falls in n too. Prompts never seen, always failed
     and always solved need no special case: 0 of 2 and 0 of 200 are different beliefs. The ratios of Beta
-    functions are products of plain fractions, so no Gamma function is evaluated and beliefs of any strength
-    keep their precision.
+    functions are products of plain fractions, so no Gamma function is evaluated: it would lose its digits
+    for strong beliefs.
 
     Args:
         alpha, beta: [M] float > 0, the parameters of each prompt's belief.
@@ -183,6 +194,8 @@ def log_gains_beta(
     """
     n = _rollouts(n_min, n_max, columns, alpha=alpha, beta=beta)
     a, b = jnp.asarray(alpha, jnp.float32), jnp.asarray(beta, jnp.float32)
+    if a.shape != b.shape:
+        raise ValueError(f"alpha and beta must both have shape [M], got {a.shape} and {b.shape}")
     four = sum(jnp.log(a + b + i) for i in range(4))
     won = jnp.log(a) + sum(jnp.log(b + i) for i in range(3)) - four  # B(a+1, b+3) / B(a, b), at n = 0
     lost = jnp.log(a) + jnp.log(a + 1) + jnp.log(b) + jnp.log(b + 1) - four  # B(a+2, b+2) / B(a, b)
@@ -198,13 +211,15 @@ def log_gains_beta(
         )
 
     def column(state, offset):
-        won, lost, lowest = state
-        gain = jnp.minimum(lowest, jnp.logaddexp(won, lost))  # rounding must not make a row rise
-        return (*one_more(won, lost, first + offset), gain), gain
+        won_since, lost_since, lowest = state  # from 0, so that small steps are not lost in a large sum
+        gain = jnp.minimum(
+            lowest, jnp.logaddexp(won + won_since, lost + lost_since)
+        )  # rounding must not make a row rise
+        return (*one_more(won_since, lost_since, first + offset), gain), gain
 
     first = n[:, 0] if n.shape[1] else jnp.zeros(1)
     won, lost = jax.lax.fori_loop(0, first.max(initial=0).astype(jnp.int32), before_first, (won, lost))
-    start = won, lost, jnp.full_like(won, jnp.inf)
+    start = jnp.zeros_like(won), jnp.zeros_like(won), jnp.full_like(won, jnp.inf)
     return jax.lax.scan(column, start, jnp.arange(n.shape[1], dtype=jnp.float32))[1].T
 
 
@@ -219,15 +234,16 @@ def gains_of(value: Value, p: jax.Array, n_min: Bound, n_max: Bound, *, columns:
 
     Returns:
         [M, J] float32; column j of row i is log(value(p_i, n + 1) - value(p_i, n)) at n = n_min_i + j, and
-        -inf where nothing is gained.
+        -inf where nothing is gained, or something lost.
 
     >>> [round(float(gain), 2) for gain in gains_of(lambda p, n: p * jnp.sqrt(n), jnp.array([1.0]), 1, 4)[0]]
     [-0.88, -1.15, -1.32]
     """
     n = _rollouts(n_min, n_max, columns, p=p)
     p = jnp.asarray(p, jnp.float32)[:, None]
-    after = value(p, n + 1)
-    gain = after - value(p, n)
+    shape = (p.shape[0], n.shape[1])
+    after = jnp.broadcast_to(value(p, n + 1), shape)
+    gain = after - jnp.broadcast_to(value(p, n), shape)
     falling = jax.lax.cummin(gain, axis=1)
     # Rounding makes flat stretches wiggle; a rise beyond that is the function's own and is left to be seen.
     rounding = 8 * jnp.finfo(jnp.float32).eps * jnp.abs(after)
@@ -240,6 +256,10 @@ def _rollouts(n_min: Bound, n_max: Bound, columns: int | None, **vectors) -> jax
     for name, vector in vectors.items():
         if jnp.ndim(vector) != 1:
             raise ValueError(f"{name} must have shape [M], got {jnp.shape(vector)}")
+    prompts = len(next(iter(vectors.values())))
+    for name, bound in (("n_min", n_min), ("n_max", n_max)):
+        if jnp.ndim(bound) and jnp.shape(bound) != (prompts,):
+            raise ValueError(f"{name} must be one number or have shape [M] = [{prompts}], got {jnp.shape(bound)}")
     check_bounds(n_min, n_max)
     if columns is None:
         if isinstance(n_min, jax.core.Tracer) or isinstance(n_max, jax.core.Tracer):
@@ -255,7 +275,8 @@ def _rollouts(n_min: Bound, n_max: Bound, columns: int | None, **vectors) -> jax
 
 def check_bounds(n_min: Bound, n_max: Bound) -> None:
     """Refuse bounds that are not 1 <= n_min <= n_max, where they are known."""
-    if isinstance(n_min, jax.core.Tracer) or isinstance(n_max, jax.core.Tracer):
-        return
+    for bound in (n_min, n_max):
+        if isinstance(bound, jax.core.Tracer) or (isinstance(bound, jax.Array) and not bound.is_fully_addressable):
+            return
     if np.any(np.asarray(n_min) < 1) or np.any(np.asarray(n_min) > np.asarray(n_max)):
         raise ValueError(f"need 1 <= n_min <= n_max, got n_min={n_min}, n_max={n_max}")
