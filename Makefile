@@ -1,4 +1,4 @@
-# make demo   train with uniform and with knapsack budgets from one warm start, and compare
+# make demo   train with uniform, the paper's and the knapsack's budgets from one warm start, and compare
 # make test   the whole test suite
 # make check  format, lint, types
 # make clean  remove what make demo wrote (.venv stays)
@@ -11,12 +11,12 @@ INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 .PHONY: demo test check clean
 
 demo: $(VENV)/runtime-installed
-	@for rule in uniform knapsack; do \
+	@for rule in uniform knapsack_paper knapsack; do \
 	  JAX_COMPILATION_CACHE_DIR=$(RUNS)/compiled $(VENV)/bin/python train.py --config configs/arithmetic.py \
 	    --workdir $(RUNS)/$$rule --config.alloc.rule=$$rule --config.warm_start.dir=$(RUNS)/warm_start || exit $$?; \
 	done
 	@echo
-	@$(VENV)/bin/python -m krl.run.report $(RUNS)/uniform $(RUNS)/knapsack --out $(RUNS)
+	@$(VENV)/bin/python -m krl.run.report $(RUNS)/uniform $(RUNS)/knapsack_paper $(RUNS)/knapsack --out $(RUNS)
 
 test: $(VENV)/dev-installed
 	$(VENV)/bin/python -m pytest

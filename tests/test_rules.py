@@ -91,10 +91,13 @@ def test_proportional_rules():
 
 
 def test_skip_explores_less_often_the_longer_groups_were_even():
-    belief = budget.init_belief(4).replace(even_streak=jnp.array([0, 1, 2, 3]))
-    counts, info = budget.allocate("skip", belief, 32, 2, 20)
-    assert counts.tolist() == [10, 10, 2, 10]
-    assert float(info["skipped"]) == 0.25
+    streaks = jnp.repeat(jnp.array([0, 1, 3]), 200)
+    belief = budget.init_belief(600).replace(even_streak=streaks)
+    counts, info = budget.allocate("skip", belief, 4800, 2, 40)
+    explored = np.asarray(counts).reshape(3, 200) > 2
+    np.testing.assert_allclose(explored.mean(axis=1), [1, 1 / 2, 1 / 4], atol=0.02)
+    assert float(info["skipped"]) == pytest.approx(1 - explored.mean())
+    assert np.ptp(np.asarray(counts)[explored.reshape(-1)]) <= 1
 
 
 def test_dynamic_says_how_many_rounds_it_would_take():

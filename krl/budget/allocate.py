@@ -117,10 +117,12 @@ def skip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -
     """Skips prompts whose last groups were even, more often the longer that lasts; the others share alike.
 
     GRESO (Zheng et al., arXiv 2506.02177) skips a prompt with a probability that rises with its even groups in
-    a row. Here the pauses between explorations double, after 1, 3, 7, 15 ... even groups, which needs no random
-    numbers; a skipped prompt still gets n_min.
+    a row. Here a skipped prompt still gets n_min rollouts, which lengthen its streak z too; so it is explored with
+    the share 1 / (z + 1), whose pauses double. Which prompts of a step these are is spread evenly over its rows
+    (whose order is random), without random numbers.
     """
-    explored = (belief.even_streak & (belief.even_streak + 1)) == 0
+    rows = jnp.arange(1, belief.visits.shape[0] + 1)
+    explored = (rows * 0.6180340) % 1.0 * (belief.even_streak + 1) < 1
     gains = jnp.where(explored, 0.0, -1.0)[:, None] * jnp.ones(n_max - n_min)
     return knapsack(gains, budget, n_min), {"skipped": (~explored).mean(dtype=jnp.float32)}
 

@@ -153,15 +153,20 @@ def _verdict(base: str, first: dict[str, float], run: Run) -> str:
 
 
 def figures(runs: list[Run], out: pathlib.Path) -> None:
-    """Write effective_ratio.png, accuracy.png, counts.png, and figures.png with all three."""
-    panels = {"effective_ratio": _draw_effective, "accuracy": _draw_accuracy, "counts": _draw_counts}
+    """Write effective_ratio.png, accuracy.png, counts.png, price.png, and figures.png with all four."""
+    panels = {
+        "effective_ratio": _draw_effective,
+        "accuracy": _draw_accuracy,
+        "counts": _draw_counts,
+        "price": _draw_price,
+    }
     for name, draw in panels.items():
         figure, axis = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
         draw(axis, runs)
         figure.savefig(out / f"{name}.png", dpi=150)
         plt.close(figure)
-    figure, axes = plt.subplots(1, 3, figsize=(14.5, 4.0), layout="constrained")
-    for axis, draw in zip(axes, panels.values(), strict=True):
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for axis, draw in zip(axes.flat, panels.values(), strict=True):
         draw(axis, runs)
     figure.savefig(out / "figures.png", dpi=130)
     plt.close(figure)
@@ -205,6 +210,19 @@ def _draw_counts(axis, runs: list[Run]) -> None:
     axis.set(
         xlabel="believed success rate", ylabel="rollouts given", xlim=(-0.02, 1.02), title=f"Budgets of {run['name']}"
     )
+    _tidy(axis)
+
+
+def _draw_price(axis, runs: list[Run]) -> None:
+    """What the last rollout of each step's budget was worth, for the runs whose rule has a price."""
+    for run, colour in zip(runs, COLOURS, strict=False):
+        rows = [(row["step"], row["price"]) for row in run["metrics"] if row.get("price") is not None]
+        if rows:
+            steps, price = np.array(rows, float).T
+            axis.plot(steps, np.exp(price), color=colour, label=run["name"])
+            axis.legend(frameon=False)
+            axis.set_yscale("log")
+    axis.set(xlabel="step", ylabel="gain of the last rollout", title="Price of a rollout")
     _tidy(axis)
 
 
