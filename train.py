@@ -113,7 +113,11 @@ def main(_):
         # ------------------------------------------------------------ where the run starts from
         root = jax.random.key(config.seed)
         params = jax.jit(functools.partial(policy.init, policy_config), out_shardings=shardings)(root)
-        belief = place(budget.init_belief(len(train_tasks)))
+        belief = place(
+            budget.init_belief(
+                len(train_tasks), discount=config.alloc.discount, discount_mixed=config.alloc.discount_mixed
+            )
+        )
         state = init_state(policy_config, optimizer, params)
         try:
             restored = checkpoints.restore(saved(state, belief))
@@ -184,9 +188,8 @@ def main(_):
                         clip_high=config.loss.clip_high, dual_clip=config.loss.dual_clip,
                     )  # fmt: skip
                     belief = update_belief(
-                        belief, prompts.task_ids, rewards, rollouts.prompt_index, rollouts.mask, step, rollouts.lengths,
-                        discount=config.alloc.discount, discount_mixed=config.alloc.discount_mixed,
-                    )  # fmt: skip
+                        belief, prompts.task_ids, rewards, rollouts.prompt_index, rollouts.mask, step, rollouts.lengths
+                    )
                     jax.block_until_ready((state, belief))
                 step += 1
 
@@ -197,6 +200,7 @@ def main(_):
                 in_a_row, skipped = skipped_updates(state)
                 metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
                 metrics |= {
+                    "discount": float(belief.discount), "discount_mixed": float(belief.discount_mixed),
                     "seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds,
                     "rollouts_total": step * config.alloc.budget, "skipped_updates": skipped, "compiles": compiles.count,
                 }  # fmt: skip

@@ -147,7 +147,7 @@ def step() -> None:
 
     def one_step():
         _, index = allocate(state[0], total)
-        state[0] = update(state[0], ids, rewards, index, everything, discount=0.9, discount_mixed=0.25)
+        state[0] = update(state[0], ids, rewards, index, everything)
         return state[0]
 
     first, median = seconds(one_step, 15)

@@ -35,7 +35,8 @@ def main():
 def predictive_log_likelihood(workdir: pathlib.Path, discount: float, discount_mixed: float) -> float:
     """Mean log-probability of each visit's number of successes, nats, under the belief before it."""
     num_tasks = json.loads((workdir / "config.json").read_text())["arithmetic.num_train"]
-    belief, scores = budget.init_belief(num_tasks), []
+    belief = budget.init_belief(num_tasks, discount=discount, discount_mixed=discount_mixed)
+    scores: list[float] = []
     for row in read_rows(workdir / "groups.jsonl"):
         counts, wins = np.array(row["counts"]), np.array(row["successes"])
         ids = jnp.array(row["task_ids"])
@@ -47,7 +48,7 @@ def predictive_log_likelihood(workdir: pathlib.Path, discount: float, discount_m
         index = np.repeat(np.arange(len(counts)), counts)
         belief = budget.update(
             belief, ids, jnp.array(rewards), jnp.array(index), jnp.ones(len(rewards), bool),
-            discount=discount, discount_mixed=discount_mixed,
+            fit_discounts=False,
         )  # fmt: skip
     return float(np.mean(scores))
 

@@ -22,7 +22,7 @@ from krl.run.metrics import read_rows
 SIZES = {"prompts_per_step": 64, "budget": 512, "n_min": 2, "n_max": 64}
 RULES = ("known", "knapsack", "two_round", "knapsack_paper", "variance", "skip", "uniform", "inverse_sqrt")
 SETTINGS = (
-    ("fitted", 0.9, 0.9), ("fitted", 0.9, 0.25), ("fitted", 1.0, 1.0), ("fitted", 0.7, 0.7), ("fitted", 0.5, 0.5),
+    ("fitted", "fitted", "fitted"), ((0.5, 0.5), "fitted", "fitted"), ("fitted", 0.9, 0.9), ("fitted", 0.9, 0.25), ("fitted", 1.0, 1.0), ("fitted", 0.7, 0.7), ("fitted", 0.5, 0.5),
     ((0.1, 0.1), 0.9, 0.9), ((0.5, 0.5), 0.9, 0.9), ((0.5, 0.5), 0.7, 0.7), ((1.0, 1.0), 0.9, 0.9),
 )  # fmt: skip
 
@@ -40,7 +40,7 @@ def main():
     for drift, trend in ((0.05, 0.003), (0.1, 0.0), (0.05, 0.01)):
         print(f"\nDrift {drift} and trend {trend} logits per step, {options.seeds} seeds\n")
         rates = jax.vmap(lambda key, d=drift, t=trend: budget.synthetic_rates(key, 1024, 320, drift=d, trend=t))(keys)
-        shown = compare(rates, keys, discount=0.9, discount_mixed=0.9)
+        shown = compare(rates, keys)
         replays = replays or shown
         if replays is shown:
             print(
@@ -49,16 +49,17 @@ def main():
             best = replays["known"].realised.mean()
             for prior, even, mixed in SETTINGS:
                 fixed = None if prior == "fitted" else prior
-                got = budget.replay("knapsack", rates, keys, prior=fixed, discount=even, discount_mixed=mixed, **SIZES)
+                held = None if even == "fitted" else (even, mixed)
+                got = budget.replay("knapsack", rates, keys, prior=fixed, discounts=held, **SIZES)
                 print(f"| {prior} | {even} | {mixed} | {got.realised.mean():.3f} | {best - got.realised.mean():.3f} |")
     draw(replays, options.out / "rules.png")
 
     for workdir in options.logged:
         config = json.loads((workdir / "config.json").read_text())
         rates = budget.logged_rates(read_rows(workdir / "groups.jsonl"), config["arithmetic.num_train"])
-        for mixed in (0.9, 0.25):
-            print(f"\nRates of {workdir.name}, discount after a mixed group {mixed}\n")
-            compare(jnp.tile(rates, (options.seeds, 1, 1)), keys, discount=0.9, discount_mixed=mixed)
+        for discounts in (None, (0.9, 0.9), (0.9, 0.25)):
+            print(f"\nRates of {workdir.name}, discounts {discounts or 'fitted'}\n")
+            compare(jnp.tile(rates, (options.seeds, 1, 1)), keys, discounts=discounts)
 
 
 def compare(rates, keys, **discounts) -> dict[str, budget.Replay]:

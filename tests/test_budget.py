@@ -184,7 +184,7 @@ def updated_by_hand(successes, failures, ids, rewards, index, mask, discount, di
 
 def test_belief_update_equals_loops():
     rng = np.random.default_rng(0)
-    belief = budget.init_belief(9)
+    belief = budget.init_belief(9, discount=0.8, discount_mixed=0.3)
     successes, failures = np.zeros(9), np.zeros(9)
     for _ in range(5):
         ids = rng.permutation(9)[:4]
@@ -197,8 +197,7 @@ def test_belief_update_equals_loops():
             jnp.array(rewards),
             jnp.array(index),
             jnp.array(mask),
-            discount=0.8,
-            discount_mixed=0.3,
+            fit_discounts=False,
         )
         successes, failures = updated_by_hand(successes, failures, ids, rewards, index, mask, 0.8, 0.3)
         np.testing.assert_allclose(belief.successes, successes, rtol=1e-5)
@@ -214,7 +213,7 @@ def test_prior_is_recovered_from_data(alpha, beta):
     belief = budget.init_belief(20_000).replace(
         successes=jnp.array(wins, jnp.float32), failures=jnp.array(n - wins, jnp.float32)
     )
-    fitted = budget.fit_prior(belief)
+    fitted = budget.prior_by_moments(belief)
     np.testing.assert_allclose(fitted, (alpha, beta), rtol=0.1)
 
 
@@ -223,12 +222,12 @@ def test_prior_survives_data_without_variance(rate):
     belief = budget.init_belief(50).replace(
         successes=jnp.full(50, 8 * rate), failures=jnp.full(50, 8 * (1 - rate)), visits=jnp.ones(50, jnp.int32)
     )
-    alpha, beta = budget.fit_prior(belief)
+    alpha, beta = budget.prior_by_moments(belief)
     assert np.isfinite([alpha, beta]).all()
     assert alpha > 0
     assert beta > 0
 
 
 def test_prior_of_nothing_is_jeffreys_like():
-    alpha, beta = budget.fit_prior(budget.init_belief(5))
+    alpha, beta = budget.prior_by_moments(budget.init_belief(5))
     assert float(alpha) == pytest.approx(float(beta))

@@ -185,6 +185,25 @@ def test_window_keeps_the_newest_outcomes(visits):
     assert int(belief.last_step[1]) == -1
 
 
+@pytest.mark.parametrize(("drifts", "start"), [(False, 0.3), (True, 0.9)])
+def test_discounts_follow_the_drift(drifts, start):
+    """Rates that stay call for more of the evidence; rates that are drawn anew make it worthless."""
+    rng, ids = np.random.default_rng(0), jnp.arange(64)
+    belief = budget.init_belief(64, discount=start, discount_mixed=start)
+    rates, index = rng.random(64), jnp.repeat(ids, 8)
+    for step in range(60):
+        rates = rng.random(64) if drifts else rates
+        rewards = jnp.array(rng.random(512) < np.repeat(rates, 8), jnp.float32)
+        belief = budget.update(belief, ids, rewards, index, jnp.ones(512, bool), step)
+    if drifts:
+        assert float(belief.discount_mixed) < 0.2
+    else:
+        assert float(belief.discount_mixed) > 0.65
+    held = budget.update(belief, ids, rewards, index, jnp.ones(512, bool), fit_discounts=False, fit_prior=False)
+    assert float(held.discount_mixed) == float(belief.discount_mixed)
+    assert float(held.prior_alpha) == float(belief.prior_alpha)
+
+
 def test_merge_takes_each_tasks_newest_record():
     start = visited([[1, 0], [0, 0], [1, 1], []])
     ones = jnp.ones(2, bool)
@@ -223,7 +242,7 @@ def replayed(rule, rates, **options):
 
 def test_replay_of_fixed_rates_converges_to_what_is_known():
     rates = jnp.tile(jnp.array(np.random.default_rng(0).beta(0.3, 0.3, (2, 1, 32)), jnp.float32), (1, 120, 1))
-    known, believed = replayed("known", rates), replayed("knapsack", rates, discount=1.0, discount_mixed=1.0)
+    known, believed = replayed("known", rates), replayed("knapsack", rates)
     uniform = replayed("uniform", rates)
     p = np.asarray(rates[:, 0], np.float64)
     eight = (1 - p**8 - (1 - p) ** 8).mean(axis=1)
@@ -251,7 +270,7 @@ def test_beta_knapsack_comes_closest_to_the_known_rates():
     """What docs/budget.md shows for all rules and more seeds."""
     keys = jax.random.split(jax.random.key(0), 2)
     rates = jax.vmap(lambda key: budget.synthetic_rates(key, 1024, 320))(keys)
-    options = {"prompts_per_step": 64, "budget": 512, "n_min": 2, "n_max": 64, "discount_mixed": 0.9}
+    options = {"prompts_per_step": 64, "budget": 512, "n_min": 2, "n_max": 64}
     rules = ("known", "knapsack", "knapsack_paper", "skip", "uniform")
     value = {rule: budget.replay(rule, rates, keys, **options).realised.mean() for rule in rules}
     shortfall = {rule: value["known"] - got for rule, got in value.items()}

@@ -5,20 +5,24 @@ is the same for all tasks and is fitted to the data set's own statistics as trai
 Bayes). Evidence is discounted, because the policy moves. It moves most on the prompts it learns from: a
 group whose rewards differ makes a gradient, and what it showed is about a policy that this very step
 replaces; an even group makes none. So all of a task's evidence, the step's own too, is discounted by
-`discount_mixed` after a mixed group and by the larger `discount` after an even one.
+`discount_mixed` after a mixed group and by `discount` after an even one. Both follow the data: if new
+outcomes would have been likelier with less evidence, more is forgotten from then on.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.scipy.special import betaln, logit
 
 from krl.masked import divide, segment_differs, segment_sum
 
 # The prior's strength alpha + beta stays in this range: below it a single outcome would count as
 # certainty, above it no prompt could ever differ from the average one.
 STRENGTH_RANGE = (0.1, 10.0)
+DISCOUNT_RATE = 0.5  # logits by which a discount moves for a slope of one nat
 WINDOW = 16  # newest outcomes kept one by one, for the rule of the paper
 
 
@@ -38,10 +42,12 @@ class Belief(struct.PyTreeNode):
     recent: jax.Array  # [D] uint32, bit i = the i-th newest outcome of WINDOW was a reward of 1/2 or more
     prior_alpha: jax.Array  # [] float32
     prior_beta: jax.Array  # [] float32
+    discount: jax.Array  # [] float32, what is left of a task's evidence after a group of equal rewards
+    discount_mixed: jax.Array  # [] float32, the same after a group of rewards that differ
 
 
-def init_belief(num_tasks: int) -> Belief:
-    """Nothing known of D tasks: Jeffreys' prior, Beta(1/2, 1/2)."""
+def init_belief(num_tasks: int, *, discount: float = 0.9, discount_mixed: float = 0.25) -> Belief:
+    """Nothing known of D tasks: Jeffreys' prior, Beta(1/2, 1/2), and discounts in [0, 1] to begin with."""
 
     def zeros(dtype):
         return jnp.zeros(num_tasks, dtype)
@@ -60,6 +66,8 @@ def init_belief(num_tasks: int) -> Belief:
         recent=zeros(jnp.uint32),
         prior_alpha=jnp.float32(0.5),
         prior_beta=jnp.float32(0.5),
+        discount=jnp.float32(discount),
+        discount_mixed=jnp.float32(discount_mixed),
     )
 
 
@@ -117,10 +125,8 @@ def observe(
     mask: jax.Array,
     step: jax.Array | int = 0,
     lengths: jax.Array | None = None,
-    discount: jax.Array | float = 1.0,
-    discount_mixed: jax.Array | float = 1.0,
 ) -> Belief:
-    """The belief after some rewards, with the prior as it was.
+    """The belief after more rewards from the same policy: nothing is discounted, the prior stays as it was.
 
     Args:
         belief: of D tasks.
@@ -130,12 +136,14 @@ def observe(
         mask: [R] bool, False on padding rows.
         step: of the training run, kept as the tasks' newest visit.
         lengths: [R] int32, response tokens; without them every length counts as 1.
-        discount: what is left of a task's evidence after a group of equal rewards, in [0, 1].
-        discount_mixed: the same after a group of rewards that differ.
 
     Returns:
         The new belief. Tasks without a real rollout keep their record.
     """
+    return _observe(belief, task_ids, rewards, prompt_index, mask, step, lengths, 1.0, 1.0)
+
+
+def _observe(belief, task_ids, rewards, prompt_index, mask, step, lengths, discount, discount_mixed) -> Belief:
     num_prompts = task_ids.shape[0]
     index = jnp.where(mask, prompt_index, num_prompts)
     rewards = jnp.where(mask, jnp.asarray(rewards, jnp.float32), 0.0)
@@ -167,7 +175,7 @@ def observe(
     return jax.tree.map(write, belief, old, new)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("fit_prior", "fit_discounts"))
 def update(
     belief: Belief,
     task_ids: jax.Array,
@@ -177,17 +185,57 @@ def update(
     step: jax.Array | int = 0,
     lengths: jax.Array | None = None,
     *,
-    discount: jax.Array | float,
-    discount_mixed: jax.Array | float,
+    fit_prior: bool = True,
+    fit_discounts: bool = True,
 ) -> Belief:
-    """The belief after a step's rewards, with the prior fitted again; arguments as for `observe`.
+    """The belief after a step's rewards and the policy's change: evidence discounted, prior and discounts fitted.
 
     The arrays of all D tasks are copied. A loop that has no more use for the old belief saves that with
     `jax.jit(update, donate_argnums=0)`.
+
+    Args:
+        belief, task_ids, rewards, prompt_index, mask, step, lengths: as for `observe`.
+        fit_prior, fit_discounts: False holds them as they are.
+
+    Returns:
+        The new belief.
     """
-    belief = observe(belief, task_ids, rewards, prompt_index, mask, step, lengths, discount, discount_mixed)
-    alpha, beta = fit_prior(belief)
-    return belief.replace(prior_alpha=alpha, prior_beta=beta)
+    old, (even, mixed) = belief, (belief.discount, belief.discount_mixed)
+    belief = _observe(belief, task_ids, rewards, prompt_index, mask, step, lengths, even, mixed)
+    if fit_discounts:
+        even, mixed = _next_discounts(old, task_ids, rewards, prompt_index, mask)
+        belief = belief.replace(discount=even, discount_mixed=mixed)
+    if fit_prior:
+        alpha, beta = prior_by_moments(belief)
+        belief = belief.replace(prior_alpha=alpha, prior_beta=beta)
+    return belief
+
+
+def _next_discounts(belief: Belief, task_ids, rewards, prompt_index, mask) -> tuple[jax.Array, jax.Array]:
+    """One step up the likelihood of new outcomes, for each discount by the tasks whose evidence it cut last.
+
+    The slope is d/dc log P(successes | Beta(prior + c evidence)) at c = 1, nats per visit: above 0 where more
+    evidence should have been kept.
+    """
+    num_prompts = task_ids.shape[0]
+    index = jnp.where(mask, prompt_index, num_prompts)
+    count = segment_sum(mask.astype(jnp.float32), index, num_prompts)
+    wins = segment_sum(jnp.where(mask, rewards, 0.0), index, num_prompts)
+    known = take(belief, task_ids)
+
+    def log_likelihood(kept):
+        alpha, beta = posterior(known.replace(successes=kept * known.successes, failures=kept * known.failures))
+        return betaln(alpha + wins, beta + count - wins) - betaln(alpha, beta)
+
+    ones = jnp.ones(num_prompts)
+    _, slope = jax.jvp(log_likelihood, (ones,), (ones,))
+    seen, was_mixed = (known.visits > 0) & (count > 0), known.even_streak == 0
+
+    def move(discount, tasks):
+        rise = DISCOUNT_RATE * divide(jnp.where(tasks, slope, 0.0).sum(), tasks.sum())
+        return jax.nn.sigmoid(logit(jnp.clip(discount, 0.02, 0.98)) + rise)
+
+    return move(belief.discount, seen & ~was_mixed), move(belief.discount_mixed, seen & was_mixed)
 
 
 def _shift_in(recent: jax.Array, rewards: jax.Array, index: jax.Array, count: jax.Array) -> jax.Array:
@@ -212,7 +260,7 @@ def merge(beliefs: Sequence[Belief]) -> Belief:
 
     Returns:
         Of each task the record with the newest visit, the earlier belief's if they are level; the prior is
-        fitted to the result.
+        fitted to the result, and the discounts are the hosts' means.
 
     Raises:
         ValueError: no belief, or beliefs of different numbers of tasks.
@@ -223,14 +271,15 @@ def merge(beliefs: Sequence[Belief]) -> Belief:
     newest = jnp.stack([belief.last_step for belief in beliefs]).argmax(axis=0)
 
     def pick(*leaves):
-        return jnp.take_along_axis(jnp.stack(leaves), newest[None], axis=0)[0] if leaves[0].ndim else leaves[0]
+        stacked = jnp.stack(leaves)
+        return jnp.take_along_axis(stacked, newest[None], axis=0)[0] if leaves[0].ndim else stacked.mean()
 
     merged = jax.tree.map(pick, *beliefs)
-    alpha, beta = fit_prior(merged)
+    alpha, beta = prior_by_moments(merged)
     return merged.replace(prior_alpha=alpha, prior_beta=beta)
 
 
-def fit_prior(belief: Belief) -> tuple[jax.Array, jax.Array]:
+def prior_by_moments(belief: Belief) -> tuple[jax.Array, jax.Array]:
     """Beta prior by moments over the tasks seen so far (empirical Bayes).
 
     A task with rate p ~ Beta(alpha, beta) of mean m and n outcomes has an observed rate of variance

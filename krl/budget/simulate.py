@@ -106,9 +106,8 @@ def replay(
     budget: int,
     n_min: int,
     n_max: int,
-    discount: float = 0.9,
-    discount_mixed: float = 0.9,
     prior: tuple[float, float] | None = None,
+    discounts: tuple[float, float] | None = None,
 ) -> Replay:
     """Run a rule for every step of some success rates.
 
@@ -122,8 +121,8 @@ def replay(
         prompts_per_step: M <= D.
         budget: R, rollouts per step.
         n_min, n_max: the fewest and the most rollouts of a prompt.
-        discount, discount_mixed: of the belief, see `krl.budget.update`.
         prior: (alpha, beta) held fixed; by default it is fitted as the run goes.
+        discounts: of the belief, after even and after mixed groups, held fixed; by default they too are fitted.
 
     Returns:
         A Replay.
@@ -139,11 +138,13 @@ def replay(
     start = beliefs.init_belief(rates.shape[2])
     if prior is not None:
         start = start.replace(prior_alpha=jnp.float32(prior[0]), prior_beta=jnp.float32(prior[1]))
+    if discounts is not None:
+        start = start.replace(discount=jnp.float32(discounts[0]), discount_mixed=jnp.float32(discounts[1]))
     choose = RULES["knapsack"] if rule == "known" else rule
     allocate(choose, beliefs.take(start, jnp.arange(prompts_per_step)), budget, n_min, n_max)  # refuses what cannot be
     shown = _replay_seeds(
-        RULES[choose] if isinstance(choose, str) else choose, rates, keys, start, discount, discount_mixed, prompts_per_step,
-        budget, n_min, n_max, prior is None, rule == "known", rule in PILOT_RULES,
+        RULES[choose] if isinstance(choose, str) else choose, rates, keys, start, prompts_per_step, budget,
+        n_min, n_max, prior is None, discounts is None, rule == "known", rule in PILOT_RULES,
     )  # fmt: skip
     shown = {name: np.asarray(value) for name, value in shown.items()}
     low, high = shown.pop("fewest").min(), shown.pop("most").max()
@@ -156,18 +157,20 @@ def replay(
     return Replay(**shown)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7, 8, 9, 10, 11, 12))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8, 9, 10, 11))
 def _replay_seeds(
-    rule, rates, keys, start, discount, discount_mixed, prompts_per_step, budget, n_min, n_max, fit, known, pilot
+    rule, rates, keys, start, prompts_per_step, budget, n_min, n_max, fit_prior, fit_discounts, known, pilot
 ):
     one = functools.partial(
         _replay_one, rule, prompts_per_step=prompts_per_step, budget=budget, n_min=n_min, n_max=n_max,
-        fit=fit, known=known, pilot=pilot,
+        fit_prior=fit_prior, fit_discounts=fit_discounts, known=known, pilot=pilot,
     )  # fmt: skip
-    return jax.vmap(one, in_axes=(0, 0, None, None))(rates, keys, start, (discount, discount_mixed))
+    return jax.vmap(one, in_axes=(0, 0, None))(rates, keys, start)
 
 
-def _replay_one(rule, rates, key, start, discounts, *, prompts_per_step, budget, n_min, n_max, fit, known, pilot):
+def _replay_one(
+    rule, rates, key, start, *, prompts_per_step, budget, n_min, n_max, fit_prior, fit_discounts, known, pilot
+):
     steps, num_tasks = rates.shape
     per_pass = num_tasks // prompts_per_step
     order_key, outcome_key = jax.random.split(key)
@@ -197,9 +200,8 @@ def _replay_one(rule, rates, key, start, discounts, *, prompts_per_step, budget,
         rewards = draws[index, sample].astype(jnp.float32)
         everything = jnp.ones(budget, bool)
         shown = _measure(p, believed, counts, rewards, index)
-        change = beliefs.update if fit else beliefs.observe
-        belief = change(
-            belief, ids, rewards, index, everything, step, discount=discounts[0], discount_mixed=discounts[1]
+        belief = beliefs.update(
+            belief, ids, rewards, index, everything, step, fit_prior=fit_prior, fit_discounts=fit_discounts
         )
         return belief, shown
 
