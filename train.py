@@ -175,6 +175,7 @@ def main(_):
                     known = budget.observe(known, jnp.arange(len(task_ids)), outcomes, first.prompt_index, first.mask)
                 with clock.phase("budget"):
                     counts, info = jax.block_until_ready(allocate(known, config.alloc.budget))
+                    believed = budget.mean(known)  # the belief's buffers are given away below
                 left = config.alloc.budget - len(task_ids) * pilot
                 rounds.append(draw(counts - pilot, num_rollouts=left, first_sample=pilot))
                 rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(drawn for drawn, _ in rounds))
@@ -215,7 +216,7 @@ def main(_):
                     for x in (rewards, rollouts.lengths)
                 )
                 groups = {"task_ids": task_ids, "counts": counts, "successes": wins, "tokens": lengths}
-                log.write_groups(step, groups | {"belief": budget.mean(known)})
+                log.write_groups(step, groups | {"belief": believed})
                 show(step, text)
                 if in_a_row >= config.max_bad_updates:
                     raise SystemExit(
