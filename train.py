@@ -84,7 +84,9 @@ def main(_):
     allocate = jax.jit(
         functools.partial(budget.allocate, config.alloc.rule, n_min=config.alloc.n_min, n_max=config.alloc.n_max)
     )
-    update_belief = jax.jit(budget.update, donate_argnums=0)
+    update_belief = jax.jit(
+        functools.partial(budget.update, fit_discounts=config.alloc.fit_discounts), donate_argnums=0
+    )
     advantages_of = jax.jit(
         functools.partial(
             learn.group_advantages,

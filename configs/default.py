@@ -17,12 +17,9 @@ def get_config() -> ConfigDict:
     config.alloc.budget = 512  # R, rollouts per step
     config.alloc.n_min = 2  # fewest rollouts of a prompt
     config.alloc.n_max = 128  # most rollouts of a prompt
-    config.alloc.discount = (
-        0.9  # what is left of the evidence about a prompt after an even group, 0 to 1, to begin with
-    )
-    config.alloc.discount_mixed = (
-        0.25  # and after a mixed group, which changes the policy on that prompt; both are fitted
-    )
+    config.alloc.discount = 0.9  # what is left of the evidence about a prompt after an even group, 0 to 1
+    config.alloc.discount_mixed = 0.25  # and after a mixed group, which changes the policy on that prompt
+    config.alloc.fit_discounts = False  # let both follow the likelihood of new outcomes
 
     _add_tasks(config)
     _add_policy(config)
