@@ -129,6 +129,13 @@ def test_what_is_masked_or_out_of_bounds_is_not_looked_at():
     assert budget.knapsack_cost(jnp.zeros((2, 1)), jnp.array([3, 0]), 6, 1, mask=mask)[0].tolist() == [2, 0]
 
 
+def test_a_table_ends_where_its_gains_do():
+    """n_max beyond the table's width is cut, and so is the budget that can be met."""
+    assert budget.knapsack(jnp.zeros((2, 3)), 8, 1, 10).tolist() == [4, 4]
+    with pytest.raises(ValueError, match="budget 9 cannot be met: 2 prompts take 2 to 8"):
+        budget.knapsack(jnp.zeros((2, 3)), 9, 1, 10)
+
+
 def test_zeros_of_either_sign_tie():
     assert budget.knapsack(jnp.array([[-0.0], [0.0]]), 3, 1).tolist() == [2, 1]
 

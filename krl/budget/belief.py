@@ -108,7 +108,7 @@ def mean_tokens(belief: Belief) -> jax.Array:
 def window_rate(belief: Belief) -> jax.Array:
     """Success rate over the newest visit, filled up from the newest earlier outcomes to WINDOW; [D] float32.
 
-    0 for a task without outcomes. The paper's estimate (Li et al., arXiv 2509.25849, appendix).
+    0 for a task without outcomes. The paper's estimate (Li et al., arXiv 2509.25849).
     """
     kept = jnp.minimum(belief.recorded, WINDOW)
     ones = jax.lax.population_count(belief.recent & (jnp.left_shift(jnp.uint32(1), kept.astype(jnp.uint32)) - 1))

@@ -127,10 +127,9 @@ def _take_largest_by_bisection(p, budget, least, most, gain) -> jax.Array:
             low, high = state
             middle = low + (high - low) // 2
             key = _ordered_integers(gain(p, middle.astype(jnp.float32)))
-            open_ = low < high
-            return jnp.where(open_ & (key >= threshold), middle + 1, low), jnp.where(
-                open_ & (key < threshold), middle, high
-            )
+            searching, enough = low < high, key >= threshold
+            low = jnp.where(searching & enough, middle + 1, low)
+            return low, jnp.where(searching & ~enough, middle, high)
 
         return jax.lax.while_loop(lambda state: (state[0] < state[1]).any(), halve, (low, high))[0]
 
@@ -203,9 +202,9 @@ def knapsack_cost(
         raise ValueError(f"need log_gains [M, J] and costs [M], got {jnp.shape(log_gains)} and {jnp.shape(costs)}")
     least, most = _limits(jnp.shape(log_gains), n_min, n_max, mask)
     costs = jnp.asarray(costs)
-    costs = jnp.where(most > 0, costs if jnp.issubdtype(costs.dtype, jnp.integer) else jnp.ceil(costs), 1).astype(
-        jnp.int32
-    )
+    if not jnp.issubdtype(costs.dtype, jnp.integer):
+        costs = jnp.ceil(costs)
+    costs = jnp.where(most > 0, costs, 1).astype(jnp.int32)
     _check_costs(costs, budget, least, most)
     _check_gains(log_gains, least, most)
     return _take_densest(jnp.asarray(log_gains, jnp.float32), costs, jnp.asarray(budget, jnp.int32), least, most)
