@@ -16,6 +16,7 @@ from krl.budget.belief import (
     window_rate,
 )
 from krl.budget.explanation import explain
+from krl.budget.prior import Prior, hash_features, inform, init_prior, learn_prior, number_groups
 from krl.budget.simulate import Replay, logged_rates, replay, synthetic_rates
 from krl.budget.solve import knapsack, knapsack_cost, knapsack_large, max_plus_dp, price
 from krl.budget.value import (
@@ -33,16 +34,21 @@ __all__ = [
     "PILOT_RULES",
     "RULES",
     "Belief",
+    "Prior",
     "Replay",
     "allocate",
     "continuous_value",
     "explain",
     "gains_of",
     "grpo_value",
+    "hash_features",
+    "inform",
     "init_belief",
+    "init_prior",
     "knapsack",
     "knapsack_cost",
     "knapsack_large",
+    "learn_prior",
     "log_gain",
     "log_gains",
     "log_gains_beta",
@@ -51,6 +57,7 @@ __all__ = [
     "mean",
     "mean_tokens",
     "merge",
+    "number_groups",
     "observe",
     "posterior",
     "price",

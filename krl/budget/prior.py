@@ -1,0 +1,279 @@
+"""What a prompt's success rate is likely to be before it is sampled.
+
+A prompt is seen a few times in a run, each time by another policy, so its own record says little. What other
+prompts like it showed says more. Each prompt gets a prior of its own, Beta(strength m, strength (1 - m)): m is
+predicted from the prompt's features, by sources that differ in what they take a feature to be:
+
+    groups     one label a prompt, such as its subject: each label has a rate, believed to be a Beta
+    features   many, such as hashed pieces of its text: a logistic regression, believed to be a Gaussian
+
+How much to forget from step to step, how strongly features may differ, and how far a prompt may be from what its
+features say are not set by hand: a source keeps a candidate for each of a few values of each. Candidates are judged
+by the likelihood they gave to outcomes that were new to them (Dawid, "Statistical theory: the prequential
+approach", J. Royal Statistical Society A 147, 1984), and the best one of late is used. The prior common to all prompts is
+a candidate too, so that a source that predicts no better is not used.
+"""
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.scipy.special import betaln, logit
+
+from krl.budget.belief import Belief
+from krl.masked import divide
+
+MEMORIES = (0.8, 0.95)  # what is left of a source's evidence after a step
+SPREADS = (0.3, 3.0)  # variance of a feature's weight before anything is known of it, squared logits
+STRENGTHS = (2.0, 8.0, 32.0)  # alpha + beta of a prompt's rate around what its features say
+SCORE_MEMORY = 0.98  # what is left of a candidate's score after a step
+NEWTON_STEPS, SOLVER_STEPS = 4, 4  # of the regression, and of the linear solver inside each
+
+
+class Prior(struct.PyTreeNode):
+    """What a source has learnt, for each of its C candidates, and how well they predicted."""
+
+    evidence: tuple[jax.Array, jax.Array]  # [C, W] float32 each: successes and failures, or weights and precisions
+    scores: jax.Array  # [C, S] float32, discounted log-likelihood of new outcomes for each strength, nats
+    shared_score: jax.Array  # [] float32, the same for the prior common to all prompts
+    source: str = struct.field(pytree_node=False)  # a key of SOURCES
+
+
+class Source(NamedTuple):
+    """How rates follow from features: functions of one candidate's evidence, [W] arrays, and its (memory, spread)."""
+
+    start: Callable  # (number of features, spread) -> evidence
+    # (evidence, spread, features [M, F], common mean) -> (rates [M], how unsure they are [M], as 1 / outcomes)
+    estimate: Callable
+    # (evidence, spread, memory, features, common mean, wins [M], outcomes [M]) -> evidence
+    learn: Callable
+
+
+def init_prior(source: str, num_features: int) -> Prior:
+    """Nothing learnt yet.
+
+    Args:
+        source: a key of SOURCES.
+        num_features: W, labels of "groups", or the width to which "features" are hashed.
+
+    Raises:
+        ValueError: an unknown source, or no feature.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"unknown prior {source!r}; the sources are {sorted(SOURCES)}, or no prior at all")
+    if num_features < 1:
+        raise ValueError(f"a prior needs at least one feature, got num_features={num_features}")
+    starts = [SOURCES[source].start(num_features, spread) for _, spread in CANDIDATES]
+    evidence = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    return Prior(evidence, jnp.zeros((len(CANDIDATES), len(STRENGTHS))), jnp.float32(0.0), source)
+
+
+def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
+    """The belief of M prompts with a prior for each from its features, by the best candidate of late.
+
+    Args:
+        prior: of the source.
+        belief: of the M prompts, with the common prior; see `krl.budget.take`.
+        features: [M, F] int32 in [0, W); W or more for none.
+
+    Returns:
+        The belief with prior_alpha and prior_beta [M] float32. They are the common ones while the source has
+        predicted no better.
+    """
+    alphas, betas = _candidates(prior, belief, features)
+    best = prior.scores.argmax()
+    better = prior.scores.max() > prior.shared_score
+    shape = (belief.visits.shape[0],)
+    return belief.replace(
+        prior_alpha=jnp.where(better, alphas.reshape(-1, *shape)[best], belief.prior_alpha),
+        prior_beta=jnp.where(better, betas.reshape(-1, *shape)[best], belief.prior_beta),
+    )
+
+
+def learn_prior(prior: Prior, belief: Belief, features: jax.Array, wins: jax.Array, outcomes: jax.Array) -> Prior:
+    """The prior after a step's outcomes: candidates are judged by them first, and then learn from them.
+
+    Args:
+        prior: before the step.
+        belief: of the M prompts before the step, with the common prior.
+        features: [M, F] int32 in [0, W); W or more for none.
+        wins: [M] float32, sum of the rewards of each prompt.
+        outcomes: [M] float32, its rollouts; a prompt with none teaches nothing.
+    """
+    alphas, betas = _candidates(prior, belief, features)
+    scores = SCORE_MEMORY * prior.scores + _log_likelihood(belief, alphas, betas, wins, outcomes)
+    shared = _log_likelihood(belief, belief.prior_alpha, belief.prior_beta, wins, outcomes)
+    strength = jnp.array(STRENGTHS)[prior.scores.max(axis=0).argmax()]
+    # Outcomes of one prompt are alike: beyond `strength` of them, more say little about its features.
+    share = divide(strength + 1, strength + outcomes)
+    learn = functools.partial(
+        SOURCES[prior.source].learn,
+        features=features, centre=_common_mean(belief), wins=share * wins, outcomes=share * outcomes,
+    )  # fmt: skip
+    memories, spreads = jnp.array(CANDIDATES).T
+    return prior.replace(
+        evidence=jax.vmap(learn)(prior.evidence, spreads, memories),
+        scores=scores,
+        shared_score=SCORE_MEMORY * prior.shared_score + shared,
+    )
+
+
+def _candidates(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(alpha, beta) of every candidate, [C, S, M] float32."""
+    estimate = functools.partial(SOURCES[prior.source].estimate, features=features, centre=_common_mean(belief))
+    rates, unsure = jax.vmap(estimate)(prior.evidence, jnp.array(CANDIDATES)[:, 1])
+    # Two sources of doubt add up: about what the features say, and about how far the prompt is from that.
+    strengths = 1 / (unsure[:, None] + 1 / jnp.array(STRENGTHS)[None, :, None])
+    rates = jnp.clip(rates, 1e-4, 1 - 1e-4)[:, None]
+    return strengths * rates, strengths * (1 - rates)
+
+
+def _log_likelihood(belief: Belief, alpha, beta, wins, outcomes) -> jax.Array:
+    """Log-probability of a step's outcomes, in one given order, under priors [..., M]; [...] float32, nats."""
+    alpha, beta = alpha + belief.successes, beta + belief.failures
+    return (betaln(alpha + wins, beta + outcomes - wins) - betaln(alpha, beta)).sum(axis=-1)
+
+
+def _common_mean(belief: Belief) -> jax.Array:
+    return divide(belief.prior_alpha, belief.prior_alpha + belief.prior_beta)
+
+
+# ---------------------------------------------------------------- groups
+
+
+def _start_groups(num_groups: int, spread: float) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros(num_groups), jnp.zeros(num_groups)
+
+
+def _estimate_groups(evidence, spread, features, centre):
+    """The mean of each prompt's group under Beta(centre / spread + successes, (1 - centre) / spread + failures)."""
+    successes, failures = (_look_up(counts, features) for counts in evidence)
+    outcomes = 1 / spread + successes + failures
+    return (centre / spread + successes) / outcomes, 1 / outcomes
+
+
+def _learn_groups(evidence, spread, memory, features, centre, wins, outcomes):
+    more = (_add_up(x, features, len(evidence[0])) for x in (wins, outcomes - wins))
+    return tuple(memory * (old + new) for old, new in zip(evidence, more, strict=True))
+
+
+# ---------------------------------------------------------------- features
+
+
+def _start_features(width: int, spread: float) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros(width), jnp.full(width, 1 / spread)
+
+
+def _estimate_features(evidence, spread, features, centre):
+    """sigmoid(logit(centre) + sum of weights); the variance of that sum, taken over to the rate."""
+    weights, precision = evidence
+    rate = jax.nn.sigmoid(logit(centre) + _look_up(weights, features))
+    return rate, rate * (1 - rate) * _look_up(1 / precision, features)
+
+
+def _learn_features(evidence, spread, memory, features, centre, wins, outcomes):
+    """Newton steps to the mode, given the Gaussian from before; then forget towards the start.
+
+    The precision is a diagonal between steps. Within a step the Hessian is whole: features that come
+    together share what they explain.
+    """
+    before, precision = evidence
+
+    def newton(_, weights):
+        rate = jax.nn.sigmoid(logit(centre) + _look_up(weights, features))
+        curvature = outcomes * rate * (1 - rate)
+        slope = _add_up(wins - outcomes * rate, features, len(weights)) - precision * (weights - before)
+        hessian = lambda v: precision * v + _add_up(curvature * _look_up(v, features), features, len(v))  # noqa: E731
+        diagonal = precision + _add_up(curvature, features, len(weights))
+        change, _ = jax.scipy.sparse.linalg.cg(hessian, slope, tol=0.0, maxiter=SOLVER_STEPS, M=lambda v: v / diagonal)
+        return weights + change
+
+    weights = jax.lax.fori_loop(0, NEWTON_STEPS, newton, before)
+    rate = jax.nn.sigmoid(logit(centre) + _look_up(weights, features))
+    precision = precision + _add_up(outcomes * rate * (1 - rate), features, len(weights))
+    kept = memory * precision
+    return divide(kept * weights, kept + (1 - memory) / spread), kept + (1 - memory) / spread
+
+
+def _look_up(values: jax.Array, features: jax.Array) -> jax.Array:
+    """Sum of the values [W] of each prompt's features [M, F]; [M]."""
+    return values.at[features].get(mode="fill", fill_value=0.0).sum(axis=1)
+
+
+def _add_up(values: jax.Array, features: jax.Array, width: int) -> jax.Array:
+    """The transpose of `_look_up`: values [M] added to each prompt's features; [W]."""
+    return jnp.zeros(width).at[features].add(values[:, None], mode="drop")
+
+
+SOURCES: dict[str, Source] = {
+    "groups": Source(_start_groups, _estimate_groups, _learn_groups),
+    "features": Source(_start_features, _estimate_features, _learn_features),
+}
+CANDIDATES = tuple(itertools.product(MEMORIES, SPREADS))  # (memory, spread)
+
+
+def hash_features(
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    fields: Mapping[str, Sequence[str]],
+    *,
+    width: int,
+    longest: int = 2,
+    most: int = 128,
+) -> np.ndarray:
+    """What is known of each prompt before it is sampled, as hashed features; on the host, once a run.
+
+    A feature is a run of up to `longest` tokens, the number of tokens to a power of two, or the value of a field.
+    Those of a single prompt and those of every prompt tell nothing about others and are left out.
+
+    Args:
+        tokens, mask: [D, P] int32 and bool, the prompts.
+        fields: D texts each, by name, such as the subject.
+        width: W, how many different features there are room for; those that share a hash are taken for one.
+        longest: tokens of a run at most.
+        most: F at most, the features of the most prompts.
+
+    Returns:
+        [D, F] int32 in [0, W], ascending; W for none. F >= 1.
+
+    References:
+        Weinberger et al., "Feature hashing for large scale multitask learning", arXiv 0902.2206.
+
+    >>> hash_features(np.array([[1, 2], [1, 3], [4, 3]]), np.ones((3, 2), bool), {}, width=1000, longest=1).shape
+    (3, 2)
+    """
+    rows = []
+    for number, (ids, real) in enumerate(zip(tokens, mask, strict=True)):
+        prompt = ids[real].tolist()
+        found = {("length", len(prompt).bit_length())} | {(name, texts[number]) for name, texts in fields.items()}
+        for size in range(1, longest + 1):
+            found |= {("tokens", *prompt[i : i + size]) for i in range(len(prompt) - size + 1)}
+        rows.append({_hash(feature, width) for feature in found})
+    prompts_with = np.bincount([feature for row in rows for feature in row], minlength=width)
+    tells = (prompts_with > 1) & (prompts_with < len(rows))
+    kept = [sorted(sorted(f for f in row if tells[f]), key=lambda f: -prompts_with[f])[:most] for row in rows]
+    features = np.full((len(rows), max(map(len, kept), default=0) or 1), width, np.int32)
+    for row, chosen in zip(features, kept, strict=True):
+        row[: len(chosen)] = sorted(chosen)
+    return features
+
+
+@functools.lru_cache(maxsize=1 << 20)
+def _hash(feature: tuple, width: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(feature).encode(), digest_size=8).digest(), "little") % width
+
+
+def number_groups(labels: Sequence[str]) -> tuple[np.ndarray, int]:
+    """Labels as features: ([D, 1] int32, the number of different labels).
+
+    >>> number_groups(["algebra", "sets", "algebra"])[0].tolist()
+    [[0], [1], [0]]
+    """
+    names, numbers = np.unique(np.array(labels), return_inverse=True)
+    return numbers.reshape(-1, 1).astype(np.int32), len(names)

@@ -1,0 +1,190 @@
+"""The prior of each prompt from its features, against NumPy and exact conjugate results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import betaln, expit, logit
+
+from krl.budget import prior as priors
+from krl.budget.belief import init_belief, take, update
+
+
+def known(num_prompts, alpha=0.5, beta=0.5, successes=0.0, failures=0.0):
+    belief = take(init_belief(num_prompts), jnp.arange(num_prompts))
+    fill = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.float32), (num_prompts,))  # noqa: E731
+    return belief.replace(
+        prior_alpha=jnp.float32(alpha), prior_beta=jnp.float32(beta), successes=fill(successes), failures=fill(failures)
+    )
+
+
+def dense(features, width):
+    """[M, W] with a 1 where a prompt has a feature."""
+    return (features[:, :, None] == np.arange(width)).sum(axis=1).astype(float)
+
+
+def drawn(num_prompts=40, width=30, per_prompt=5, seed=0):
+    rng = np.random.default_rng(seed)
+    features = np.array([rng.choice(width, per_prompt, replace=False) for _ in range(num_prompts)], np.int32)
+    features[::3, -1] = width  # some have fewer
+    outcomes = rng.integers(0, 9, num_prompts).astype(np.float32)
+    return features, rng.binomial(outcomes.astype(int), 0.3).astype(np.float32), outcomes
+
+
+def test_a_group_without_forgetting_is_the_conjugate_beta():
+    source = priors.SOURCES["groups"]
+    evidence, spread, centre = source.start(3, 0.25), 0.25, 0.2
+    groups = jnp.array([[0], [1], [0], [2]])
+    for wins, outcomes in (([1.0, 2, 3, 0], [4.0, 2, 8, 0]), ([0.0, 1, 1, 0], [2.0, 4, 2, 0])):
+        evidence = source.learn(evidence, spread, 1.0, groups, centre, jnp.array(wins), jnp.array(outcomes))
+    rates, unsure = source.estimate(evidence, spread, groups, centre)
+    # Beta(0.8 + 5, 3.2 + 11), Beta(0.8 + 3, 3.2 + 3), and the start where nothing was seen.
+    np.testing.assert_allclose(rates, [5.8 / 20, 3.8 / 10, 5.8 / 20, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(unsure, [1 / 20, 1 / 10, 1 / 20, 1 / 4], rtol=1e-6)
+
+
+def test_the_regression_finds_the_mode_that_dense_newton_finds():
+    features, wins, outcomes = drawn()
+    width, spread, memory, centre = 30, 0.5, 0.9, 0.3
+    rng = np.random.default_rng(1)
+    before, precision = rng.normal(0, 0.3, width), rng.uniform(2, 5, width)
+    got = priors.SOURCES["features"].learn(
+        (jnp.asarray(before, jnp.float32), jnp.asarray(precision, jnp.float32)), spread, memory,
+        jnp.asarray(features), centre, jnp.asarray(wins), jnp.asarray(outcomes),
+    )  # fmt: skip
+
+    x, weights = dense(features, width), before.copy()
+    for _ in range(50):
+        rate = expit(logit(centre) + x @ weights)
+        slope = x.T @ (wins - outcomes * rate) - precision * (weights - before)
+        weights += np.linalg.solve(np.diag(precision) + (x.T * (outcomes * rate * (1 - rate))) @ x, slope)
+    rate = expit(logit(centre) + x @ weights)
+    learnt = precision + x.T @ (outcomes * rate * (1 - rate))
+    forgotten = memory * learnt + (1 - memory) / spread
+    np.testing.assert_allclose(got[1], forgotten, rtol=2e-3)
+    np.testing.assert_allclose(got[0], memory * learnt * weights / forgotten, atol=2e-3)
+
+
+def test_scores_are_the_log_likelihood_of_outcomes_before_they_are_learnt_from():
+    features, wins, outcomes = drawn()
+    rng = np.random.default_rng(2)
+    belief = known(40, 0.6, 1.4, rng.uniform(0, 3, 40), rng.uniform(0, 3, 40))
+    prior = priors.init_prior("features", 30)
+    after = priors.learn_prior(prior, belief, jnp.asarray(features), jnp.asarray(wins), jnp.asarray(outcomes))
+
+    x, s, f = dense(features, 30), np.asarray(belief.successes), np.asarray(belief.failures)
+    for c, (_, spread) in enumerate(priors.CANDIDATES):
+        for k, most in enumerate(priors.STRENGTHS):
+            strength = 1 / (0.3 * 0.7 * spread * x.sum(axis=1) + 1 / most)
+            a, b = 0.3 * strength + s, 0.7 * strength + f
+            expected = (betaln(a + wins, b + outcomes - wins) - betaln(a, b)).sum()
+            np.testing.assert_allclose(after.scores[c, k], expected, rtol=1e-4)
+    a, b = 0.6 + s, 1.4 + f
+    np.testing.assert_allclose(
+        after.shared_score, (betaln(a + wins, b + outcomes - wins) - betaln(a, b)).sum(), rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("source", sorted(priors.SOURCES))
+def test_nothing_learnt_is_the_common_prior(source):
+    belief = known(4, 0.7, 2.1, 3.0, 1.0)
+    told = priors.inform(priors.init_prior(source, 5), belief, jnp.array([[0], [1], [4], [5]]))
+    np.testing.assert_allclose(told.prior_alpha, np.full(4, 0.7))
+    np.testing.assert_allclose(told.prior_beta, np.full(4, 2.1))
+    np.testing.assert_array_equal(told.successes, belief.successes)
+
+
+@pytest.mark.parametrize("source", sorted(priors.SOURCES))
+def test_prompts_without_outcomes_teach_nothing(source):
+    features, _, _ = drawn()
+    features = features[:, :1] if source == "groups" else features
+    prior = priors.init_prior(source, 31)
+    after = priors.learn_prior(prior, known(40), jnp.asarray(features), jnp.zeros(40), jnp.zeros(40))
+    np.testing.assert_allclose(after.evidence[0], prior.evidence[0], atol=1e-7)
+    np.testing.assert_allclose(after.evidence[1], prior.evidence[1], rtol=1e-6)
+    assert not after.scores.any()
+
+
+def predicted(source, features, rates, *, steps=60, prompts=32, each=8, seed=0, informative=True):
+    """Nats per visit of a source's prior and of the common one, over the visits of a run whose rates hold still."""
+    rng = np.random.default_rng(seed)
+    num_tasks = len(rates)
+    features = features if informative else features[rng.permutation(num_tasks)]
+    belief, prior = init_belief(num_tasks), priors.init_prior(source, int(features.max()) + 1)
+    learn = jax.jit(priors.learn_prior)
+    total = np.zeros(2)
+    for step in range(steps):
+        ids = rng.choice(num_tasks, prompts, replace=False)
+        rewards = (rng.random((prompts, each)) < rates[ids, None]).astype(np.float32)
+        wins, outcomes = rewards.sum(axis=1), np.full(prompts, each)
+        before, known_features = take(belief, jnp.asarray(ids)), jnp.asarray(features[ids])
+        for number, told in enumerate((priors.inform(prior, before, known_features), before)):
+            a = np.asarray(told.prior_alpha + told.successes)
+            b = np.asarray(told.prior_beta + told.failures)
+            total[number] += (betaln(a + wins, b + outcomes - wins) - betaln(a, b)).sum()
+        prior = learn(prior, before, known_features, jnp.asarray(wins), jnp.asarray(outcomes, jnp.float32))
+        index = jnp.repeat(jnp.arange(prompts), each)
+        belief = update(
+            belief, jnp.asarray(ids), jnp.asarray(rewards).reshape(-1), index, jnp.ones(len(index), bool), step
+        )
+    return total / (steps * prompts)
+
+
+@pytest.fixture(scope="module")
+def skills():
+    """2000 prompts of 20 skills whose rates differ: [D, 1] labels, [D, 6] features with the skill among them, [D]."""
+    rng = np.random.default_rng(5)
+    skill = rng.integers(0, 20, 2000)
+    noise = 20 + rng.integers(0, 40, (2000, 5))
+    rates = expit(rng.normal(0, 3, 20))[skill]
+    return skill[:, None].astype(np.int32), np.concatenate([skill[:, None], noise], axis=1).astype(np.int32), rates
+
+
+def test_what_prompts_share_is_learnt(skills):
+    groups, features, rates = skills
+    of_groups, common = predicted("groups", groups, rates)
+    of_features, _ = predicted("features", features, rates)
+    assert of_groups > common + 0.4
+    assert of_features > of_groups - 0.15
+
+
+@pytest.mark.parametrize("source", sorted(priors.SOURCES))
+def test_shuffled_features_are_never_worse_than_the_common_prior(skills, source):
+    groups, features, rates = skills
+    chosen = groups if source == "groups" else features
+    told, common = predicted(source, chosen, rates, informative=False)
+    assert told > common - 0.01
+
+
+def test_hashed_features_do_not_depend_on_padding_or_order():
+    tokens = np.array([[1, 2, 3], [1, 2, 4], [5, 6, 3], [7, 6, 3]])
+    mask = np.ones((4, 3), bool)
+    padded = priors.hash_features(np.pad(tokens, ((0, 0), (2, 0)), constant_values=9), np.pad(mask, ((0, 0), (2, 0))), {}, width=4096)  # fmt: skip
+    plain = priors.hash_features(tokens, mask, {}, width=4096)
+    np.testing.assert_array_equal(padded, plain)
+    swapped = priors.hash_features(tokens[::-1], mask, {}, width=4096)
+    np.testing.assert_array_equal(swapped[::-1], plain)
+    shared = lambda a, b: len(set(plain[a]) & set(plain[b]) - {4096})  # noqa: E731
+    assert shared(0, 1) == 3  # 1, 2 and "1 2"; the length, which all have, is left out
+    assert shared(0, 2) == 1
+    assert shared(2, 3) == 3
+
+
+def test_a_field_is_a_feature_and_rare_ones_are_cut_first():
+    tokens, mask = np.arange(12).reshape(6, 2), np.ones((6, 2), bool)
+    labels = {"subject": tuple("aabbcd")}
+    features = priors.hash_features(tokens, mask, labels, width=512)
+    assert features.shape == (6, 1)
+    assert features[0] == features[1] != features[2]
+    assert features[4] == features[5] == 512  # of one prompt alone, so none
+    most = priors.hash_features(
+        np.array([[1, 2], [1, 2], [1, 3]]), np.ones((3, 2), bool), {"s": "aab"}, width=512, most=2
+    )
+    assert most.shape == (3, 2)
+
+
+def test_unknown_sources_and_empty_priors_are_refused():
+    with pytest.raises(ValueError, match="features"):
+        priors.init_prior("shared", 4)
+    with pytest.raises(ValueError, match="num_features=0"):
+        priors.init_prior("groups", 0)
