@@ -37,6 +37,7 @@ from krl.run.update import abstract_state, init_state, make_optimizer, policy_up
 from krl.sharding import make_mesh, named_sharding, tree_sharding
 from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks, step_task_ids
 from krl.tasks.arithmetic import make_ladder
+from krl.tasks.operators import make_operators
 from krl.tasks.pool import VerifierPool
 from krl.types import Prompts, TrainState
 
@@ -303,6 +304,11 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
         rungs = {name: c[name] for name in ("addition", "subtraction", "multiplication", "two_step") if c[name]}
         ladder = make_ladder(rungs, {"warm": c.num_warm, "train": c.num_train, "test": c.num_test}, seed=config.seed)
         return {"sft": ladder["warm"], "train": ladder["train"], "test": ladder["test"]}
+    if config.data.source == "operators":
+        o = config.operators
+        sizes = {"warm": o.num_warm, "train": o.num_train, "test": o.num_test}
+        drawn = make_operators(sizes, seed=config.seed, num_operators=o.num_operators)
+        return {"sft": drawn["warm"], "train": drawn["train"], "test": drawn["test"]}
     data, sft = config.data, config.sft
 
     def read(split: str, path: str, limit: int) -> TaskSet:
@@ -340,7 +346,7 @@ def find_pairs(config: ConfigDict, encoded: EncodedTasks, tokenizer: Tokenizer) 
 
 def sft_cache(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:
     """The directory of the tokenizer and fine-tuned policy that belong to this config and no other."""
-    decides = ("seed", "data.", "arithmetic.", "tokenizer.", "policy.", "sft.", "sample.max_new_tokens")
+    decides = ("seed", "data.", "arithmetic.", "operators.", "tokenizer.", "policy.", "sft.", "sample.max_new_tokens")
     flat = {k: v for k, v in flatten(config).items() if k.startswith(decides) and k not in FREE_KEYS}
     name = hashlib.blake2b(json.dumps(flat, sort_keys=True).encode(), digest_size=6).hexdigest()
     return pathlib.Path(config.sft.dir or workdir / "sft") / name

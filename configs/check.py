@@ -69,7 +69,8 @@ def check(config: ConfigDict, *, rules: Iterable[str], templates: Iterable[str],
     for key in _FRACTIONS:
         need(0 <= flatten(config)[key] <= 1, key, "between 0 and 1")
     need(alloc.rule in rules, "alloc.rule", f"one of {sorted(rules)}")
-    need(config.data.source in ("arithmetic", "dataset"), "data.source", "'arithmetic' or 'dataset'")
+    embedded = ("arithmetic", "operators")
+    need(config.data.source in (*embedded, "dataset"), "data.source", "'arithmetic', 'operators' or 'dataset'")
     template = config.data.template
     need(
         template in templates or "{prompt}" in template,
@@ -103,8 +104,10 @@ def check(config: ConfigDict, *, rules: Iterable[str], templates: Iterable[str],
         rows *= size if name in ("data", "fsdp") else 1
     for key in ("alloc.budget", "optim.micro_batch") + (("sft.batch_size",) if sft.steps else ()):
         need(flatten(config)[key] % rows == 0, key, f"a multiple of the {rows} devices that split rows in mesh.shape")
-    if config.data.source == "arithmetic":
-        need(config.arithmetic.num_train >= prompts, "arithmetic.num_train", f"at least prompts_per_step={prompts}")
+    need(config.operators.num_operators <= 52, "operators.num_operators", "at most 52, the letters there are")
+    if config.data.source in embedded:
+        key = f"{config.data.source}.num_train"
+        need(flatten(config)[key] >= prompts, key, f"at least prompts_per_step={prompts}")
     elif config.data.name in sources:
         for key in ("data.subset", "data.prompt_field", "data.answer_field", "data.completion_field"):
             known = f"left empty: data.name={config.data.name!r} is known with its fields (data.name='' reads any file)"
@@ -116,14 +119,14 @@ def check(config: ConfigDict, *, rules: Iterable[str], templates: Iterable[str],
 
 _AT_LEAST_ONE = (
     "prompts_per_step", "max_bad_updates", "alloc.n_min", "data.max_prompt_tokens", "arithmetic.num_train",
-    "arithmetic.num_test", "sample.max_new_tokens", "optim.updates_per_step", "optim.micro_batch", "eval.samples",
+    "arithmetic.num_test", "operators.num_operators", "operators.num_train", "operators.num_test", "sample.max_new_tokens", "optim.updates_per_step", "optim.micro_batch", "eval.samples",
     "checkpoint.every", "checkpoint.keep", "tokenizer.vocab_size", "policy.embed_size", "policy.num_layers",
     "policy.num_heads", "policy.num_kv_heads", "policy.head_size", "policy.mlp_size", "policy.unroll", "sft.batch_size",
     "sft.save_every", "verify.items_per_worker",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
-    "arithmetic.two_step", "arithmetic.num_warm", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
+    "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
     "eval.every", "eval.prompts", "eval.temperature", "loss.clip_high", "loss.advantage_clip", "loss.importance_cap",
     "loss.kl_coefficient", "verify.workers",
 )  # fmt: skip

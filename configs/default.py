@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
 def _add_tasks(config: ConfigDict) -> None:
     # Where prompts come from.
     config.data = ConfigDict()
-    config.data.source = "arithmetic"  # "arithmetic" (embedded) or "dataset"
+    config.data.source = "arithmetic"  # "arithmetic" or "operators" (embedded), or "dataset"
     # "exact" (the response is the answer), "math" (marked final answer), "math_or_number" (or the last number), or
     # your own "package.module:function" of (prompt, response, answer).
     config.data.reward = "exact"
@@ -76,6 +76,13 @@ def _add_tasks(config: ConfigDict) -> None:
     config.arithmetic.num_warm = 20000  # expressions of the warm start
     config.arithmetic.num_train = 1024  # D
     config.arithmetic.num_test = 1024
+
+    # The operators: how many letters mean a string function, and set sizes.
+    config.operators = ConfigDict()
+    config.operators.num_operators = 52
+    config.operators.num_warm = 30000  # demonstrations of the warm start
+    config.operators.num_train = 4096  # D
+    config.operators.num_test = 2048
 
     config.tokenizer = ConfigDict()
     config.tokenizer.path = ""  # a .model file or a directory; "" takes the policy's, or trains one on the texts

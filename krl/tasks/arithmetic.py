@@ -4,24 +4,20 @@ A rung is a kind of expression and climbs from one-digit operands to longer ones
 was warm-started on the ladder solves the foot of each rung almost always and its top almost never.
 """
 
-import hashlib
 from collections.abc import Callable
 
 import numpy as np
 
 from krl.tasks.data import TaskSet
+from krl.tasks.embedded import SPLITS, draw_split
 
 Rung = Callable[[np.random.Generator, int], tuple[str, int]]
-SPLITS = ("warm", "train", "test")
-# Of ten expressions, six are for the warm start, three for training and one for tests.
-_SPLIT_OF_TENTH = ("warm",) * 6 + ("train",) * 3 + ("test",)
 
 
 def make_ladder(rungs: dict[str, int], sizes: dict[str, int], *, seed: int) -> dict[str, TaskSet]:
     """Draw the splits of an arithmetic ladder.
 
-    An expression's split is decided by a hash of its text alone, so splits are disjoint, whatever the
-    seeds and sizes they were drawn with. In "train" and "test" every length of every rung is equally
+    Splits are disjoint, see `draw_split`. In "train" and "test" every length of every rung is equally
     likely; "warm" has long operands less often, by the square of their digits, so that a warm start
     solves the foot of each rung first. A length that runs out of expressions leaves room to the others.
 
@@ -31,7 +27,8 @@ def make_ladder(rungs: dict[str, int], sizes: dict[str, int], *, seed: int) -> d
         seed: decides which expressions are drawn and their order.
 
     Returns:
-        A TaskSet for each of SPLITS; prompts look like "12+34=" and completions are the answers.
+        A TaskSet for each of SPLITS, with the fields "rung" and "digits"; prompts look like "12+34=" and
+        completions are the answers.
 
     Raises:
         ValueError: an unknown rung, fewer than one digit, or more tasks than there are expressions.
@@ -42,36 +39,25 @@ def make_ladder(rungs: dict[str, int], sizes: dict[str, int], *, seed: int) -> d
     unknown = sorted(set(rungs) - set(RUNGS))
     if unknown or not rungs or min(rungs.values()) < 1:
         raise ValueError(f"rungs must map names from {sorted(RUNGS)} to at least one digit, got {rungs}")
-    levels = [(RUNGS[name], digits) for name, most in rungs.items() for digits in range(1, most + 1)]
+    levels = [(name, digits) for name, most in rungs.items() for digits in range(1, most + 1)]
     return {
         split: _draw(levels, split, sizes[split], np.random.default_rng((seed, number)))
         for number, split in enumerate(SPLITS)
     }
 
 
-def _draw(levels: list[tuple[Rung, int]], split: str, size: int, rng: np.random.Generator) -> TaskSet:
+def _draw(levels: list[tuple[str, int]], split: str, size: int, rng: np.random.Generator) -> TaskSet:
     """Different expressions of one split."""
     weights = np.array([digits**-2.0 if split == "warm" else 1.0 for _, digits in levels])
-    tasks: dict[str, int] = {}
-    misses = 0
-    while len(tasks) < size:
-        rung, digits = levels[rng.choice(len(levels), p=weights / weights.sum())]
-        expression, answer = rung(rng, digits)
-        new = expression not in tasks and _split_of(expression) == split
-        misses = 0 if new else misses + 1
-        if new:
-            tasks[expression] = answer
-        elif misses > 50_000:
-            raise ValueError(
-                f"the ladder has only {len(tasks)} expressions for {split}, not {size}; add digits or ask for fewer"
-            )
-    answers = tuple(str(answer) for answer in tasks.values())
-    return TaskSet(prompts=tuple(f"{expression}=" for expression in tasks), answers=answers, completions=answers)
 
+    def draw() -> tuple[str, tuple[str, str, str]]:
+        name, digits = levels[rng.choice(len(levels), p=weights / weights.sum())]
+        expression, answer = RUNGS[name](rng, digits)
+        return expression, (str(answer), name, str(digits))
 
-def _split_of(expression: str) -> str:
-    digest = hashlib.blake2b(expression.encode(), digest_size=8).digest()
-    return _SPLIT_OF_TENTH[int.from_bytes(digest, "little") % len(_SPLIT_OF_TENTH)]
+    found = draw_split(draw, split, size)
+    answers, names, digits = zip(*found.values(), strict=True) if found else ((), (), ())
+    return TaskSet(tuple(f"{expression}=" for expression in found), answers, answers, {"rung": names, "digits": digits})
 
 
 def _operand(rng: np.random.Generator, digits: int) -> int:

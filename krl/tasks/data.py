@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -21,6 +21,7 @@ class TaskSet:
     prompts: tuple[str, ...]  # the questions, before any template
     answers: tuple[Answer, ...]
     completions: tuple[str, ...] = ()  # worked solutions for a supervised start; may be empty
+    fields: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # what else is known, by name
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -31,6 +32,7 @@ class TaskSet:
             prompts=tuple(self.prompts[i] for i in rows),
             answers=tuple(self.answers[i] for i in rows),
             completions=tuple(self.completions[i] for i in rows) if self.completions else (),
+            fields={name: tuple(values[i] for i in rows) for name, values in self.fields.items()},
         )
 
 
