@@ -45,7 +45,7 @@ def main(_):
 
     # ---------------------------------------------------------------- what to measure
     try:
-        check(config, rules=budget.RULES, templates=TEMPLATES, sources=SOURCES)
+        check(config, rules=budget.RULES, priors=budget.PRIORS, templates=TEMPLATES, sources=SOURCES)
         flat = flatten(config)
         has_run = (workdir / "config.json").exists()
         if has_run or not config.policy.path:

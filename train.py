@@ -51,7 +51,7 @@ def main(_):
 
     # ---------------------------------------------------------------- refuse what cannot work
     try:
-        check(config, rules=budget.RULES, templates=TEMPLATES, sources=SOURCES)
+        check(config, rules=budget.RULES, priors=budget.PRIORS, templates=TEMPLATES, sources=SOURCES)
         mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
         open_workdir(workdir, flatten(config), FREE_KEYS)
         verifiers = make_verifiers(config)
@@ -67,6 +67,7 @@ def main(_):
         )
         train_tasks, test_tasks = encode(tasks["train"]), encode(tasks["test"], limit=config.eval.prompts)
         step_task_ids(len(train_tasks), config.prompts_per_step, 0, seed=config.seed)
+        features, num_features = find_features(config, train_tasks)
         pairs = find_pairs(config, encode(tasks["sft"]), tokenizer) if config.sft.steps else None
         shapes = jax.eval_shape(functools.partial(policy.init, policy_config), jax.random.key(0))
         shardings = tree_sharding(mesh, policy.param_axes(policy_config), shapes)
@@ -97,6 +98,7 @@ def main(_):
     update_belief = jax.jit(
         functools.partial(budget.update, fit_discounts=config.alloc.fit_discounts), donate_argnums=0
     )
+    inform, learn_prior = jax.jit(budget.inform), jax.jit(budget.learn_prior)
     advantages_of = jax.jit(
         functools.partial(
             learn.group_advantages,
@@ -134,6 +136,7 @@ def main(_):
                 len(train_tasks), discount=config.alloc.discount, discount_mixed=config.alloc.discount_mixed
             )
         )
+        prior = None if config.alloc.prior == "shared" else place(budget.init_prior(config.alloc.prior, num_features))
         reference = None
         try:
             if first is None or config.loss.kl_coefficient:
@@ -150,9 +153,10 @@ def main(_):
                 like = jax.tree.map(
                     lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings
                 )
-                like = saved(abstract_state(policy_config, optimizer, like), belief)
+                like = saved(abstract_state(policy_config, optimizer, like), belief, prior)
                 first, trees = checkpoints.restore(like)
                 state, belief = TrainState(trees["params"], trees["opt_state"]), trees["belief"]
+                prior = trees["prior"] if prior is not None else None
                 print(f"krl: continuing from step {first}")
         except (ValueError, FloatingPointError) as error:
             raise SystemExit(f"train.py: {error}") from None
@@ -165,7 +169,7 @@ def main(_):
                 log.write(0, {"rollouts_total": 0} | {f"eval/{k}": v for k, v in evaluation.items()})
                 show(0, f"accuracy {evaluation['accuracy']:.3f}")
             if config.steps == 0:
-                checkpoints.save(0, saved(state, belief))
+                checkpoints.save(0, saved(state, belief, prior))
             step = first
             while step < config.steps and not stop.is_set():
                 clock = PhaseClock()
@@ -179,7 +183,10 @@ def main(_):
                         sample_and_score, generate, score, clock, state.params, prompts, sample_key,
                         tasks=train_tasks.tasks.take(task_ids.tolist()), temperature=config.sample.temperature,
                     )  # fmt: skip
-                    known = budget.take(belief, prompts.task_ids)
+                    before = known = budget.take(belief, prompts.task_ids)
+                    if prior is not None:
+                        shared_by = place(features[task_ids])
+                        known = inform(prior, known, shared_by)
                     seen, pilot, rounds = known.visits > 0, 0, []
                 if (
                     config.alloc.rule in budget.PILOT_RULES
@@ -206,10 +213,13 @@ def main(_):
                         importance_cap=config.loss.importance_cap, kl_coefficient=config.loss.kl_coefficient,
                         reference=reference,
                     )  # fmt: skip
+                    if prior is not None:
+                        prior = learn_prior(prior, before, shared_by, rewards, rollouts.prompt_index, rollouts.mask)
+                        learnt |= budget.prior_metrics(prior, config.prompts_per_step)
                     belief = update_belief(
                         belief, prompts.task_ids, rewards, rollouts.prompt_index, rollouts.mask, step, rollouts.lengths
                     )
-                    jax.block_until_ready((state, belief))
+                    jax.block_until_ready((state, belief, prior))
                 step += 1
 
                 # ---------------------------------------------------- what the step showed
@@ -243,9 +253,9 @@ def main(_):
                         "lower config.optim.learning_rate, or look at metrics.jsonl for when it began"
                     )
                 if step % config.checkpoint.every == 0 or step == config.steps:
-                    checkpoints.save(step, saved(state, belief))
+                    checkpoints.save(step, saved(state, belief, prior))
         if stop.is_set() and step < config.steps:
-            checkpoints.save(step, saved(state, belief))
+            checkpoints.save(step, saved(state, belief, prior))
             print(f"krl: stopped after step {step}; the same command continues from there")
             return
 
@@ -283,9 +293,10 @@ def start_params(config, policy_config, mesh, shardings, pairs, cache, key, *, s
         )  # fmt: skip
 
 
-def saved(state: TrainState, belief: budget.Belief) -> dict:
+def saved(state: TrainState, belief: budget.Belief, prior: budget.Prior | None) -> dict:
     """The trees of a checkpoint, apart so that an evaluation can read the parameters alone."""
-    return {"params": state.params, "opt_state": state.opt_state, "belief": belief}
+    trees = {"params": state.params, "opt_state": state.opt_state, "belief": belief}
+    return trees if prior is None else trees | {"prior": prior}
 
 
 def make_verifiers(config: ConfigDict) -> VerifierPool:
@@ -310,13 +321,15 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
         drawn = make_operators(sizes, seed=config.seed, num_operators=o.num_operators)
         return {"sft": drawn["warm"], "train": drawn["train"], "test": drawn["test"]}
     data, sft = config.data, config.sft
+    further = [name.strip() for name in data.fields.split(",") if name.strip()]
 
     def read(split: str, path: str, limit: int) -> TaskSet:
+        fields = further if split == "train" else ()
         if data.name in SOURCES:
-            return load_named(data.name, split=split, path=path, limit=limit)
+            return load_named(data.name, split=split, path=path, limit=limit, fields=fields)
         return load_tasks(
             name=data.name, subset=data.subset, split=data[f"{split}_split"], path=path, prompt_field=data.prompt_field,
-            answer_field=data.answer_field, completion_field=data.completion_field, limit=limit,
+            answer_field=data.answer_field, completion_field=data.completion_field, limit=limit, fields=fields,
         )  # fmt: skip
 
     train = read("train", data.path, data.max_train)
@@ -342,6 +355,22 @@ def find_pairs(config: ConfigDict, encoded: EncodedTasks, tokenizer: Tokenizer) 
     pairs, left_out = pack_pairs(encoded, tokenizer, config.sft.row_tokens)
     print(f"krl: {len(encoded) - left_out} pairs for fine-tuning in {len(pairs[0])} rows, {left_out} too long")
     return pairs
+
+
+def find_features(config: ConfigDict, tasks: EncodedTasks) -> tuple[np.ndarray, int]:
+    """What the prior goes by: features [D, F] int32 of the training prompts, and how many different ones."""
+    fields, name = tasks.tasks.fields, config.alloc.prior_field
+    if config.alloc.prior == "features":
+        width = config.alloc.prior_width
+        return budget.hash_features(tasks.tokens, tasks.mask, fields, width=width), width
+    if config.alloc.prior == "groups":
+        if name not in fields:
+            raise ValueError(
+                f"config.alloc.prior_field={name!r} is none of the training data's fields {sorted(fields)}; "
+                "name it in config.data.fields too"
+            )
+        return budget.number_groups(fields[name])
+    return np.zeros((len(tasks), 0), np.int32), 0
 
 
 def sft_cache(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path:

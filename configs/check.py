@@ -42,12 +42,15 @@ def flatten(config: ConfigDict) -> dict:
     return flat
 
 
-def check(config: ConfigDict, *, rules: Iterable[str], templates: Iterable[str], sources: Iterable[str]) -> None:
+def check(
+    config: ConfigDict, *, rules: Iterable[str], priors: Iterable[str], templates: Iterable[str], sources: Iterable[str]
+) -> None:
     """Check every value and combination.
 
     Args:
         config: the whole configuration.
         rules: the names of allocation rules.
+        priors: the names of priors besides "shared".
         templates: the names of prompt templates.
         sources: the names of known data sets.
 
@@ -70,6 +73,10 @@ def check(config: ConfigDict, *, rules: Iterable[str], templates: Iterable[str],
         need(0 <= flatten(config)[key] <= 1, key, "between 0 and 1")
     need(alloc.rule in rules, "alloc.rule", f"one of {sorted(rules)}")
     embedded = ("arithmetic", "operators")
+    need(alloc.prior in ("shared", *priors), "alloc.prior", f"one of {['shared', *sorted(priors)]}")
+    need(
+        alloc.prior != "groups" or bool(alloc.prior_field), "alloc.prior_field", "the field that names a prompt's group"
+    )
     need(config.data.source in (*embedded, "dataset"), "data.source", "'arithmetic', 'operators' or 'dataset'")
     template = config.data.template
     need(
@@ -118,7 +125,7 @@ def check(config: ConfigDict, *, rules: Iterable[str], templates: Iterable[str],
 
 
 _AT_LEAST_ONE = (
-    "prompts_per_step", "max_bad_updates", "alloc.n_min", "data.max_prompt_tokens", "arithmetic.num_train",
+    "prompts_per_step", "max_bad_updates", "alloc.n_min", "alloc.prior_width", "data.max_prompt_tokens", "arithmetic.num_train",
     "arithmetic.num_test", "operators.num_operators", "operators.num_train", "operators.num_test", "sample.max_new_tokens", "optim.updates_per_step", "optim.micro_batch", "eval.samples",
     "checkpoint.every", "checkpoint.keep", "tokenizer.vocab_size", "policy.embed_size", "policy.num_layers",
     "policy.num_heads", "policy.num_kv_heads", "policy.head_size", "policy.mlp_size", "policy.unroll", "sft.batch_size",

@@ -17,6 +17,11 @@ def get_config() -> ConfigDict:
     config.alloc.budget = 512  # R, rollouts per step
     config.alloc.n_min = 2  # fewest rollouts of a prompt
     config.alloc.n_max = 128  # most rollouts of a prompt
+    # What a prompt's success rate is likely to be before it is sampled: "shared" (one prior for all prompts),
+    # "groups" (by a field of the data), or "features" (by pieces of its text and all of data.fields).
+    config.alloc.prior = "features"
+    config.alloc.prior_field = ""  # the field of "groups", such as "subject"
+    config.alloc.prior_width = 4096  # to how many features those of "features" are hashed
     config.alloc.discount = 0.9  # what is left of the evidence about a prompt after an even group, 0 to 1
     config.alloc.discount_mixed = 0.25  # and after a mixed group, which changes the policy on that prompt
     config.alloc.fit_discounts = False  # let both follow the likelihood of new outcomes
@@ -63,6 +68,7 @@ def _add_tasks(config: ConfigDict) -> None:
     config.data.prompt_field = ""  # of a data set that is no key of krl.tasks.SOURCES, such as "question"
     config.data.answer_field = ""  # the same; "" takes the worked solution for the answer
     config.data.completion_field = ""  # worked solutions for supervised fine-tuning, "" for none
+    config.data.fields = ""  # further fields of the training data that say something of a task: "subject,level"
     config.data.template = "raw"  # a key of krl.tasks.TEMPLATES, or a text with {prompt} in it
     config.data.max_train = 0  # training prompts to read, 0 for all
     config.data.max_prompt_tokens = 12  # P; longer prompts are left out

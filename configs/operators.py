@@ -3,7 +3,7 @@
     python train.py --config configs/operators.py --workdir runs/operators
     python train.py --config configs/operators.py --workdir runs/uniform --config.alloc.rule=uniform
 
-The policy can execute eight string functions and must find out by trial which one each of 26 letters means.
+The policy can execute eight string functions and must find out by trial which one each of 52 letters means.
 """
 
 from ml_collections import ConfigDict
@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.sample.max_new_tokens = 5  # four digits and the end
     config.tokenizer.vocab_size = 68  # every character is a piece of its own
     config.sft.steps = 2500
-    config.optim.learning_rate = 3e-4
+    config.optim.learning_rate = 6e-4
     config.optim.decay_steps = 0
     config.optim.updates_per_step = 1
     config.eval.prompts = 2048

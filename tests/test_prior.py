@@ -23,6 +23,14 @@ def dense(features, width):
     return (features[:, :, None] == np.arange(width)).sum(axis=1).astype(float)
 
 
+def rollouts(wins, outcomes):
+    """Rewards, prompt index and mask of groups with so many successes, and a padding row that must not count."""
+    wins, outcomes = np.asarray(wins, int), np.asarray(outcomes, int)
+    rewards = np.concatenate([np.arange(n) < w for w, n in zip(wins, outcomes, strict=True)]).astype(np.float32)
+    index = np.repeat(np.arange(len(wins)), outcomes)
+    return jnp.append(rewards, 1.0), jnp.append(index, 0).astype(jnp.int32), jnp.arange(len(rewards) + 1) < len(rewards)
+
+
 def drawn(num_prompts=40, width=30, per_prompt=5, seed=0):
     rng = np.random.default_rng(seed)
     features = np.array([rng.choice(width, per_prompt, replace=False) for _ in range(num_prompts)], np.int32)
@@ -32,7 +40,7 @@ def drawn(num_prompts=40, width=30, per_prompt=5, seed=0):
 
 
 def test_a_group_without_forgetting_is_the_conjugate_beta():
-    source = priors.SOURCES["groups"]
+    source = priors.PRIORS["groups"]
     evidence, spread, centre = source.start(3, 0.25), 0.25, 0.2
     groups = jnp.array([[0], [1], [0], [2]])
     for wins, outcomes in (([1.0, 2, 3, 0], [4.0, 2, 8, 0]), ([0.0, 1, 1, 0], [2.0, 4, 2, 0])):
@@ -48,7 +56,7 @@ def test_the_regression_finds_the_mode_that_dense_newton_finds():
     width, spread, memory, centre = 30, 0.5, 0.9, 0.3
     rng = np.random.default_rng(1)
     before, precision = rng.normal(0, 0.3, width), rng.uniform(2, 5, width)
-    got = priors.SOURCES["features"].learn(
+    got = priors.PRIORS["features"].learn(
         (jnp.asarray(before, jnp.float32), jnp.asarray(precision, jnp.float32)), spread, memory,
         jnp.asarray(features), centre, jnp.asarray(wins), jnp.asarray(outcomes),
     )  # fmt: skip
@@ -70,7 +78,7 @@ def test_scores_are_the_log_likelihood_of_outcomes_before_they_are_learnt_from()
     rng = np.random.default_rng(2)
     belief = known(40, 0.6, 1.4, rng.uniform(0, 3, 40), rng.uniform(0, 3, 40))
     prior = priors.init_prior("features", 30)
-    after = priors.learn_prior(prior, belief, jnp.asarray(features), jnp.asarray(wins), jnp.asarray(outcomes))
+    after = priors.learn_prior(prior, belief, jnp.asarray(features), *rollouts(wins, outcomes))
 
     x, s, f = dense(features, 30), np.asarray(belief.successes), np.asarray(belief.failures)
     for c, (_, spread) in enumerate(priors.CANDIDATES):
@@ -85,7 +93,7 @@ def test_scores_are_the_log_likelihood_of_outcomes_before_they_are_learnt_from()
     )
 
 
-@pytest.mark.parametrize("source", sorted(priors.SOURCES))
+@pytest.mark.parametrize("source", sorted(priors.PRIORS))
 def test_nothing_learnt_is_the_common_prior(source):
     belief = known(4, 0.7, 2.1, 3.0, 1.0)
     told = priors.inform(priors.init_prior(source, 5), belief, jnp.array([[0], [1], [4], [5]]))
@@ -94,12 +102,12 @@ def test_nothing_learnt_is_the_common_prior(source):
     np.testing.assert_array_equal(told.successes, belief.successes)
 
 
-@pytest.mark.parametrize("source", sorted(priors.SOURCES))
+@pytest.mark.parametrize("source", sorted(priors.PRIORS))
 def test_prompts_without_outcomes_teach_nothing(source):
     features, _, _ = drawn()
     features = features[:, :1] if source == "groups" else features
     prior = priors.init_prior(source, 31)
-    after = priors.learn_prior(prior, known(40), jnp.asarray(features), jnp.zeros(40), jnp.zeros(40))
+    after = priors.learn_prior(prior, known(40), jnp.asarray(features), *rollouts(np.zeros(40), np.zeros(40)))
     np.testing.assert_allclose(after.evidence[0], prior.evidence[0], atol=1e-7)
     np.testing.assert_allclose(after.evidence[1], prior.evidence[1], rtol=1e-6)
     assert not after.scores.any()
@@ -122,11 +130,10 @@ def predicted(source, features, rates, *, steps=60, prompts=32, each=8, seed=0, 
             a = np.asarray(told.prior_alpha + told.successes)
             b = np.asarray(told.prior_beta + told.failures)
             total[number] += (betaln(a + wins, b + outcomes - wins) - betaln(a, b)).sum()
-        prior = learn(prior, before, known_features, jnp.asarray(wins), jnp.asarray(outcomes, jnp.float32))
         index = jnp.repeat(jnp.arange(prompts), each)
-        belief = update(
-            belief, jnp.asarray(ids), jnp.asarray(rewards).reshape(-1), index, jnp.ones(len(index), bool), step
-        )
+        groups = jnp.asarray(rewards).reshape(-1), index, jnp.ones(len(index), bool)
+        prior = learn(prior, before, known_features, *groups)
+        belief = update(belief, jnp.asarray(ids), *groups, step)
     return total / (steps * prompts)
 
 
@@ -148,7 +155,7 @@ def test_what_prompts_share_is_learnt(skills):
     assert of_features > of_groups - 0.15
 
 
-@pytest.mark.parametrize("source", sorted(priors.SOURCES))
+@pytest.mark.parametrize("source", sorted(priors.PRIORS))
 def test_shuffled_features_are_never_worse_than_the_common_prior(skills, source):
     groups, features, rates = skills
     chosen = groups if source == "groups" else features

@@ -21,7 +21,7 @@ from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, TaskSet
 from krl.types import Rollouts
 from tests import tiny
 
-CHOICES = {"rules": budget.RULES, "templates": TEMPLATES, "sources": SOURCES}
+CHOICES = {"rules": budget.RULES, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES}
 CONFIGS = [arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b]
 
 

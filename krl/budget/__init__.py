@@ -16,7 +16,16 @@ from krl.budget.belief import (
     window_rate,
 )
 from krl.budget.explanation import explain
-from krl.budget.prior import Prior, hash_features, inform, init_prior, learn_prior, number_groups
+from krl.budget.prior import (
+    PRIORS,
+    Prior,
+    hash_features,
+    inform,
+    init_prior,
+    learn_prior,
+    number_groups,
+    prior_metrics,
+)
 from krl.budget.simulate import Replay, logged_rates, replay, synthetic_rates
 from krl.budget.solve import knapsack, knapsack_cost, knapsack_large, max_plus_dp, price
 from krl.budget.value import (
@@ -32,6 +41,7 @@ from krl.budget.value import (
 
 __all__ = [
     "PILOT_RULES",
+    "PRIORS",
     "RULES",
     "Belief",
     "Prior",
@@ -62,6 +72,7 @@ __all__ = [
     "posterior",
     "price",
     "prior_by_moments",
+    "prior_metrics",
     "reinforce_value",
     "replay",
     "reward_variance",

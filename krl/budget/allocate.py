@@ -30,6 +30,17 @@ def knapsack_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: in
     return _solve(log_gains_beta(alpha, beta, n_min, n_max), budget, n_min)
 
 
+def knapsack_log_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """The knapsack with progress measured in log p instead of p: a prompt's worth is (1-p)^2, not p (1-p)^2.
+
+    Moving a prompt from 1% to 2% then counts as much as moving one from 20% to 40%: both halve the rollouts until
+    the next success. The paper's value spends little where successes are rare, so what a policy
+    seldom does right may be unlearnt before it is found.
+    """
+    alpha, beta = posterior(belief)
+    return _solve(log_gains_beta(alpha, beta, n_min, n_max, power=0), budget, n_min)
+
+
 def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
     """The knapsack by gain per token: of prompts that teach as much, those with short responses first.
 
@@ -162,6 +173,7 @@ def value_rule(value: Value) -> Rule:
 
 RULES: dict[str, Rule] = {
     "knapsack": knapsack_rule,
+    "knapsack_log": knapsack_log_rule,
     "knapsack_tokens": knapsack_tokens_rule,
     "knapsack_continuous": knapsack_continuous_rule,
     "knapsack_paper": knapsack_paper_rule,

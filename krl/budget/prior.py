@@ -27,7 +27,7 @@ from flax import struct
 from jax.scipy.special import betaln, logit
 
 from krl.budget.belief import Belief
-from krl.masked import divide
+from krl.masked import divide, segment_sum
 
 MEMORIES = (0.8, 0.95)  # what is left of a source's evidence after a step
 SPREADS = (0.3, 3.0)  # variance of a feature's weight before anything is known of it, squared logits
@@ -42,7 +42,7 @@ class Prior(struct.PyTreeNode):
     evidence: tuple[jax.Array, jax.Array]  # [C, W] float32 each: successes and failures, or weights and precisions
     scores: jax.Array  # [C, S] float32, discounted log-likelihood of new outcomes for each strength, nats
     shared_score: jax.Array  # [] float32, the same for the prior common to all prompts
-    source: str = struct.field(pytree_node=False)  # a key of SOURCES
+    source: str = struct.field(pytree_node=False)  # a key of PRIORS
 
 
 class Source(NamedTuple):
@@ -59,17 +59,17 @@ def init_prior(source: str, num_features: int) -> Prior:
     """Nothing learnt yet.
 
     Args:
-        source: a key of SOURCES.
+        source: a key of PRIORS.
         num_features: W, labels of "groups", or the width to which "features" are hashed.
 
     Raises:
         ValueError: an unknown source, or no feature.
     """
-    if source not in SOURCES:
-        raise ValueError(f"unknown prior {source!r}; the sources are {sorted(SOURCES)}, or no prior at all")
+    if source not in PRIORS:
+        raise ValueError(f"unknown prior {source!r}; the sources are {sorted(PRIORS)}, or no prior at all")
     if num_features < 1:
         raise ValueError(f"a prior needs at least one feature, got num_features={num_features}")
-    starts = [SOURCES[source].start(num_features, spread) for _, spread in CANDIDATES]
+    starts = [PRIORS[source].start(num_features, spread) for _, spread in CANDIDATES]
     evidence = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
     return Prior(evidence, jnp.zeros((len(CANDIDATES), len(STRENGTHS))), jnp.float32(0.0), source)
 
@@ -96,16 +96,31 @@ def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
     )
 
 
-def learn_prior(prior: Prior, belief: Belief, features: jax.Array, wins: jax.Array, outcomes: jax.Array) -> Prior:
+def learn_prior(
+    prior: Prior,
+    belief: Belief,
+    features: jax.Array,
+    rewards: jax.Array,
+    prompt_index: jax.Array,
+    mask: jax.Array,
+) -> Prior:
     """The prior after a step's outcomes: candidates are judged by them first, and then learn from them.
 
     Args:
         prior: before the step.
         belief: of the M prompts before the step, with the common prior.
         features: [M, F] int32 in [0, W); W or more for none.
-        wins: [M] float32, sum of the rewards of each prompt.
-        outcomes: [M] float32, its rollouts; a prompt with none teaches nothing.
+        rewards: [R] float32 in [0, 1].
+        prompt_index: [R] int32, the prompt that each rollout belongs to.
+        mask: [R] bool, False on padding rows.
+
+    Returns:
+        The new prior. Prompts without a rollout teach nothing.
     """
+    num_prompts = belief.visits.shape[0]
+    index = jnp.where(mask, prompt_index, num_prompts)
+    wins = segment_sum(jnp.where(mask, rewards, 0.0), index, num_prompts)
+    outcomes = segment_sum(mask.astype(jnp.float32), index, num_prompts)
     alphas, betas = _candidates(prior, belief, features)
     scores = SCORE_MEMORY * prior.scores + _log_likelihood(belief, alphas, betas, wins, outcomes)
     shared = _log_likelihood(belief, belief.prior_alpha, belief.prior_beta, wins, outcomes)
@@ -113,7 +128,7 @@ def learn_prior(prior: Prior, belief: Belief, features: jax.Array, wins: jax.Arr
     # Outcomes of one prompt are alike: beyond `strength` of them, more say little about its features.
     share = divide(strength + 1, strength + outcomes)
     learn = functools.partial(
-        SOURCES[prior.source].learn,
+        PRIORS[prior.source].learn,
         features=features, centre=_common_mean(belief), wins=share * wins, outcomes=share * outcomes,
     )  # fmt: skip
     memories, spreads = jnp.array(CANDIDATES).T
@@ -124,9 +139,19 @@ def learn_prior(prior: Prior, belief: Belief, features: jax.Array, wins: jax.Arr
     )
 
 
+def prior_metrics(prior: Prior, num_prompts: int) -> dict[str, jax.Array]:
+    """Float32 scalars: what the prior's best candidate predicts better than the common prior, and its strength.
+
+    `prior_gain` is in nats per visit, averaged over the late steps that scores are; below 0 the common prior is used.
+    """
+    visits = num_prompts / (1 - SCORE_MEMORY)
+    strength = jnp.array(STRENGTHS)[prior.scores.max(axis=0).argmax()]
+    return {"prior_gain": (prior.scores.max() - prior.shared_score) / visits, "prior_strength": strength}
+
+
 def _candidates(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(alpha, beta) of every candidate, [C, S, M] float32."""
-    estimate = functools.partial(SOURCES[prior.source].estimate, features=features, centre=_common_mean(belief))
+    estimate = functools.partial(PRIORS[prior.source].estimate, features=features, centre=_common_mean(belief))
     rates, unsure = jax.vmap(estimate)(prior.evidence, jnp.array(CANDIDATES)[:, 1])
     # Two sources of doubt add up: about what the features say, and about how far the prompt is from that.
     strengths = 1 / (unsure[:, None] + 1 / jnp.array(STRENGTHS)[None, :, None])
@@ -211,7 +236,7 @@ def _add_up(values: jax.Array, features: jax.Array, width: int) -> jax.Array:
     return jnp.zeros(width).at[features].add(values[:, None], mode="drop")
 
 
-SOURCES: dict[str, Source] = {
+PRIORS: dict[str, Source] = {
     "groups": Source(_start_groups, _estimate_groups, _learn_groups),
     "features": Source(_start_features, _estimate_features, _learn_features),
 }

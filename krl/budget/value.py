@@ -169,7 +169,7 @@ def log_gain(p: jax.Array, n: jax.Array) -> jax.Array:
 
 
 def log_gains_beta(
-    alpha: jax.Array, beta: jax.Array, n_min: Bound, n_max: Bound, *, columns: int | None = None
+    alpha: jax.Array, beta: jax.Array, n_min: Bound, n_max: Bound, *, columns: int | None = None, power: int = 1
 ) -> jax.Array:
     """Logarithm of the expected gain of each further rollout when p ~ Beta(alpha, beta).
 
@@ -177,7 +177,12 @@ def log_gains_beta(
 
         E[g(n)] = [B(a+n+1, b+3) + B(a+2, b+n+2)] / B(a, b),
 
-    and as a mixture of functions that fall in n it falls in n too. Prompts never seen, always failed
+    and as a mixture of functions that fall in n it falls in n too. With power 0 progress is measured in log p
+    instead of p: an update that moves p by p (1-p)^2 moves log p by (1-p)^2, and
+
+        E[g(n)] = [B(a+n, b+3) + B(a+1, b+n+2)] / B(a, b).
+
+    Prompts never seen, always failed
     and always solved need no special case: 0 of 2 and 0 of 200 are different beliefs. The ratios of Beta
     functions are products of plain fractions, so no Gamma function is evaluated: it would lose its digits
     for strong beliefs.
@@ -185,6 +190,7 @@ def log_gains_beta(
     Args:
         alpha, beta: [M] float > 0, the parameters of each prompt's belief.
         n_min, n_max, columns: as for `log_gains`.
+        power: of p in p^power (1-p)^2, static, 1 or 0.
 
     Returns:
         [M, J] float32, finite; column j of row i is the gain of rollout n_min_i + j + 1.
@@ -196,14 +202,14 @@ def log_gains_beta(
     a, b = jnp.asarray(alpha, jnp.float32), jnp.asarray(beta, jnp.float32)
     if a.shape != b.shape:
         raise ValueError(f"alpha and beta must both have shape [M], got {a.shape} and {b.shape}")
-    four = sum(jnp.log(a + b + i) for i in range(4))
-    won = jnp.log(a) + sum(jnp.log(b + i) for i in range(3)) - four  # B(a+1, b+3) / B(a, b), at n = 0
-    lost = jnp.log(a) + jnp.log(a + 1) + jnp.log(b) + jnp.log(b + 1) - four  # B(a+2, b+2) / B(a, b)
+    total = sum(jnp.log(a + b + i) for i in range(3 + power))
+    won = sum(jnp.log(a + i) for i in range(power)) + sum(jnp.log(b + i) for i in range(3)) - total  # at n = 0
+    lost = sum(jnp.log(a + i) for i in range(power + 1)) + jnp.log(b) + jnp.log(b + 1) - total
 
     def one_more(won, lost, n):
         """From n to n + 1 by B(x+1, y) = B(x, y) x / (x+y)."""
-        total = a + b + n + 4
-        return won + jnp.log(divide(a + n + 1, total)), lost + jnp.log(divide(b + n + 2, total))
+        total = a + b + n + 3 + power
+        return won + jnp.log(divide(a + n + power, total)), lost + jnp.log(divide(b + n + 2, total))
 
     def before_first(n, state):
         return tuple(

@@ -59,6 +59,7 @@ def load_tasks(
     answer_field: str,
     completion_field: str,
     limit: int,
+    fields: Sequence[str] = (),
 ) -> TaskSet:
     """Read tasks from a local file or from the Hugging Face hub, by the names of their fields.
 
@@ -73,6 +74,7 @@ def load_tasks(
             answer_field "" the worked solution stands for the answer.
         completion_field: the field with a worked solution, "" for none.
         limit: rows to read from the front; 0 reads all.
+        fields: further fields of a row to keep as texts.
 
     Returns:
         The tasks in the order of the rows; answers as `plain_answer` makes them.
@@ -83,19 +85,25 @@ def load_tasks(
     if not (answer_field or completion_field):
         raise ValueError("no answer field; name the field with the answer, or the one with the worked solution")
     rows, columns, source = read_rows(name=name, subset=subset, split=split, path=path)
-    missing = [field for field in (prompt_field, answer_field, completion_field) if field and field not in columns]
+    named = (prompt_field, answer_field, completion_field, *fields)
+    missing = [field for field in named if field and field not in columns]
     if missing:
         raise ValueError(f"{source} has no field {missing[0]!r}; its fields are {columns}")
     prompts: list[str] = []
     answers: list[Answer] = []
     completions: list[str] = []
+    known: dict[str, list[str]] = {field: [] for field in fields}
     for number, row in enumerate(itertools.islice(rows, limit or None)):
         at = f"row {number} of {source}"
         prompts.append(plain_text(row[prompt_field], "user", prompt_field, at))
         if completion_field:
             completions.append(plain_text(row[completion_field], "assistant", completion_field, at))
         answers.append(plain_answer(row[answer_field], answer_field, at) if answer_field else completions[-1])
-    return TaskSet(tuple(prompts), tuple(answers), tuple(completions))
+        for field, texts in known.items():
+            texts.append("" if row[field] is None else str(row[field]))
+    return TaskSet(
+        tuple(prompts), tuple(answers), tuple(completions), {field: tuple(texts) for field, texts in known.items()}
+    )
 
 
 def plain_text(value: object, role: str, field: str, at: str) -> str:

@@ -7,7 +7,7 @@ the first that a row has is taken. For any other data set `load_tasks` takes the
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from krl.tasks.data import Answer, TaskSet, plain_answer, plain_text, read_rows
 from krl.tasks.verify import extract_answer
@@ -28,7 +28,7 @@ class Source:
     drop_unanswered: bool = False  # leave out rows without an answer, instead of refusing the data set
 
 
-def load_named(name: str, *, split: str, path: str = "", limit: int = 0) -> TaskSet:
+def load_named(name: str, *, split: str, path: str = "", limit: int = 0, fields: Sequence[str] = ()) -> TaskSet:
     """Read a data set of the table.
 
     Args:
@@ -36,6 +36,7 @@ def load_named(name: str, *, split: str, path: str = "", limit: int = 0) -> Task
         split: "train" or "test".
         path: a local .jsonl, .json, .parquet or .arrow file to read instead of the hub, whatever the split.
         limit: tasks to take from the front; 0 takes all.
+        fields: further fields of a row, as published, to keep as texts.
 
     Returns:
         The tasks in the order of the rows, with completions if every row has a worked solution.
@@ -51,15 +52,21 @@ def load_named(name: str, *, split: str, path: str = "", limit: int = 0) -> Task
     rows, columns, where = read_rows(
         name=source.hub, subset=source.subset, split=source.splits.get(split, ""), path=path
     )
-    tasks = list(itertools.islice(_read(source, rows, columns, where), limit or None))
+    unknown = [field for field in fields if field not in columns]
+    if unknown:
+        raise ValueError(f"{where} has no field {unknown[0]!r}; its fields are {columns}")
+    tasks = list(itertools.islice(_read(source, rows, columns, where, fields), limit or None))
     if not tasks:
         raise ValueError(f"{where} has no row with an answer")
-    prompts, answers, solutions = zip(*tasks, strict=True)
-    return TaskSet(prompts, answers, solutions if all(solutions) else ())
+    prompts, answers, solutions, known = zip(*tasks, strict=True)
+    by_field = {field: tuple(texts[i] for texts in known) for i, field in enumerate(fields)}
+    return TaskSet(prompts, answers, solutions if all(solutions) else (), by_field)
 
 
-def _read(source: Source, rows: Iterator[dict], columns: list[str], where: str) -> Iterator[tuple[str, Answer, str]]:
-    """The problem, the answer and the worked solution ("" for none) of each row."""
+def _read(
+    source: Source, rows: Iterator[dict], columns: list[str], where: str, fields: Sequence[str]
+) -> Iterator[tuple[str, Answer, str, list[str]]]:
+    """The problem, the answer, the worked solution ("" for none) and the further fields of each row."""
     seen: set[str] = set()
     for number, row in enumerate(rows):
         at = f"row {number} of {where}"
@@ -75,7 +82,8 @@ def _read(source: Source, rows: Iterator[dict], columns: list[str], where: str) 
             continue
         seen.add(problem)
         solution = next((row[field] for field in source.solution if field in row), None)
-        yield problem, plain_answer(row[answer_field], answer_field, at), solution or ""
+        known = ["" if row[field] is None else str(row[field]) for field in fields]
+        yield problem, plain_answer(row[answer_field], answer_field, at), solution or "", known
 
 
 def _first_of(names: tuple[str, ...], row: dict) -> str:
