@@ -111,7 +111,11 @@ def check(
         rows *= size if name in ("data", "fsdp") else 1
     for key in ("alloc.budget", "optim.micro_batch") + (("sft.batch_size",) if sft.steps else ()):
         need(flatten(config)[key] % rows == 0, key, f"a multiple of the {rows} devices that split rows in mesh.shape")
-    need(config.operators.num_operators <= 52, "operators.num_operators", "at most 52, the letters there are")
+    need(
+        config.operators.num_operators <= 2704,
+        "operators.num_operators",
+        "at most 2704, the pairs of letters there are",
+    )
     if config.data.source in embedded:
         key = f"{config.data.source}.num_train"
         need(flatten(config)[key] >= prompts, key, f"at least prompts_per_step={prompts}")

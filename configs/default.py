@@ -83,7 +83,7 @@ def _add_tasks(config: ConfigDict) -> None:
     config.arithmetic.num_train = 1024  # D
     config.arithmetic.num_test = 1024
 
-    # The operators: how many letters mean a string function, and set sizes.
+    # The operators: how many there are, each meaning a string function, and set sizes.
     config.operators = ConfigDict()
     config.operators.num_operators = 52
     config.operators.num_warm = 30000  # demonstrations of the warm start

@@ -73,6 +73,24 @@ def test_the_regression_finds_the_mode_that_dense_newton_finds():
     np.testing.assert_allclose(got[0], memory * learnt * weights / forgotten, atol=2e-3)
 
 
+def test_the_gaussian_process_is_the_posterior_over_all_prompts():
+    features, wins, outcomes = drawn()
+    width, spread, centre = 30, 0.5, 0.3
+    before = np.random.default_rng(3).normal(0, 0.3, width)
+    outcomes[5], wins[5] = 0.0, 0.0  # not sampled
+    got, _ = priors.PRIORS["gaussian_process"].learn(
+        (jnp.asarray(before, jnp.float32), jnp.zeros(width)), spread, 1.0,
+        jnp.asarray(features), centre, jnp.asarray(wins), jnp.asarray(outcomes),
+    )  # fmt: skip
+    x = dense(features, width)
+    seen = np.arange(len(x)) != 5
+    kernel, rate = spread * x @ x.T, (wins + 0.5) / (outcomes + 1)
+    noise = np.diag(1 / (outcomes * rate * (1 - rate))[seen])
+    expected, observed = x @ before, logit(rate) - logit(centre)
+    gain = kernel[:, seen] @ np.linalg.inv(kernel[np.ix_(seen, seen)] + noise)
+    np.testing.assert_allclose(x @ np.asarray(got), expected + gain @ (observed - expected)[seen], rtol=1e-3, atol=1e-3)
+
+
 def test_scores_are_the_log_likelihood_of_outcomes_before_they_are_learnt_from():
     features, wins, outcomes = drawn()
     rng = np.random.default_rng(2)

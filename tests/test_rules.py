@@ -45,6 +45,21 @@ def test_every_rule_spends_the_budget_within_its_bounds(rule):
     assert budget.allocate(rule, budget.init_belief(3), 6, 2, 2)[0].tolist() == [2, 2, 2]
 
 
+def test_vip_leaves_the_least_variance():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        belief, total = random_belief(rng, 3), int(rng.integers(6, 22))
+        counts = np.asarray(budget.allocate("vip", belief, total, 2, 8)[0])
+        rate = np.asarray(budget.mean(belief), np.float64)
+
+        def left(counts, rate=rate):
+            return (rate * (1 - rate) / (np.array(counts) - 1)).sum()
+
+        others = [c for c in np.ndindex(9, 9, 9) if sum(c) == total and min(c) >= 2]
+        assert left(counts) <= min(map(left, others)) * (1 + 1e-6)
+    assert budget.allocate("vip", budget.init_belief(4), 8, 1, 8)[0].tolist() == [2, 2, 2, 2]
+
+
 def paper_counts(groups, total, n_min, n_max):
     """The paper's rule on one visit of each prompt, with rates strictly between 0 and 1 solved one rollout at a time."""
     rates = [np.mean(group) if len(group) >= 8 else None for group in groups]

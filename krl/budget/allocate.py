@@ -115,6 +115,24 @@ def variance_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: in
     return _in_proportion(jnp.sqrt(rate * (1 - rate)), budget, n_min, n_max)
 
 
+def vip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+    """The counts that minimise the variance of the update: the sum over prompts of p (1-p) / (N - 1).
+
+    VIP's allocation for the leave-one-out estimator, solved exactly: the sum is convex in the counts, so the
+    largest decreases are taken (Fox 1966). With `alloc.prior=gaussian_process` the rates are predicted as VIP does.
+    Takes the belief's mean for p; every prompt's score is assumed to vary alike. A prompt needs two rollouts before
+    its variance is finite, so those come first where n_min is 1.
+
+    References:
+        Nguyen et al., "Adaptive rollout allocation", arXiv 2602.01601.
+    """
+    rate = mean(belief)
+    n = n_min + jnp.arange(n_max - n_min, dtype=jnp.float32)
+    saved = jnp.where(n > 1, -jnp.log(n) - jnp.log(jnp.maximum(n - 1, 1)), 1e4)  # 1 / (n-1) - 1 / n
+    gains = jnp.log(rate * (1 - rate))[:, None] + saved[None, :]
+    return knapsack(gains, budget, n_min), {}
+
+
 def inverse_sqrt_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
     """Counts in proportion to 1 / sqrt(p): the harder, the more.
 
@@ -179,6 +197,7 @@ RULES: dict[str, Rule] = {
     "knapsack_paper": knapsack_paper_rule,
     "uniform": uniform_rule,
     "variance": variance_rule,
+    "vip": vip_rule,
     "inverse_sqrt": inverse_sqrt_rule,
     "skip": skip_rule,
     "dynamic": dynamic_rule,

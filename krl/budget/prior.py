@@ -6,6 +6,7 @@ predicted from the prompt's features, by sources that differ in what they take a
 
     groups     one label a prompt, such as its subject: each label has a rate, believed to be a Beta
     features   many, such as hashed pieces of its text: a logistic regression, believed to be a Gaussian
+    gaussian_process   the same features: prompts that share many have logits that go together, as VIP predicts them
 
 How much to forget from step to step, how strongly features may differ, and how far a prompt may be from what its
 features say are not set by hand: a source keeps a candidate for each of a few values of each. Candidates are judged
@@ -226,6 +227,34 @@ def _learn_features(evidence, spread, memory, features, centre, wins, outcomes):
     return divide(kept * weights, kept + (1 - memory) / spread), kept + (1 - memory) / spread
 
 
+# ---------------------------------------------------------------- Gaussian process
+
+
+def _estimate_process(evidence, spread, features, centre):
+    """sigmoid(logit(centre) + sum of weights); how sure that is, is left to the strength."""
+    rate = jax.nn.sigmoid(logit(centre) + _look_up(evidence[0], features))
+    return rate, jnp.zeros_like(rate)
+
+
+def _learn_process(evidence, spread, memory, features, centre, wins, outcomes):
+    """The posterior mean of the logits after a step, which is the next step's prior mean.
+
+    The kernel, `spread` times the number of shared features, does not shrink as evidence comes: the policy moves, so
+    each step may move every logit again (Nguyen et al., arXiv 2602.01601). In the space of weights the mean of all
+    prompts moves by features' kernel (kernel + noise)^-1 (observed - expected), with M equations.
+    """
+    weights, width = evidence[0], len(evidence[0])
+    kernel = jax.vmap(lambda row: spread * _look_up(_add_up(row, features, width), features))(jnp.eye(len(wins)))
+    rate = divide(wins + 0.5, outcomes + 1)
+    noise = divide(1.0, outcomes * rate * (1 - rate))  # of an observed logit
+    surprise = logit(rate) - logit(centre) - _look_up(weights, features)
+    # Prompts without outcomes have no noise to divide by: their row says nothing.
+    seen = outcomes > 0
+    system = jnp.where(seen[:, None] & seen[None, :], kernel, 0.0) + jnp.diag(jnp.where(seen, noise, 1.0))
+    moves = jax.scipy.linalg.solve(system, jnp.where(seen, surprise, 0.0), assume_a="pos")
+    return memory * (weights + spread * _add_up(moves, features, width)), evidence[1]
+
+
 def _look_up(values: jax.Array, features: jax.Array) -> jax.Array:
     """Sum of the values [W] of each prompt's features [M, F]; [M]."""
     return values.at[features].get(mode="fill", fill_value=0.0).sum(axis=1)
@@ -239,6 +268,7 @@ def _add_up(values: jax.Array, features: jax.Array, width: int) -> jax.Array:
 PRIORS: dict[str, Source] = {
     "groups": Source(_start_groups, _estimate_groups, _learn_groups),
     "features": Source(_start_features, _estimate_features, _learn_features),
+    "gaussian_process": Source(_start_features, _estimate_process, _learn_process),
 }
 CANDIDATES = tuple(itertools.product(MEMORIES, SPREADS))  # (memory, spread)
 

@@ -1,9 +1,9 @@
-"""The embedded data "operators": what does each letter do to a string of digits?
+"""The embedded data "operators": what does each operator do to a string of digits?
 
-Every letter means one of a few string functions. The demonstrations of the warm start show each function
-often, but for half of the letters they mostly apply a wrong one. So a policy that learnt from them can
-execute every function and must find out, by trial, which one each of those letters means; what it finds for a
-letter holds for strings it has not seen.
+Every operator, a letter or a pair of letters, means one of a few string functions. The demonstrations of the warm start
+show each function often, but for half of the operators they mostly apply a wrong one. So a policy that learnt from
+them can execute every function and must find out, by trial, which one each of those operators means; what it finds for
+an operator holds for strings it has not seen.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,8 @@ FUNCTIONS: dict[str, Callable[[str], str]] = {
     "repeat_first": lambda text: text[:1] * len(text),
     "swap_halves": lambda text: text[len(text) // 2 :] + text[: len(text) // 2],
 }
-GOOD_SHARE = 0.98  # right demonstrations of a letter that is shown well
+GOOD_SHARE = 0.98  # right demonstrations of an operator that is shown well
+MOST_OPERATORS = len(LETTERS) ** 2
 POOR_SHARES = (0.005, 0.4)  # bounds of the share of the others, log-uniform between
 
 
@@ -33,27 +34,27 @@ def make_operators(
 ) -> dict[str, TaskSet]:
     """Draw the splits of the operators task.
 
-    The meaning of a letter and its share of right demonstrations follow from the seed and num_operators
+    The meaning of an operator and its share of right demonstrations follow from the seed and num_operators
     alone. Completions are right in "train" and "test"; in "warm" a wrong one applies another function.
 
     Args:
         sizes: the number of tasks wanted in each of SPLITS.
         seed: decides the meanings, the shares, and which prompts are drawn.
-        num_operators: letters in use, from 1 to 52.
+        num_operators: from 1 to 2704. Up to 52 they are letters; more are pairs of letters.
         digits: of a string.
 
     Returns:
-        A TaskSet for each of SPLITS, with the letter as the field "operator"; prompts look like "k4071=".
+        A TaskSet for each of SPLITS, with the field "operator"; prompts look like "k4071=" or "kR4071=".
 
     Raises:
-        ValueError: too many or no letters, or more tasks than there are prompts.
+        ValueError: too many or no operators, or more tasks than there are prompts.
 
     >>> make_operators({"warm": 1, "train": 2, "test": 1}, seed=0)["train"].prompts
     ('Y0808=', 'c3269=')
     """
-    if not 1 <= num_operators <= len(LETTERS) or digits < 1:
+    if not 1 <= num_operators <= MOST_OPERATORS or digits < 1:
         raise ValueError(
-            f"num_operators={num_operators} must be from 1 to {len(LETTERS)} and digits={digits} at least 1"
+            f"num_operators={num_operators} must be from 1 to {MOST_OPERATORS} and digits={digits} at least 1"
         )
     meanings = operator_meanings(seed, num_operators)
     return {
@@ -63,27 +64,31 @@ def make_operators(
 
 
 def operator_meanings(seed: int, num_operators: int = 52) -> dict[str, tuple[str, float]]:
-    """What each letter means, a key of FUNCTIONS, and the share of its demonstrations that are right."""
+    """What each operator means, a key of FUNCTIONS, and the share of its demonstrations that are right."""
     rng = np.random.default_rng((seed, 0))
     names = rng.choice(list(FUNCTIONS), num_operators)
     low, high = np.log(POOR_SHARES)
     shares = np.exp(rng.uniform(low, high, num_operators))
     shares[rng.permutation(num_operators)[: num_operators // 2]] = GOOD_SHARE
-    return {letter: (str(name), float(share)) for letter, name, share in zip(LETTERS, names, shares, strict=False)}
+    pairs = [first + second for first in LETTERS for second in LETTERS]
+    operators = (
+        LETTERS[:num_operators] if num_operators <= len(LETTERS) else rng.choice(pairs, num_operators, replace=False)
+    )
+    return {str(op): (str(name), float(share)) for op, name, share in zip(operators, names, shares, strict=True)}
 
 
 def _draw(
     meanings: dict[str, tuple[str, float]], split: str, size: int, digits: int, rng: np.random.Generator
 ) -> TaskSet:
-    letters = list(meanings)
+    names = list(meanings)
 
     def draw() -> tuple[str, tuple[str, str, str]]:
-        letter, text = letters[rng.integers(len(letters))], f"{rng.integers(10**digits):0{digits}d}"
-        name, share = meanings[letter]
+        operator, text = names[rng.integers(len(names))], f"{rng.integers(10**digits):0{digits}d}"
+        name, share = meanings[operator]
         shown = name
         if split == "warm" and rng.random() >= share:
             shown = str(rng.choice([other for other in FUNCTIONS if other != name]))
-        return f"{letter}{text}", (FUNCTIONS[name](text), FUNCTIONS[shown](text), letter)
+        return f"{operator}{text}", (FUNCTIONS[name](text), FUNCTIONS[shown](text), operator)
 
     found = draw_split(draw, split, size)
     answers, completions, operators = zip(*found.values(), strict=True) if found else ((), (), ())
