@@ -130,19 +130,30 @@ def test_a_continued_log_drops_later_rows_and_broken_ones(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_signals_ask_to_stop():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop = stop_on_signal()
+def test_signals_ask_to_stop_and_are_given_back():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with stop_on_signal() as stop:
         assert isinstance(stop, threading.Event)
         assert not stop.is_set()
         signal.raise_signal(signal.SIGINT)
         assert stop.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_another_thread_leaves_signals_alone():
+    handler, seen = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with stop_on_signal() as stop:
+            seen.append((stop.is_set(), signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, handler)]
 
 
 def test_step_metrics_of_a_step_worked_by_hand():
