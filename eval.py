@@ -26,8 +26,9 @@ from configs.check import FREE_KEYS, check, flatten
 from configs.flags import define_flags, one_line_errors, parse_flags
 from krl import budget, policy, rollout
 from krl.policy.tokenizer import load_tokenizer
+from krl.run.benchmark import evaluate_set, write_results
 from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir
-from krl.run.evaluate import evaluate_set, table, write_results
+from krl.run.estimates import table
 from krl.run.metrics import progress
 from krl.run.setup import abstract_params, encode, find_policy, load_task_sets, make_verifiers
 from krl.sharding import make_mesh, named_sharding
@@ -55,7 +56,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
         workdir: of a run; without a run in it, where the samples go.
 
     Returns:
-        The statistics by name of the set, see `krl.run.evaluate.summarize`.
+        The statistics by name of the set, see `krl.run.estimates.summarize`.
 
     Raises:
         ValueError: a config, data or samples of an earlier call that do not fit; the message says the fix.
