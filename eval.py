@@ -26,8 +26,8 @@ from configs.check import FREE_KEYS, check, flatten
 from configs.flags import define_flags, one_line_errors, parse_flags
 from krl import budget, policy, rollout
 from krl.policy.tokenizer import load_tokenizer
-from krl.run.benchmark import evaluate_set, write_results
-from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir
+from krl.run.benchmark import evaluate_set
+from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir, write_json
 from krl.run.estimates import table
 from krl.run.metrics import progress
 from krl.run.setup import abstract_params, encode, find_policy, load_task_sets, make_verifiers
@@ -103,7 +103,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
                 print(
                     f"krl: {name}: {tasks.dropped} prompts longer than {config.data.max_prompt_tokens} tokens left out"
                 )
-    write_results(workdir / "results.json", {"settings": settings, "sets": results})
+    write_json(workdir / "results.json", {"settings": settings, "sets": results})
     Console().print(table(results))
     return results
 

@@ -89,9 +89,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
         # ------------------------------------------------------------ the loop
         with MetricsLog(workdir, first_step=first) as log, progress(config.steps, first, config.alloc.rule) as show:
             if first == 0 and config.eval.every:
-                evaluation = run.measure(params=learner.state.params)
-                log.write(0, {"rollouts_total": 0} | {f"eval/{k}": v for k, v in evaluation.items()})
-                show(0, f"accuracy {evaluation['accuracy']:.3f}")
+                metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
+                log.write(0, metrics)
+                show(0, f"accuracy {metrics['eval/accuracy']:.3f}")
             if config.steps == 0:
                 checkpoints.save(0, saved(learner))
             step = first
@@ -101,9 +101,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
                 metrics["compiles"] = compiles.count
                 text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  counts {metrics['count_min']:.0f}-{metrics['count_max']:.0f}"
                 if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
-                    evaluation = run.measure(params=learner.state.params)
-                    metrics |= {f"eval/{k}": v for k, v in evaluation.items()}
-                    text += f"  accuracy {evaluation['accuracy']:.3f}"
+                    metrics |= evaluate_held_out(run, learner, log, step)
+                    text += f"  accuracy {metrics['eval/accuracy']:.3f}"
                 log.write(step, metrics)
                 log.write_groups(step, groups)
                 show(step, text)
@@ -340,6 +339,14 @@ def spend_budget(
         rewards=run.place(np.concatenate([rewards for _, rewards, _ in rounds])),
         faults=sum((collections.Counter(failed) for _, _, failed in rounds), collections.Counter()),
     )
+
+
+def evaluate_held_out(run: Run, learner: Learner, log: MetricsLog, step: int) -> dict[str, float]:
+    """The metrics of the held-out prompts after some steps; the solved samples of each prompt go to the log."""
+    measured, solved = run.measure(params=learner.state.params)
+    spent = step * run.config.alloc.budget
+    log.write_evaluation(step, rollouts_total=spent, samples=run.config.eval.samples, solved=solved)
+    return {f"eval/{name}": value for name, value in measured.items()}
 
 
 def refuse_bad_updates(state: TrainState, most: int) -> None:

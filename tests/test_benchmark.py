@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from krl.run.benchmark import evaluate_set, write_results
+from krl.run.benchmark import evaluate_set
 from krl.tasks import EncodedTasks, TaskSet
 from tests.fake import TOKENIZER, answer_key, make_sampler, response, reward, score, tasks
 
@@ -181,11 +181,3 @@ def test_a_file_of_something_else_is_left_alone(tmp_path, content):
 def test_sizes_below_one_are_refused(tmp_path):
     with pytest.raises(ValueError, match="samples=3 and num_rollouts=0"):
         run(tmp_path / "fake.jsonl", num_rollouts=0)
-
-
-def test_results_are_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "results.json"
-    write_results(path, {"sets": {"aime": {"avg@2": {"value": 0.5}}}})
-    with pytest.raises(TypeError):
-        write_results(path, {"sets": object()})
-    assert json.loads(path.read_text()) == {"sets": {"aime": {"avg@2": {"value": 0.5}}}}

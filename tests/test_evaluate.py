@@ -30,7 +30,7 @@ def test_scores_are_of_the_response_alone_and_zero_on_padding():
 def test_evaluation_during_training_averages_over_all_samples(num_rollouts):
     calls: list = []
     encoded = tasks(5)
-    got = evaluate(
+    got, solved = evaluate(
         make_sampler(calls, num_rollouts),
         lambda rollouts, prompts, answers: score_rollouts(TOKENIZER, score, rollouts, prompts, answers),
         {}, encoded, jax.random.key(0), samples=3, num_rollouts=num_rollouts, place=lambda x: x,
@@ -45,5 +45,6 @@ def test_evaluation_during_training_averages_over_all_samples(num_rollouts):
     assert got["response_length"] == pytest.approx(np.mean([len(text) for row in drawn for text, _ in row]))
     assert got["truncation_rate"] == pytest.approx(np.mean([not finished for row in drawn for _, finished in row]))
     assert got["verifier_faults"] == 15 + sum("é" in text for row in drawn for text, _ in row)
+    assert solved.tolist() == [sum(value == 1.0 for value in row) for row in rewards]
     assert 0 < got["pass_at_k"] < 1
     assert sum(n for call in calls for _, n in call) == 15

@@ -192,13 +192,3 @@ def _check_settings(path: pathlib.Path, header: dict | None, settings: dict) -> 
             f"{path} holds samples made with {'; '.join(differ)}; "
             "give the earlier settings, or remove the file or choose another place to sample afresh"
         )
-
-
-def write_results(path: pathlib.Path, results: dict) -> None:
-    """Write results as JSON; the file appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(json.dumps(results, indent=1).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

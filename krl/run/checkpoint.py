@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -98,9 +99,17 @@ def claim_workdir(
     (workdir / "policy" / "config.json").write_text(policy_json)
     for file in tokenizer_files:
         shutil.copy(file, workdir / "policy" / ("tokenizer.model" if file.suffix == ".model" else file.name))
-    partial = workdir / "config.partial"
-    partial.write_text(json.dumps(config, indent=1, sort_keys=True))
-    partial.replace(workdir / "config.json")
+    write_json(workdir / "config.json", dict(sorted(config.items())))
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+    """Write a value as JSON; the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def check_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> None:

@@ -106,7 +106,7 @@ def evaluate(
     samples: int,
     num_rollouts: int,
     place: Callable[[Prompts], Prompts],
-) -> dict[str, float]:
+) -> tuple[dict[str, float], np.ndarray]:
     """Sample every task a few times and average.
 
     Args:
@@ -115,8 +115,9 @@ def evaluate(
         sample, params, encoded, key, samples, num_rollouts, place: as for `sample_tasks`.
 
     Returns:
-        `accuracy`, the mean reward over all samples (avg@k); `pass_at_k`, the share of tasks solved in
-        k = samples tries; `response_length`, tokens; `truncation_rate`; `verifier_faults`, their number.
+        (metrics, solved): `accuracy`, the mean reward over all samples (avg@k); `pass_at_k`, the share of tasks
+        solved in k = samples tries; `response_length`, tokens; `truncation_rate`; `verifier_faults`, their
+        number. solved [D] int64 counts the samples of each task with a reward of at least SOLVED.
     """
     tasks = encoded.tasks
     rewards, lengths, finished = [], [], []
@@ -129,10 +130,12 @@ def evaluate(
         lengths.append(rollouts.lengths)
         finished.append(rollouts.finished)
         faults += sum(failed.values())
-    return {
+    solved = (np.concatenate(rewards) >= SOLVED).sum(axis=1)
+    metrics = {
         "accuracy": float(np.concatenate(rewards).mean(dtype=np.float64)),
-        "pass_at_k": float((np.concatenate(rewards) >= SOLVED).any(axis=1).mean()),
+        "pass_at_k": float((solved > 0).mean()),
         "response_length": float(np.concatenate(lengths).mean()),
         "truncation_rate": float((~np.concatenate(finished)).mean()),
         "verifier_faults": float(faults),
     }
+    return metrics, solved

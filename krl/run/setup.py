@@ -20,7 +20,7 @@ from krl import budget, policy
 from krl.policy.hf import check_hf
 from krl.policy.hf_config import config_json
 from krl.policy.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
-from krl.run.checkpoint import claim_workdir, open_workdir
+from krl.run.checkpoint import claim_workdir, open_workdir, write_json
 from krl.run.metrics import progress
 from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
 from krl.sharding import make_mesh, named_sharding, tree_sharding
@@ -72,6 +72,7 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence
     features, num_features = find_features(config, train)
     pairs = find_pairs(config, encode(config, tokenizer, tasks["sft"]), tokenizer) if config.sft.steps else None
     params = abstract_params(policy_config, mesh)
+    write_json(workdir / "held_out.json", {"prompts": test.tasks.prompts, "fields": dict(test.tasks.fields)})
     claim_workdir(workdir, flat, config_json(policy_config, policy_config.stored_dtype), tokenizer.files)
     return Setup(
         mesh=mesh, verifiers=verifiers, tokenizer=tokenizer, policy_config=policy_config, params=params, train=train,
