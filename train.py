@@ -79,11 +79,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
         Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
     ):
         # ------------------------------------------------------------ where the run starts from
-        start = start_or_continue(config, parts, optimizer, checkpoints, stop)
-        if start is None:
+        first, learner, reference = start_or_continue(config, parts, optimizer, checkpoints, stop)
+        if learner is None:
             print("krl: stopped during supervised fine-tuning; the same command continues it")
             return None
-        first, learner, reference = start
         run = make_run(config, parts, optimizer, reference)
 
         # ------------------------------------------------------------ the loop
@@ -200,12 +199,12 @@ def find_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def start_or_continue(
     config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, checkpoints: Checkpoints,
     stop: threading.Event,
-) -> tuple[int, Learner, dict | None] | None:  # fmt: skip
+) -> tuple[int, Learner | None, dict | None]:  # fmt: skip
     """Read the newest checkpoint, or begin, after fine-tuning.
 
     Returns:
-        (steps done, learner, parameters to stay close to: None without a penalty); None if `stop` was set before
-        fine-tuning was finished.
+        (steps done, learner, parameters to stay close to). The learner is None if `stop` was set before
+        fine-tuning was finished; the parameters are None without a penalty.
     """
     place, alloc = functools.partial(jax.device_put, device=named_sharding(parts.mesh)), config.alloc
     belief = place(budget.init_belief(len(parts.train), discount=alloc.discount, discount_mixed=alloc.discount_mixed))
@@ -215,7 +214,7 @@ def start_or_continue(
     if begins or config.loss.kl_coefficient:
         params = start_params(config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, stop=stop)
     if params is None:
-        return None
+        return 0, None, None
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coefficient else None
     if begins:
         return 0, Learner(init_state(parts.policy_config, optimizer, params), belief, prior), reference
@@ -224,11 +223,8 @@ def start_or_continue(
     assert found is not None  # latest_step has seen it
     first, trees = found
     print(f"krl: continuing from step {first}")
-    return (
-        first,
-        Learner(TrainState(trees["params"], trees["opt_state"]), trees["belief"], trees.get("prior")),
-        reference,
-    )
+    state = TrainState(trees["params"], trees["opt_state"])
+    return first, Learner(state, trees["belief"], trees.get("prior")), reference
 
 
 def saved(learner: Learner) -> dict:
