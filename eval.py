@@ -7,7 +7,8 @@
 Measures the run in the work directory, whose keys must be the config's but for those of the eval and verify
 sections; a work directory without a run measures config.policy.path. Without eval.sets it takes the
 run's held-out tasks. Samples go to eval/{policy}/{set}.jsonl in the work directory, from
-where the same command continues if it was stopped, and the table to results.json.
+where the same command continues if it was stopped, and the table to results.json. In a notebook,
+`measure(config, workdir)` does the same.
 """
 
 import functools
@@ -17,20 +18,22 @@ import zlib
 from collections.abc import Callable
 
 import jax
-from absl import app, logging
+from absl import app, flags
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from configs.check import FREE_KEYS, check, flatten, parse_flags
+from configs.check import FREE_KEYS, check, flatten
+from configs.flags import define_flags, one_line_errors, parse_flags
 from krl import budget, policy, rollout
 from krl.policy.tokenizer import load_tokenizer
-from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir
-from krl.run.evaluate import evaluate_set, table, write_results
+from krl.run.benchmark import evaluate_set
+from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir, write_json
+from krl.run.estimates import table
 from krl.run.metrics import progress
-from krl.sharding import make_mesh, named_sharding, tree_sharding
-from krl.tasks import SOURCES, TEMPLATES, TaskSet, encode_tasks, load_named
+from krl.run.setup import abstract_params, encode, find_policy, load_task_sets, make_verifiers
+from krl.sharding import make_mesh, named_sharding
+from krl.tasks import SOURCES, TEMPLATES, TaskSet, load_named
 from krl.tasks.verify import answer_key
-from train import CONFIG, WORKDIR, find_policy, load_task_sets, make_verifiers
 
 # The form in which two answers vote together, by the reward that compares them.
 VOTES: dict[str, Callable[[str], str | None]] = {
@@ -40,46 +43,44 @@ VOTES: dict[str, Callable[[str], str | None]] = {
 
 
 def main(_):
-    config, workdir = CONFIG.value, pathlib.Path(WORKDIR.value)
-    logging.set_verbosity(logging.WARNING)
+    """The command line."""
+    with one_line_errors("eval.py"):
+        measure(flags.FLAGS.config, flags.FLAGS.workdir)
 
+
+def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
+    """Measure the policy of a work directory, or of policy.path, and print the table.
+
+    Args:
+        config: every key of configs/default.py.
+        workdir: of a run; without a run in it, where the samples go.
+
+    Returns:
+        The statistics by name of the set, see `krl.run.estimates.summarize`.
+
+    Raises:
+        ValueError: a config, data or samples of an earlier call that do not fit; the message says the fix.
+    """
     # ---------------------------------------------------------------- what to measure
-    try:
-        check(config, rules=budget.RULES, priors=budget.PRIORS, templates=TEMPLATES, sources=SOURCES)
-        flat = flatten(config)
-        has_run = (workdir / "config.json").exists()
-        if has_run or not config.policy.path:
-            others = [key for key in flat if key.startswith("eval.")]
-            check_workdir(workdir, flat, [*FREE_KEYS, *others])
-        else:
-            open_workdir(workdir, flat, FREE_KEYS)
-        mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
-        verifiers = make_verifiers(config)
-        tokenizer = load_tokenizer(workdir / "policy" if has_run else config.tokenizer.path or config.policy.path)
-        encoded = {
-            name: encode_tasks(
-                tasks, tokenizer, template=config.data.template, max_prompt_tokens=config.data.max_prompt_tokens,
-                limit=config.eval.prompts,
-            )
-            for name, tasks in load_sets(config).items()
-        }  # fmt: skip
-        policy_config = find_policy(config, tokenizer, workdir)
-        identity, params = load_params(config, policy_config, workdir if has_run else None, mesh)
-    except ValueError as error:
-        raise SystemExit(f"eval.py: {error}") from None
+    workdir = pathlib.Path(workdir)
+    check(config, rules=budget.RULES, priors=budget.PRIORS, templates=TEMPLATES, sources=SOURCES)
+    has_run = (workdir / "config.json").exists()
+    open_place(workdir, config, has_run=has_run)
+    mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
+    verifiers = make_verifiers(config)
+    tokenizer = load_tokenizer(workdir / "policy" if has_run else config.tokenizer.path or config.policy.path)
+    encoded = {
+        name: encode(config, tokenizer, tasks, limit=config.eval.prompts) for name, tasks in load_sets(config).items()
+    }
+    policy_config = find_policy(config, tokenizer, workdir)
+    identity, params = load_params(config, policy_config, workdir if has_run else None, mesh)
 
     # ---------------------------------------------------------------- measure it
-    place = functools.partial(jax.device_put, device=named_sharding(mesh))
     print(f"krl: measuring {identity}, {config.eval.samples} samples of each task")
     generate = functools.partial(
-        rollout.generate,
-        policy_config,
-        max_new_tokens=config.sample.max_new_tokens,
-        eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id,
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-    )
+        rollout.generate, policy_config, max_new_tokens=config.sample.max_new_tokens, eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id, temperature=config.eval.temperature, top_p=config.eval.top_p,
+    )  # fmt: skip
     settings = {
         "policy": identity, "temperature": config.eval.temperature, "top_p": config.eval.top_p,
         "max_new_tokens": config.sample.max_new_tokens, "template": config.data.template,
@@ -92,21 +93,28 @@ def main(_):
             if name != "held_out":
                 key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # tasks of two sets share no numbers
             with progress(len(tasks), 0, name) as report:
-                try:
-                    results[name] = evaluate_set(
-                        name, generate, verifiers.score, params, tasks, key,
-                        tokenizer=tokenizer, answer_key=VOTES.get(config.data.reward, answer_key), samples=config.eval.samples,
-                        num_rollouts=config.alloc.budget, place=place,
-                        path=workdir / "eval" / identity.replace(" ", "_") / f"{name}.jsonl", settings=settings, report=report,
-                    )  # fmt: skip
-                except ValueError as error:
-                    raise SystemExit(f"eval.py: {error}") from None
+                results[name] = evaluate_set(
+                    name, generate, verifiers.score, params, tasks, key,
+                    tokenizer=tokenizer, answer_key=VOTES.get(config.data.reward, answer_key), samples=config.eval.samples,
+                    num_rollouts=config.alloc.budget, place=functools.partial(jax.device_put, device=named_sharding(mesh)),
+                    path=workdir / "eval" / identity.replace(" ", "_") / f"{name}.jsonl", settings=settings, report=report,
+                )  # fmt: skip
             if tasks.dropped:
                 print(
                     f"krl: {name}: {tasks.dropped} prompts longer than {config.data.max_prompt_tokens} tokens left out"
                 )
-    write_results(workdir / "results.json", {"settings": settings, "sets": results})
+    write_json(workdir / "results.json", {"settings": settings, "sets": results})
     Console().print(table(results))
+    return results
+
+
+def open_place(workdir: pathlib.Path, config: ConfigDict, *, has_run: bool) -> None:
+    """Refuse a work directory whose run has another config but for eval's keys; make one for policy.path."""
+    flat = flatten(config)
+    if has_run or not config.policy.path:
+        check_workdir(workdir, flat, [*FREE_KEYS, *(key for key in flat if key.startswith("eval."))])
+    else:
+        open_workdir(workdir, flat, FREE_KEYS)
 
 
 def load_sets(config: ConfigDict) -> dict[str, TaskSet]:
@@ -131,11 +139,8 @@ def load_params(
         path = pathlib.Path(config.policy.path)
         _, params = policy.load_hf(path, mesh)
         return f"checkpoint {fingerprint(path)}", params
-    shapes = jax.eval_shape(functools.partial(policy.init, policy_config), jax.random.key(0))
-    shardings = tree_sharding(mesh, policy.param_axes(policy_config), shapes)
-    like = jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore({"params": like})
+        restored = checkpoints.restore({"params": abstract_params(policy_config, mesh)})
     if restored is None:
         raise ValueError(f"{workdir} holds no checkpoint yet; let train.py take {config.checkpoint.every} steps")
     return f"step {restored[0]}", restored[1]["params"]
@@ -154,4 +159,5 @@ def fingerprint(path: pathlib.Path) -> str:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main, flags_parser=parse_flags)

@@ -2,33 +2,10 @@
 
 from collections.abc import Iterable
 
-from absl import flags
 from ml_collections import ConfigDict
 
 # Keys that may change when a run continues from its checkpoint.
 FREE_KEYS = ("steps", "max_bad_updates", "eval.every", "checkpoint.every", "checkpoint.keep", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "optim.micro_batch", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-    """Parse the command line; for absl.app.run(main, flags_parser=parse_flags).
-
-    Raises:
-        SystemExit: an unknown key or flag, a value of the wrong type, or a config file that fails.
-    """
-    try:
-        left = flags.FLAGS(argv)
-        config = flags.FLAGS["config"].value
-        if config is None:
-            raise ValueError("--config is missing; try --config configs/arithmetic.py")
-        dict(config)
-    except Exception as error:  # flags and config files raise many types; each ends in one line
-        raise SystemExit(f"{argv[0]}: {_one_line(error)}") from None
-    return left
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).replace("\\'", "'").replace("\\n", " ").replace('"', "").replace("''", "'").split())
-    return f"unknown config key {text}" if isinstance(error, AttributeError) else text
 
 
 def flatten(config: ConfigDict) -> dict:

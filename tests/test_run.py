@@ -13,7 +13,7 @@ from configs import arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distil
 from configs.check import FREE_KEYS, check, flatten
 from krl import budget, learn
 from krl.run import report
-from krl.run.checkpoint import Checkpoints, claim_workdir, open_workdir, stop_on_signal
+from krl.run.checkpoint import Checkpoints, claim_workdir, open_workdir, stop_on_signal, write_json
 from krl.run.metrics import CompileCounter, MetricsLog, format_seconds, gini, read_rows, step_metrics
 from krl.run.sft import encode_pairs
 from krl.sharding import make_mesh, named_sharding
@@ -130,19 +130,57 @@ def test_a_continued_log_drops_later_rows_and_broken_ones(tmp_path):
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
-def test_signals_ask_to_stop():
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        stop = stop_on_signal()
+def test_a_log_of_evaluations_is_continued_as_the_metrics_are(tmp_path):
+    with MetricsLog(tmp_path, first_step=0) as log:
+        for step in (0, 2, 4):
+            log.write_evaluation(step, rollouts_total=8 * step, samples=4, solved=np.array([0, step, 4]))
+    row = {"step": 2, "rollouts_total": 16, "samples": 4, "solved": [0, 2, 4]}
+    assert read_rows(tmp_path / "evaluations.jsonl")[1] == row
+    with MetricsLog(tmp_path, first_step=3):
+        pass
+    assert [row["step"] for row in read_rows(tmp_path / "evaluations.jsonl")] == [0, 2]
+
+
+def test_a_run_that_begins_anew_does_not_keep_its_row_of_step_0(tmp_path):
+    for _ in range(2):
+        with MetricsLog(tmp_path, first_step=0) as log:
+            log.write(0, {"eval/accuracy": 0.5})
+            log.write_evaluation(0, rollouts_total=0, samples=1, solved=np.array([1, 0]))
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == len(read_rows(tmp_path / "evaluations.jsonl")) == 1
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "results.json"
+    write_json(path, {"sets": {"aime": {"avg@2": {"value": 0.5}}}})
+    with pytest.raises(TypeError):
+        write_json(path, {"sets": object()})
+    assert json.loads(path.read_text()) == {"sets": {"aime": {"avg@2": {"value": 0.5}}}}
+
+
+def test_signals_ask_to_stop_and_are_given_back():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with stop_on_signal() as stop:
         assert isinstance(stop, threading.Event)
         assert not stop.is_set()
         signal.raise_signal(signal.SIGINT)
         assert stop.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_another_thread_leaves_signals_alone():
+    handler, seen = signal.getsignal(signal.SIGINT), []
+
+    def work():
+        with stop_on_signal() as stop:
+            seen.append((stop.is_set(), signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(False, handler)]
 
 
 def test_step_metrics_of_a_step_worked_by_hand():

@@ -1,15 +1,21 @@
 """train.py and eval.py as a user runs them, on a policy that trains in seconds."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from absl import flags
 
-from tests.command_line import ROOT, command, environment, rows, run
+from configs import arithmetic
+from eval import measure
+from tests.command_line import ROOT, TINY, command, environment, rows, run
+from train import train
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -37,6 +43,16 @@ def test_a_run_leaves_everything_a_user_looks_for(finished):
     for name in ("figures.png", "config.json", "policy/tokenizer.model", "policy/config.json"):
         assert (workdir / name).stat().st_size > 0
     assert list((workdir / "tensorboard").glob("events*"))
+    held_out = json.loads((workdir / "held_out.json").read_text())
+    assert len(held_out["prompts"]) == 6
+    assert set(map(len, held_out["fields"].values())) <= {6}
+    measured = {row["step"]: row for row in rows(workdir, "evaluations")}
+    assert list(measured) == [0, 2, 4]
+    for row in rows(workdir):
+        if row["step"] in measured:
+            at = measured[row["step"]]
+            assert (at["rollouts_total"], at["samples"]) == (row["rollouts_total"], 2)
+            assert np.mean(at["solved"]) / 2 == pytest.approx(row["eval/accuracy"])  # rewards are 0 or 1
     for row in rows(workdir, "groups"):
         assert sum(row["counts"]) == 16
         assert min(row["counts"]) >= 2
@@ -70,6 +86,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
     assert more.returncode == 0, more.stderr
     assert "continuing from step 2" in more.stdout
     assert learnt(workdir) == learnt(finished[0])
+    assert rows(workdir, "evaluations") == rows(finished[0], "evaluations")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -155,6 +172,20 @@ def test_bad_input_is_one_line_before_any_compilation(tmp_path, changes, message
     lines = [line for line in refused.stderr.splitlines() if "TPU" not in line and "xla_bridge" not in line]
     assert len(lines) == 1, refused.stderr
     assert not (tmp_path / "work" / "checkpoints").exists()
+
+
+def test_a_notebook_calls_the_run_without_flags_and_from_any_thread(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "work")
+    config = arithmetic.get_config()
+    config.update_from_flattened_dict(TINY)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(train, config, workdir).result() == rows(workdir)[-1]
+        results = pool.submit(measure, config, workdir).result()
+    assert results["held_out"]["avg@2"]["value"] == pytest.approx(rows(workdir)[-1]["eval/accuracy"], abs=1e-6)
+    config.seed = 7
+    with pytest.raises(ValueError, match=r"config.seed=0, not 7"):
+        train(config, workdir)
+    assert "config" not in flags.FLAGS
 
 
 def test_another_config_in_the_same_directory_is_refused(finished):

@@ -79,11 +79,16 @@ def policy_loss(
         divergence = jnp.exp(behind) - behind - 1
         loss = loss + kl_coefficient * divergence
         metrics["kl"] = masked_sum(divergence, mask)
-    metrics |= {
+    metrics |= _ratio_metrics(ratio, advantage, active, clip_low, clip_high, dual_clip)
+    return masked_sum(loss, mask), metrics
+
+
+def _ratio_metrics(ratio, advantage, active, clip_low, clip_high, dual_clip):
+    """(sum, count) pairs of the ratios [B, T] where active [B, T], given the advantages [B, 1]; see docs/metrics.md."""
+    return {
         "clip_low_fraction": masked_sum((ratio < 1 - clip_low) & (advantage < 0), active),
         "clip_high_fraction": masked_sum((ratio > 1 + clip_high) & (advantage > 0), active),
         "dual_clip_fraction": masked_sum((ratio > dual_clip) & (advantage < 0), active),
         "ratio_mean": masked_sum(ratio, active),
         "ratio_max": (jnp.where(active, ratio, 0.0).max(initial=0.0), active.sum(dtype=jnp.float32)),
     }
-    return masked_sum(loss, mask), metrics

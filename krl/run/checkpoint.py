@@ -1,11 +1,13 @@
 """Checkpoints by Orbax: everything a run needs to continue, written whole or not at all."""
 
+import contextlib
 import json
+import os
 import pathlib
 import shutil
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import orbax.checkpoint as ocp
@@ -97,9 +99,17 @@ def claim_workdir(
     (workdir / "policy" / "config.json").write_text(policy_json)
     for file in tokenizer_files:
         shutil.copy(file, workdir / "policy" / ("tokenizer.model" if file.suffix == ".model" else file.name))
-    partial = workdir / "config.partial"
-    partial.write_text(json.dumps(config, indent=1, sort_keys=True))
-    partial.replace(workdir / "config.json")
+    write_json(workdir / "config.json", dict(sorted(config.items())))
+
+
+def write_json(path: pathlib.Path, value: dict) -> None:
+    """Write a value as JSON; the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(json.dumps(value, indent=1).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def check_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> None:
@@ -130,14 +140,23 @@ def check_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> N
             )
 
 
-def stop_on_signal() -> threading.Event:
-    """An event that the first Ctrl-C or SIGTERM sets; a second one ends the process at once."""
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM inside sets; a second one ends the process at once.
+
+    Only the main thread can handle signals, so elsewhere nothing sets the event. Earlier handlers come back at the end.
+    """
     stop = threading.Event()
 
     def request(number, _frame):
         stop.set()
         signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request)
-    return stop
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    before = {number: signal.signal(number, request) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None is a handler that Python did not install

@@ -102,22 +102,30 @@ class PhaseClock:
 
 
 class MetricsLog:
-    """metrics.jsonl, groups.jsonl and TensorBoard events of a work directory.
+    """metrics.jsonl, groups.jsonl, evaluations.jsonl and TensorBoard events of a work directory.
 
-    A run that continues from step s drops the rows of later steps, which it will write again.
+    A run that continues from step s drops the rows of later steps, which it will write again. One that has
+    taken no step begins anew: it drops its row of step 0 too.
     """
 
     def __init__(self, workdir: pathlib.Path, *, first_step: int):
-        """Open the files and drop the rows of steps after first_step."""
+        """Open the files and drop the rows that will be written again.
+
+        Args:
+            workdir: of the run.
+            first_step: steps that the run has taken.
+        """
         self._files = {}
-        for name in ("metrics", "groups"):
+        for name in ("metrics", "groups", "evaluations"):
             path = workdir / f"{name}.jsonl"
-            kept = [row for row in read_rows(path) if row["step"] <= first_step]
+            kept = [row for row in read_rows(path) if first_step and row["step"] <= first_step]
             partial = path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
             partial.replace(path)
             self._files[name] = path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        self._board = tensorboardX.SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else 0
+        )
 
     def __enter__(self):
         return self
@@ -138,6 +146,18 @@ class MetricsLog:
     def write_groups(self, step: int, groups: dict[str, np.ndarray]) -> None:
         """Add a row with an [M] list for each quantity of the step's groups."""
         self._append("groups", {"step": step, **{k: np.asarray(v).tolist() for k, v in groups.items()}})
+
+    def write_evaluation(self, step: int, *, rollouts_total: int, samples: int, solved: np.ndarray) -> None:
+        """Add a row of the held-out prompts: how many of each one's k samples were solved.
+
+        Args:
+            step: steps taken before the evaluation.
+            rollouts_total: rollouts sampled for training until then.
+            samples: k.
+            solved: one whole number for each held-out prompt, 0 to k.
+        """
+        row = {"step": step, "rollouts_total": rollouts_total, "samples": samples, "solved": solved.tolist()}
+        self._append("evaluations", row)
 
     def _append(self, name: str, row: dict) -> None:
         self._files[name].write(json.dumps(row) + "\n")

@@ -14,9 +14,8 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 from rich.console import Console
 from rich.table import Table
 
@@ -162,15 +161,13 @@ def figures(runs: list[Run], out: pathlib.Path) -> None:
         "price": _draw_price,
     }
     for name, draw in panels.items():
-        figure, axis = plt.subplots(figsize=(5.2, 3.8), layout="constrained")
-        draw(axis, runs)
+        figure = Figure(figsize=(5.2, 3.8), layout="constrained")  # not pyplot's, which a notebook may be using
+        draw(figure.subplots(), runs)
         figure.savefig(out / f"{name}.png", dpi=150)
-        plt.close(figure)
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for axis, draw in zip(axes.flat, panels.values(), strict=True):
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    for axis, draw in zip(figure.subplots(2, 2).flat, panels.values(), strict=True):
         draw(axis, runs)
     figure.savefig(out / "figures.png", dpi=130)
-    plt.close(figure)
 
 
 def _draw_effective(axis, runs: list[Run]) -> None:
@@ -200,14 +197,14 @@ def _draw_counts(axis, runs: list[Run]) -> None:
     run = runs[-1]
     if run["groups"]:
         chosen = sorted({int(i) for i in np.linspace(min(10, len(run["groups"]) - 1), len(run["groups"]) - 1, 4)})
-        shades = plt.get_cmap("viridis")(np.linspace(0.1, 0.85, len(chosen)))
+        shades = matplotlib.colormaps["viridis"](np.linspace(0.1, 0.85, len(chosen)))
         for shade, row in zip(shades, (run["groups"][i] for i in chosen), strict=True):
             axis.scatter(
                 row["belief"], row["counts"], s=14, alpha=0.75, color=shade, label=f"step {row['step']}", linewidths=0
             )
         axis.legend(frameon=False)
         axis.set_yscale("log", base=2)
-        axis.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.set(
         xlabel="believed success rate", ylabel="rollouts given", xlim=(-0.02, 1.02), title=f"Budgets of {run['name']}"
     )

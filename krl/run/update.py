@@ -140,11 +140,9 @@ def policy_update(
     loss: Callable = functools.partial(
         policy_loss, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coefficient=kl_coefficient
     )
-    idle_rows = ~rollouts.mask if kl_coefficient else advantages == 0
-    score = functools.partial(
-        _rescore, config, prompts=prompts, rollouts=rollouts, idle=idle_rows, micro_batch=micro_batch,
-        temperature=temperature,
-    )  # fmt: skip
+    idle = ~rollouts.mask if kl_coefficient else advantages == 0
+    logps_of = functools.partial(_rollout_logps, config, prompts=prompts, rollouts=rollouts, temperature=temperature)
+    score = functools.partial(_rescore, logps_of, rollouts=rollouts, idle=idle, micro_batch=micro_batch)
     known = {"old_logps": rollouts.logps}
     if importance_cap:
         known = {"old_logps": score(state.params), "sampler_logps": rollouts.logps}
@@ -152,25 +150,15 @@ def policy_update(
     if kl_coefficient:
         known["reference_logps"] = score(reference)
 
+    def loss_of(params: dict, rows: jax.Array):
+        logps, response = logps_of(params, rows)
+        compared = {name: values[rows] for name, values in known.items()}
+        (loss_sum, _), metrics = loss(logps=logps, advantages=advantages[rows], mask=response, **compared)
+        return loss_sum, metrics
+
     def update(state: TrainState, rows: jax.Array):
-        idle = idle_rows[rows]
-        rows = rows[jnp.argsort(idle, stable=True)]
+        (loss_sum, metrics), grads = _accumulate(loss_of, state.params, rows, idle[rows], micro_batch)
         tokens_in_share = jnp.where(rollouts.mask[rows], rollouts.lengths[rows], 0).sum(dtype=jnp.float32)
-
-        def run(params, rows):
-            logps, response = _rollout_logps(config, params, prompts, rollouts, rows, temperature)
-            compared = {name: values[rows] for name, values in known.items()}
-            (loss_sum, _), metrics = loss(logps=logps, advantages=advantages[rows], mask=response, **compared)
-            return loss_sum, metrics
-
-        def accumulate(index, total):
-            chosen = jax.lax.dynamic_slice(rows, (index * micro_batch,), (micro_batch,))
-            return _add_metrics(total, jax.value_and_grad(run, has_aux=True)(state.params, chosen))
-
-        one = jax.eval_shape(jax.value_and_grad(run, has_aux=True), state.params, rows[:micro_batch])
-        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), one)
-        batches = (jnp.sum(~idle) + micro_batch - 1) // micro_batch
-        (loss_sum, metrics), grads = jax.lax.fori_loop(0, batches, accumulate, nothing)
         state, grad_norm = apply_gradients(config, optimizer, state, grads, loss_sum, tokens_in_share)
         return state, (divide(loss_sum, tokens_in_share), grad_norm, metrics)
 
@@ -180,7 +168,26 @@ def policy_update(
     return state, means | {"loss": losses.mean(), "grad_norm": grad_norms.mean(), "ratio_max": largest}
 
 
-def _rollout_logps(config, params, prompts, rollouts, rows, temperature):
+def _accumulate(loss_of, params, rows, idle, micro_batch):
+    """((loss sum, metrics), gradients) of loss_of(params, rows) over the rows that are not idle, [b] bool."""
+    rows = rows[jnp.argsort(idle, stable=True)]
+    run = jax.value_and_grad(loss_of, has_aux=True)
+
+    def one(index, total):
+        chosen = jax.lax.dynamic_slice(rows, (index * micro_batch,), (micro_batch,))
+        return _add_metrics(total, run(params, chosen))
+
+    nothing = jax.eval_shape(run, params, rows[:micro_batch])
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing)
+    return jax.lax.fori_loop(0, _batches(idle, micro_batch), one, nothing)
+
+
+def _batches(idle, micro_batch):
+    """How many micro-batches hold the rows that are not idle."""
+    return (jnp.sum(~idle) + micro_batch - 1) // micro_batch
+
+
+def _rollout_logps(config, params, rows, *, prompts, rollouts, temperature):
     """Log-probabilities [b, T] of the responses in some rows, [b] int32, and where they are real, [b, T] bool."""
     source = jnp.minimum(rollouts.prompt_index[rows], prompts.tokens.shape[0] - 1)
     response_mask = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[rows][:, None]
@@ -198,16 +205,15 @@ def _rollout_logps(config, params, prompts, rollouts, rows, temperature):
     return logps, response_mask
 
 
-def _rescore(config, params, *, prompts, rollouts, idle, micro_batch, temperature):
+def _rescore(logps_of, params, *, rollouts, idle, micro_batch):
     """Log-probabilities [R, T] of the rollouts that are not idle, [R] bool; 0 for the others."""
     order = jnp.argsort(idle, stable=True)
 
     def one(index, logps):
         rows = jax.lax.dynamic_slice(order, (index * micro_batch,), (micro_batch,))
-        return logps.at[rows].set(_rollout_logps(config, params, prompts, rollouts, rows, temperature)[0])
+        return logps.at[rows].set(logps_of(params, rows)[0])
 
-    batches = (jnp.sum(~idle) + micro_batch - 1) // micro_batch
-    return jax.lax.fori_loop(0, batches, one, jnp.zeros_like(rollouts.logps))
+    return jax.lax.fori_loop(0, _batches(idle, micro_batch), one, jnp.zeros_like(rollouts.logps))
 
 
 def _add_metrics(total, more):

@@ -10,9 +10,7 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
 
-from krl.tasks.verify import MAX_CHARACTERS
-
-# Texts beyond these are compared as text only.
+# Forms beyond these are equal to nothing; `krl.tasks.verify` has compared them as text before it asks here.
 MAX_DEPTH = 10
 MAX_LETTERS = 30  # commands aside; more are prose, which would be parsed as a product of that many variables
 # Sympy evaluates powers and factorials as whole numbers and multiplies out powers of sums, so a few characters can
@@ -38,7 +36,11 @@ _ENDLESS = re.compile(r"\\(?:int|sum|prod|lim|Gamma)(?![a-zA-Z])|\\exp\W*\\exp|\
 
 
 def same(gold: str, given: str) -> bool:
-    """Whether math-verify finds two normal forms equal."""
+    """Whether math-verify finds two normal forms equal; never raises.
+
+    Args:
+        gold, given: LaTeX as `krl.tasks.verify` normalises it, at most its MAX_CHARACTERS long.
+    """
     if not (_tame(gold) and _tame(given)):
         return False
     seconds = SYMBOLIC_SECONDS if threading.current_thread() is threading.main_thread() else None
@@ -70,7 +72,7 @@ def _tame(form: str) -> bool:
     for letter in form:
         depth += (letter in "([{") - (letter in ")]}")
         deepest = max(deepest, abs(depth))
-    if len(form) > MAX_CHARACTERS or deepest > MAX_DEPTH or _TOWER.search(form) or _ENDLESS.search(form):
+    if deepest > MAX_DEPTH or _TOWER.search(form) or _ENDLESS.search(form):
         return False
     letters = len(re.findall(r"[a-zA-Z]", re.sub(r"\\(?:begin|end)\{\w*\}|\\[a-zA-Z]+", "", form)))
     if letters > (MAX_LETTERS if "!" not in form else MAX_LETTERS // 4):

@@ -1,0 +1,194 @@
+"""Benchmarks: every sample of a policy in a file, from where a measurement that was stopped goes on."""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import BinaryIO, NamedTuple
+
+import jax
+import numpy as np
+
+from krl.policy.tokenizer import Tokenizer
+from krl.run.estimates import summarize
+from krl.run.evaluate import Score, decode_rollouts, sample_tasks
+from krl.tasks import EncodedTasks
+from krl.types import Prompts, Rollouts
+
+
+class Measured(NamedTuple):
+    """What the statistics need of one sample."""
+
+    reward: float
+    length: int  # response tokens
+    finished: bool  # False where the response was cut
+    key: str | None  # normal form of its final answer; None if it has none
+
+
+def evaluate_set(
+    name: str,
+    sample: Callable[..., Rollouts],
+    score: Score,
+    params: dict,
+    encoded: EncodedTasks,
+    key: jax.Array,
+    *,
+    tokenizer: Tokenizer,
+    answer_key: Callable[[str], str | None],
+    samples: int,
+    num_rollouts: int,
+    place: Callable[[Prompts], Prompts],
+    path: pathlib.Path,
+    settings: dict,
+    report: Callable[[int, str], None] = lambda done, text: None,
+) -> dict:
+    """Measure a policy on one benchmark and keep every sample, so that a run that was killed can go on.
+
+    The file's first row holds the settings. Every other row is one sample, in the order of tasks and
+    samples: `set`, `task` (its row in encoded), `sample`, `response`, `key`, `answer` (gold), `reward`,
+    `length` in tokens, `finished`, and `faults`, which is null but on the last row of a batch: there it
+    counts the verifier faults of the batch. A batch without that row was cut short by a kill; it is
+    removed and sampled again, so that a resumed run leaves the file an uninterrupted one would have.
+
+    Args:
+        name: of the set, for rows and messages.
+        score: the verifiers, see `Score`.
+        sample, params, encoded, key, samples, num_rollouts, place: as for `sample_tasks`; num_rollouts may
+            differ between a run and its continuation.
+        tokenizer: turns tokens into text.
+        answer_key: response -> normal form of its final answer or None, for the vote of maj@k.
+        path: the .jsonl file, made if missing.
+        settings: JSON values of everything else that decides the samples and their rewards, such as the
+            checkpoint, temperature and seed. The set's name, its tasks and k are added.
+        report: called with the tasks done and a few words after every batch.
+
+    Returns:
+        `summarize` of all D * k samples, and `faults`: how often the verifiers failed, by kind.
+
+    Raises:
+        ValueError: the file was made with other settings, or is no file of samples.
+    """
+    settings = {"set": name, "tasks": _identify(encoded), "samples": samples, **settings}
+    rows, faults = _resume(path, settings, samples)
+    report(len(rows) // samples, "")
+    batches = sample_tasks(
+        sample, params, encoded, key,
+        samples=samples, num_rollouts=num_rollouts, place=place, first_task=len(rows) // samples,
+    )  # fmt: skip
+    with path.open("ab") as file:
+        for ids, rollouts in batches:
+            texts, task_ids = decode_rollouts(tokenizer, rollouts), ids[rollouts.prompt_index].tolist()
+            prompts = [encoded.tasks.prompts[i] for i in task_ids]
+            answers = [encoded.tasks.answers[i] for i in task_ids]
+            rewards, failed = score(list(zip(prompts, texts, answers, strict=True)))
+            batch = [
+                {
+                    "set": name, "task": task_ids[i], "sample": int(rollouts.sample_index[i]), "response": text,
+                    "key": answer_key(text), "answer": answers[i], "reward": float(rewards[i]),
+                    "length": int(rollouts.lengths[i]), "finished": bool(rollouts.finished[i]), "faults": None,
+                }
+                for i, text in enumerate(texts)
+            ]  # fmt: skip
+            batch[-1]["faults"] = failed
+            _append(file, batch)
+            rows += [_measure(row) for row in batch]
+            faults.update(failed)
+            report(len(rows) // samples, f"mean reward {np.mean([row.reward for row in rows]):.3f}")
+
+    def grid(field: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(row, field) for row in rows], dtype).reshape(-1, samples)
+
+    summary = summarize(
+        grid("reward", float), grid("length", int), grid("finished", bool), grid("key", object).tolist()
+    )
+    return summary | {"faults": dict(faults)}
+
+
+def _identify(encoded: EncodedTasks) -> str:
+    """The number of tasks and a digest of their tokens, questions and answers; padding does not count."""
+    digest = hashlib.blake2b(json.dumps([encoded.tasks.prompts, encoded.tasks.answers]).encode(), digest_size=6)
+    digest.update(encoded.mask.sum(axis=1).astype(np.int64).tobytes())
+    digest.update(encoded.tokens[encoded.mask].astype(np.int64).tobytes())
+    return f"{len(encoded)} with digest {digest.hexdigest()}"
+
+
+def _resume(path: pathlib.Path, settings: dict, samples: int) -> tuple[list[Measured], Counter]:
+    """Cut a file of samples back to its last whole batch, or begin it.
+
+    Returns:
+        The samples that are kept, those of whole tasks from the first on, and their verifier faults.
+
+    Raises:
+        ValueError: the file was made with other settings, or is no file of samples.
+    """
+    header = {"settings": json.loads(json.dumps(settings))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows: list[Measured] = []
+    batch: list[Measured] = []
+    faults: Counter = Counter()
+    with path.open("a+b") as file:
+        file.seek(0)
+        first = file.readline()
+        if _line(header).startswith(first) and not first.endswith(b"\n"):  # new, or killed while it was begun
+            file.truncate(0)
+            _append(file, [header])
+            return rows, faults
+        _check_settings(path, _parse(first), header["settings"])
+        position = end = len(first)
+        for line in file:
+            row = _parse(line)
+            if row is None or (row["task"], row["sample"]) != divmod(len(rows) + len(batch), samples):
+                break
+            position += len(line)
+            batch.append(_measure(row))
+            if row["faults"] is not None:
+                rows, batch, end = rows + batch, [], position
+                faults.update(row["faults"])
+        file.truncate(end)
+    return rows, faults
+
+
+def _measure(row: dict) -> Measured:
+    """The part of a row that the statistics need."""
+    return Measured(*(row[field] for field in Measured._fields))
+
+
+def _line(row: dict) -> bytes:
+    """A row as it stands in the file. JSON escapes line ends, so only the last byte is one."""
+    return json.dumps(row).encode() + b"\n"
+
+
+def _parse(line: bytes) -> dict | None:
+    """The row of a line, or None if the line was cut short or damaged."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _append(file: BinaryIO, rows: Sequence[dict]) -> None:
+    """Add rows to a file; once this returns they survive a kill and a loss of power."""
+    file.write(b"".join(map(_line, rows)))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _check_settings(path: pathlib.Path, header: dict | None, settings: dict) -> None:
+    """Refuse a file that was not made with these settings."""
+    if header is None or header.keys() != {"settings"}:
+        raise ValueError(f"{path} is no file of samples; remove it or choose another place")
+    earlier = header["settings"]
+    show = lambda given, name: f"{name}={given[name]!r}" if name in given else f"no {name}"  # noqa: E731
+    differ = [
+        f"{show(earlier, name)}, now {show(settings, name)}"
+        for name in sorted(earlier.keys() | settings.keys())
+        if name not in earlier or name not in settings or earlier[name] != settings[name]
+    ]
+    if differ:
+        raise ValueError(
+            f"{path} holds samples made with {'; '.join(differ)}; "
+            "give the earlier settings, or remove the file or choose another place to sample afresh"
+        )

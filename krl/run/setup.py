@@ -1,0 +1,272 @@
+"""From a config to what a run needs: tasks, tokenizer, decoder, verifiers and the parameters of its first step.
+
+The only file of the library that sees a config; what it calls takes named arguments.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from krl import budget, policy
+from krl.policy.hf import check_hf
+from krl.policy.hf_config import config_json
+from krl.policy.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
+from krl.run.checkpoint import claim_workdir, open_workdir, write_json
+from krl.run.metrics import progress
+from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
+from krl.sharding import make_mesh, named_sharding, tree_sharding
+from krl.tasks import SOURCES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks, step_task_ids
+from krl.tasks.arithmetic import make_ladder
+from krl.tasks.operators import make_operators
+from krl.tasks.pool import VerifierPool
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a config becomes before anything is computed."""
+
+    mesh: jax.sharding.Mesh
+    verifiers: VerifierPool  # a context, to be entered once
+    tokenizer: Tokenizer
+    policy_config: policy.PolicyConfig
+    params: dict  # shapes, dtypes and shardings of the policy's parameters
+    train: EncodedTasks  # the D prompts of the steps
+    test: EncodedTasks  # the held-out ones
+    features: np.ndarray  # [D, F] int32, what the prior of a training prompt goes by
+    num_features: int  # how many different ones there are
+    pairs: Pairs | None  # of supervised fine-tuning, None without one
+    cache: pathlib.Path  # directory of the tokenizer trained and the policy fine-tuned for this config
+
+
+def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence[str]) -> Setup:
+    """Load what a run needs, refuse what cannot work, and make the work directory the run's own.
+
+    Args:
+        config: of the run, checked.
+        workdir: created if missing.
+        flat: the same config as a flat dictionary, JSON values.
+        free: keys that may change when a run continues.
+
+    Raises:
+        ValueError: data, tokenizer, policy or work directory do not fit the config; the message says the fix.
+    """
+    mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
+    open_workdir(workdir, flat, free)
+    verifiers = make_verifiers(config)
+    tasks = load_task_sets(config)
+    cache = sft_cache(workdir, flat, free)
+    tokenizer = load_tokenizer(find_tokenizer(config, tasks["sft"], cache, workdir))
+    policy_config = find_policy(config, tokenizer, workdir)
+    train = encode(config, tokenizer, tasks["train"])
+    test = encode(config, tokenizer, tasks["test"], limit=config.eval.prompts)
+    step_task_ids(len(train), config.prompts_per_step, 0, seed=config.seed)  # refuses too few prompts
+    features, num_features = find_features(config, train)
+    pairs = find_pairs(config, encode(config, tokenizer, tasks["sft"]), tokenizer) if config.sft.steps else None
+    params = abstract_params(policy_config, mesh)
+    write_json(workdir / "held_out.json", {"prompts": test.tasks.prompts, "fields": dict(test.tasks.fields)})
+    claim_workdir(workdir, flat, config_json(policy_config, policy_config.stored_dtype), tokenizer.files)
+    return Setup(
+        mesh=mesh, verifiers=verifiers, tokenizer=tokenizer, policy_config=policy_config, params=params, train=train,
+        test=test, features=features, num_features=num_features, pairs=pairs, cache=cache,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- tasks and their rewards
+
+
+def make_verifiers(config: ConfigDict) -> VerifierPool:
+    """The reward's worker processes."""
+    limits = config.verify
+    return VerifierPool(
+        config.data.reward, workers=limits.workers, item_seconds=limits.item_seconds,
+        batch_seconds=limits.batch_seconds, items_per_worker=limits.items_per_worker, memory_gb=limits.memory_gb,
+    )  # fmt: skip
+
+
+def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
+    """The tasks for "sft", "train" and "test"."""
+    if config.data.source == "arithmetic":
+        c = config.arithmetic
+        rungs = {name: c[name] for name in ("addition", "subtraction", "multiplication", "two_step") if c[name]}
+        ladder = make_ladder(rungs, {"warm": c.num_warm, "train": c.num_train, "test": c.num_test}, seed=config.seed)
+        return {"sft": ladder["warm"], "train": ladder["train"], "test": ladder["test"]}
+    if config.data.source == "operators":
+        o = config.operators
+        sizes = {"warm": o.num_warm, "train": o.num_train, "test": o.num_test}
+        drawn = make_operators(sizes, seed=config.seed, num_operators=o.num_operators)
+        return {"sft": drawn["warm"], "train": drawn["train"], "test": drawn["test"]}
+    data, sft = config.data, config.sft
+    further = [name.strip() for name in data.fields.split(",") if name.strip()]
+
+    def read(split: str, path: str, limit: int) -> TaskSet:
+        fields = further if split == "train" else ()
+        if data.name in SOURCES:
+            return load_named(data.name, split=split, path=path, limit=limit, fields=fields)
+        return load_tasks(
+            name=data.name, subset=data.subset, split=data[f"{split}_split"], path=path, prompt_field=data.prompt_field,
+            answer_field=data.answer_field, completion_field=data.completion_field, limit=limit, fields=fields,
+        )  # fmt: skip
+
+    train = read("train", data.path, data.max_train)
+    no_test_split = data.name in SOURCES and "test" not in SOURCES[data.name].splits
+    if data.test_path or not (data.path or no_test_split):
+        test = read("test", data.test_path, 0)
+    else:
+        kept = len(train) - min(config.eval.prompts or len(train) // 10, len(train) // 2)
+        train, test = train.take(range(kept)), train.take(range(kept, len(train)))
+    if not sft.path:
+        return {"sft": train, "train": train, "test": test}
+    pairs = load_tasks(
+        name="", subset="", split="", path=sft.path, prompt_field=sft.prompt_field, answer_field="",
+        completion_field=sft.completion_field, limit=0,
+    )  # fmt: skip
+    return {"sft": pairs, "train": train, "test": test}
+
+
+def encode(config: ConfigDict, tokenizer: Tokenizer, tasks: TaskSet, *, limit: int = 0) -> EncodedTasks:
+    """The tasks whose prompts fit, at most `limit` of them (0 keeps all), in the config's template."""
+    return encode_tasks(
+        tasks, tokenizer, template=config.data.template, max_prompt_tokens=config.data.max_prompt_tokens, limit=limit
+    )
+
+
+def find_features(config: ConfigDict, tasks: EncodedTasks) -> tuple[np.ndarray, int]:
+    """What the prior goes by: features [D, F] int32 of the training prompts, and how many different ones."""
+    fields, name = tasks.tasks.fields, config.alloc.prior_field
+    if config.alloc.prior == "features":
+        width = config.alloc.prior_width
+        return budget.hash_features(tasks.tokens, tasks.mask, fields, width=width), width
+    if config.alloc.prior == "groups":
+        if name not in fields:
+            raise ValueError(
+                f"config.alloc.prior_field={name!r} is none of the training data's fields {sorted(fields)}; "
+                "name it in config.data.fields too"
+            )
+        return budget.number_groups(fields[name])
+    return np.zeros((len(tasks), 0), np.int32), 0
+
+
+# ---------------------------------------------------------------- tokenizer and decoder
+
+
+def find_tokenizer(config: ConfigDict, tasks: TaskSet, cache: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """The tokenizer of a run that has begun, or the config's, or the policy's, or one trained on the texts."""
+    if (workdir / "config.json").exists():
+        return workdir / "policy"
+    if config.tokenizer.path or config.policy.path:
+        return pathlib.Path(config.tokenizer.path or config.policy.path)
+    file = cache / "tokenizer.model"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        frame = config.data.template if "{prompt}" in config.data.template else "{prompt}"
+        prompts = [frame.replace("{prompt}", prompt) for prompt in tasks.prompts]
+        texts = [p + c for p, c in zip(prompts, tasks.completions or tasks.prompts, strict=True)]
+        size, fallback = config.tokenizer.vocab_size, config.tokenizer.byte_fallback
+        train_sentencepiece(texts, file, vocab_size=size, byte_fallback=fallback)
+    return file
+
+
+def find_policy(config: ConfigDict, tokenizer: Tokenizer, workdir: pathlib.Path) -> policy.PolicyConfig:
+    """The decoder of a run: its checkpoint's, or one of the config's sizes."""
+    if config.policy.path:
+        if (workdir / "config.json").exists():
+            found = policy.read_config(workdir / "policy", **computed_by(config))
+        else:
+            found, _ = check_hf(config.policy.path, **computed_by(config))
+        check_vocabulary(tokenizer, found.vocab_size)
+        row = config.data.max_prompt_tokens + config.sample.max_new_tokens
+        longest = json.loads(found.source).get("max_position_embeddings") or row
+        if row > longest:
+            print(f"krl: rows of {row} tokens are longer than the {longest} that the checkpoint was made for")
+        return found
+    sizes = {name: value for name, value in config.policy.items() if name != "path"}
+    return policy.PolicyConfig(vocab_size=tokenizer.vocab_size, **sizes)
+
+
+def computed_by(config: ConfigDict) -> dict[str, Any]:
+    """The options of a decoder that are about its computation and not its checkpoint."""
+    return {name: config.policy[name] for name in ("dtype", "unroll", "remat", "attention")}
+
+
+def abstract_params(policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh) -> dict:
+    """The shapes, dtypes and shardings of a policy's parameters, for a checkpoint to be read into."""
+    shapes = jax.eval_shape(functools.partial(policy.init, policy_config), jax.random.key(0))
+    shardings = tree_sharding(mesh, policy.param_axes(policy_config), shapes)
+    return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
+
+
+# ---------------------------------------------------------------- supervised fine-tuning
+
+
+def sft_cache(workdir: pathlib.Path, flat: dict, free: Sequence[str]) -> pathlib.Path:
+    """The directory of the tokenizer and fine-tuned policy that belong to this config and no other.
+
+    Args:
+        workdir, flat, free: as for `set_up`. The directory lies below sft.dir, or else below the work directory.
+    """
+    decides = ("seed", "data.", "arithmetic.", "operators.", "tokenizer.", "policy.", "sft.", "sample.max_new_tokens")
+    chosen = {k: v for k, v in flat.items() if k.startswith(decides) and k not in free}
+    name = hashlib.blake2b(json.dumps(chosen, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return pathlib.Path(flat["sft.dir"] or workdir / "sft") / name
+
+
+def find_pairs(config: ConfigDict, encoded: EncodedTasks, tokenizer: Tokenizer) -> Pairs:
+    """The rows of supervised fine-tuning."""
+    if not config.sft.row_tokens:
+        return encode_pairs(encoded, tokenizer, config.sample.max_new_tokens)
+    pairs, left_out = pack_pairs(encoded, tokenizer, config.sft.row_tokens)
+    print(f"krl: {len(encoded) - left_out} pairs for fine-tuning in {len(pairs[0])} rows, {left_out} too long")
+    return pairs
+
+
+def start_params(
+    config: ConfigDict,
+    policy_config: policy.PolicyConfig,
+    mesh: jax.sharding.Mesh,
+    pairs: Pairs | None,
+    cache: pathlib.Path,
+    *,
+    stop: threading.Event,
+) -> dict | None:
+    """The parameters of the first step, fine-tuned if there are pairs; to be called inside `jax.set_mesh(mesh)`.
+
+    Args:
+        config: of the run.
+        policy_config, mesh, pairs, cache: as in `Setup`.
+        stop: set when fine-tuning should save and leave.
+
+    Returns:
+        The parameters on the mesh; None if `stop` was set before they were finished.
+
+    Raises:
+        ValueError: the checkpoint in policy.path is another than the run began from.
+        FloatingPointError: too many updates of fine-tuning in a row were not finite.
+    """
+    if config.policy.path:
+        found, params = policy.load_hf(config.policy.path, mesh)
+        if dataclasses.replace(found, **computed_by(config)) != policy_config:
+            raise ValueError(f"{config.policy.path} is not what this run began from; choose another --workdir")
+    else:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(policy_config, mesh))
+        initialise = jax.jit(functools.partial(policy.init, policy_config), out_shardings=shardings)
+        params = initialise(jax.random.key(config.seed))
+    if pairs is None:
+        return params
+    with progress(config.sft.steps, 0, "fine-tuning") as show:
+        params, finished = finetune(
+            policy_config, params, pairs, cache, steps=config.sft.steps, batch_size=config.sft.batch_size,
+            learning_rate=config.sft.learning_rate, warmup_steps=20, decay_steps=0, seed=config.seed,
+            save_every=config.sft.save_every, max_bad_updates=config.max_bad_updates, stop=stop,
+            place=functools.partial(jax.device_put, device=named_sharding(mesh)),
+            report=lambda step, loss: show(step, f"loss {loss:.3f}"),
+        )  # fmt: skip
+    return params if finished else None
