@@ -6,6 +6,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from krl.run import figures, report
 from krl.run.history import (
@@ -183,11 +184,14 @@ def test_smoothing_shrinks_at_the_ends():
 def drawn(monkeypatch, workdirs, out: pathlib.Path) -> dict:
     """The axes of the panels by name, as they were drawn into files of their own."""
     kept = []
+
+    def keep(**options):
+        kept.append(Figure(**options))
+        return kept[-1]
+
     with monkeypatch.context() as patch:
-        patch.setattr(figures.plt, "close", kept.append)
+        patch.setattr(figures, "Figure", keep)
         figures.draw(read_runs(workdirs), out)
-    for figure in kept:
-        figures.plt.close(figure)
     assert [len(figure.axes) for figure in kept] == [1] * len(PANELS) + [4]
     return dict(zip(PANELS, (figure.axes[0] for figure in kept), strict=False))
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import matplotlib
-import matplotlib.patheffects
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
 from krl.run.history import STATES, Run, counts_by_rate, series, smooth, transitions
 
@@ -60,18 +60,18 @@ def draw(runs: list[Run], out: pathlib.Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         for name, panel in panels.items():
-            figure, axis = plt.subplots(figsize=(4.4, 3.3))
+            figure = Figure(figsize=(4.4, 3.3))  # not pyplot's, which a notebook may be using
+            axis = figure.subplots()
             panel(axis, runs)
             if name not in ("counts", "transitions"):  # they say which run is which
                 _legend(figure, axis)
             figure.savefig(out / f"{name}.png")
-            plt.close(figure)
-        figure, axes = plt.subplots(2, 2, figsize=(8, 6.2))
+        figure = Figure(figsize=(8, 6.2))
+        axes = figure.subplots(2, 2)
         for axis, name in zip(axes.flat, ("accuracy", "effective_ratio", "counts", "transitions"), strict=True):
             panels[name](axis, runs)
         _legend(figure, axes[0, 1])
         figure.savefig(out / "figures.png")
-        plt.close(figure)
 
 
 def _coloured(runs: list[Run]) -> list[tuple[Run, str]]:
@@ -110,7 +110,7 @@ def _accuracy(axis, runs: list[Run]) -> None:
         above[x] = height + 0.07 * (top - bottom)
         axis.annotate(
             f"{y:.3f}", (x, height), (6, 0), textcoords="offset points", va="center", color=colour, weight="bold",
-            path_effects=[matplotlib.patheffects.withStroke(linewidth=2.5, foreground="white")],
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
         )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def _effective(axis, runs: list[Run]) -> None:
             axis.plot(steps, smooth(share, window), color=colour, linewidth=1.6, label=run["label"])
     axis.set(title="Rollouts with a gradient", xlabel="step")
     axis.set_ylim(bottom=0)
-    axis.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+    axis.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 def _counts(axis, runs: list[Run]) -> None:
@@ -144,7 +144,7 @@ def _counts(axis, runs: list[Run]) -> None:
     axis.axhline(even, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)))
     axis.text(0.5, even * 0.93, "the same for all", color=FAINT, ha="center", va="top", fontsize=7.5)
     axis.set_yscale("log", base=2)
-    axis.yaxis.set_major_formatter(matplotlib.ticker.ScalarFormatter())
+    axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.set(title=f"Rollouts given by {run['name']}", xlabel="believed success rate of a prompt", xlim=(0, 1))
     axis.legend(loc="upper right", title="of the steps", alignment="left")
 
@@ -168,7 +168,7 @@ def _transitions(axis, runs: list[Run]) -> None:
         axis.barh(row + 0.3, origin, left=np.cumsum(origin) - origin, color=STATE_COLOURS * 5, height=0.1)
         row += 1
     axis.text(1, 0.77, "thin line: what they were before", color=FAINT, fontsize=7, ha="right", va="bottom")
-    patches = [matplotlib.patches.Patch(color=c, label=s) for s, c in zip(STATES, STATE_COLOURS, strict=True)]
+    patches = [Patch(color=c, label=s) for s, c in zip(STATES, STATE_COLOURS, strict=True)]
     axis.legend(
         handles=patches, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=5, handlelength=0.9, handleheight=0.9,
         columnspacing=1.0, handletextpad=0.4,
