@@ -1,4 +1,4 @@
-# make demo   train with uniform, the paper's and the knapsack's budgets from one warm start, and compare
+# make demo   from one warm start: uniform budgets, uniform with twice the rollouts, the knapsack; and compare
 # make test   the whole test suite
 # make check  format, lint, types
 # make clean  remove what make demo wrote (.venv stays)
@@ -6,17 +6,18 @@
 PYTHON ?= python3
 VENV := .venv
 RUNS ?= runs/demo
+TRAIN = JAX_COMPILATION_CACHE_DIR=$(RUNS)/compiled $(VENV)/bin/python train.py \
+  --config configs/operators.py --config.sft.dir=$(RUNS)/sft
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test check clean
 
 demo: $(VENV)/runtime-installed
-	@for rule in uniform knapsack_paper knapsack; do \
-	  JAX_COMPILATION_CACHE_DIR=$(RUNS)/compiled $(VENV)/bin/python train.py --config configs/arithmetic.py \
-	    --workdir $(RUNS)/$$rule --config.alloc.rule=$$rule --config.sft.dir=$(RUNS)/sft || exit $$?; \
-	done
+	@$(TRAIN) --workdir $(RUNS)/uniform --config.alloc.rule=uniform
+	@$(TRAIN) --workdir $(RUNS)/uniform_512 --config.alloc.rule=uniform --config.alloc.budget=512
+	@$(TRAIN) --workdir $(RUNS)/knapsack
 	@echo
-	@$(VENV)/bin/python -m krl.run.report $(RUNS)/uniform $(RUNS)/knapsack_paper $(RUNS)/knapsack --out $(RUNS)
+	@$(VENV)/bin/python -m krl.run.report $(RUNS)/uniform $(RUNS)/uniform_512 $(RUNS)/knapsack --out $(RUNS)
 
 test: $(VENV)/dev-installed
 	$(VENV)/bin/python -m pytest

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 
-from krl.run.report import read_run, rollouts_to_reach, summary
+from krl.run.history import read_run, rollouts_to_reach, summary
 
 RULES = ("uniform", "knapsack")
 

@@ -1,6 +1,5 @@
-"""What a run leaves on disk: metrics, checkpoints, claims, figures."""
+"""What a run leaves on disk: metrics, checkpoints, claims."""
 
-import json
 import signal
 import threading
 
@@ -12,7 +11,6 @@ import pytest
 from configs import arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b
 from configs.check import FREE_KEYS, check, flatten
 from krl import budget, learn
-from krl.run import report
 from krl.run.checkpoint import Checkpoints, claim_workdir, open_workdir, stop_on_signal, write_json
 from krl.run.metrics import CompileCounter, MetricsLog, format_seconds, gini, read_rows, step_metrics
 from krl.run.sft import encode_pairs
@@ -244,43 +242,6 @@ def test_pairs_mark_the_completion_and_leave_long_ones_out():
     assert target.tolist() == [[False, False, True, True, True]]
     with pytest.raises(ValueError, match="max_new_tokens"):
         encode_pairs(encoded, Letters(), 2)
-
-
-def write_run(path, rule, accuracies, effective):
-    path.mkdir(parents=True)
-    (path / "config.json").write_text(json.dumps({"alloc.rule": rule}))
-    with MetricsLog(path, first_step=0) as log:
-        log.write(0, {"rollouts_total": 0, "eval/accuracy": accuracies[0]})
-        for step, accuracy in enumerate(accuracies[1:], start=1):
-            log.write(
-                step,
-                {
-                    "rollouts_total": 100 * step, "eval/accuracy": accuracy, "effective_ratio_rollouts": effective,
-                    "effective_ratio_prompts": effective, "seconds/step": 1.0,
-                },
-            )  # fmt: skip
-            log.write_groups(step, {"counts": [2, 6], "belief": [0.5, 0.1], "task_ids": [0, 1], "successes": [1, 1]})
-
-
-def test_report_compares_runs_and_draws_them(tmp_path):
-    write_run(tmp_path / "a", "uniform", [0.1, 0.2, 0.3, 0.4], 0.3)
-    write_run(tmp_path / "b", "knapsack", [0.1, 0.3, 0.5, 0.6], 0.7)
-    text = report.write([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
-    assert "knapsack won by +0.200" in text
-    assert "with 50% of its rollouts (150 of 300)" in text
-    assert "effective rollouts +0.400" in text
-    for name in ("figures", "effective_ratio", "accuracy", "counts"):
-        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
-
-
-def test_report_says_who_lost_and_what_was_never_reached(tmp_path):
-    write_run(tmp_path / "a", "uniform", [0.1, 0.4], 0.3)
-    write_run(tmp_path / "b", "knapsack", [0.1, 0.2], 0.7)
-    text = report.write([tmp_path / "a", tmp_path / "b"], tmp_path)
-    assert "uniform won by +0.200" in text
-    assert "never reached" in text
-    with pytest.raises(ValueError, match="holds no run"):
-        report.write([tmp_path / "nothing"], tmp_path)
 
 
 def test_seconds_as_words():

@@ -1,0 +1,120 @@
+"""Which prior predicts best: replays the groups that runs logged, in seconds, without a model.
+
+    python -m benchmarks.prior runs/demo/uniform runs/demo/knapsack [--field operator]
+
+Before every visit of a prompt, a prior says how likely each number of successes is (a beta-binomial, with the
+prompt's own discounted record); the first table is the mean logarithm of what it gave to the number that came, nats a
+visit, over all visits, over first visits and over later ones. Higher is better; 0 would be foresight. The second
+table is that of the features' candidates, each held fixed: memory, spread and strength. docs/results.md quotes both.
+"""
+
+import argparse
+import functools
+import json
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import default
+from krl import budget
+from krl.budget import prior as priors
+from krl.policy.tokenizer import load_tokenizer
+from krl.run.metrics import read_rows
+from krl.run.setup import encode, load_task_sets
+
+
+class Logged(NamedTuple):
+    """The groups of a run, and what was known of its D prompts before any of them was sampled."""
+
+    rows: list[dict]
+    tokens: np.ndarray  # [D, P] int32
+    mask: np.ndarray  # [D, P] bool
+    fields: dict[str, tuple[str, ...]]  # D texts each
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
+    parser.add_argument("--field", default="", help="the field that names a prompt's group; by default the first")
+    parser.add_argument("--width", type=int, default=4096, help="to how many features those of a prompt are hashed")
+    options = parser.parse_args()
+    for workdir in options.workdirs:
+        logged = read_logged(workdir)
+        print(f"\n{workdir}: {len(logged.rows)} steps, {len(logged.tokens)} prompts\n")
+        print("| prior | all visits | first visits | later visits |\n|---|---|---|---|")
+        for name, source, features, width in sources(logged, options.field, options.width):
+            scores, first, prior = replay(logged, source, features, width)
+            cells = (scores.mean(), scores[first].mean(), scores[~first].mean() if (~first).any() else np.nan)
+            print(f"| {name} | " + " | ".join(f"{cell:.4f}" for cell in cells) + " |")
+            if name == "features":
+                best = prior
+        print_candidates(best)
+
+
+def read_logged(workdir: pathlib.Path) -> Logged:
+    """The groups of a run's work directory, with its training prompts made again from its config."""
+    config = default.get_config()
+    config.update_from_flattened_dict(json.loads((workdir / "config.json").read_text()))
+    tasks = encode(config, load_tokenizer(workdir / "policy"), load_task_sets(config)["train"])
+    return Logged(read_rows(workdir / "groups.jsonl"), tasks.tokens, tasks.mask, dict(tasks.tasks.fields))
+
+
+def sources(logged: Logged, field: str, width: int):
+    """(name, source, features [D, F], number of features) of the priors that this run can tell of."""
+    hashed = budget.hash_features(logged.tokens, logged.mask, {}, width=width)
+    yield "shared", "features", np.full((len(hashed), 1), width, np.int32), width  # no feature: the common prior
+    if logged.fields:
+        yield "groups", "groups", *budget.number_groups(logged.fields[field or next(iter(logged.fields))])
+        told = budget.hash_features(logged.tokens, logged.mask, logged.fields, width=width)
+        yield "features and fields", "features", told, width
+    yield "features", "features", hashed, width
+    shuffled = np.random.default_rng(0).permutation(hashed)
+    yield "features, shuffled", "features", shuffled, width
+    yield "gaussian_process", "gaussian_process", hashed, width
+
+
+def replay(logged: Logged, source: str, features: np.ndarray, width: int):
+    """Nats of every visit, whether it was the prompt's first ([visits] each), and the prior at the end."""
+    config_belief = budget.init_belief(len(logged.tokens))
+    belief, prior = config_belief, budget.init_prior(source, width)
+    scores, first = [], []
+    for number, row in enumerate(logged.rows):
+        counts, wins = np.array(row["counts"]), np.array(row["successes"], np.float32)
+        index = jnp.asarray(np.repeat(np.arange(len(counts)), counts))
+        rewards = jnp.asarray(np.concatenate([np.arange(n) < w for n, w in zip(counts, wins, strict=True)]), jnp.float32)
+        ids = jnp.asarray(row["task_ids"])
+        seen, nats, belief, prior = step(
+            belief, prior, jnp.asarray(features)[ids], ids, rewards, index, jnp.asarray(counts), jnp.asarray(wins), number
+        )
+        scores.append(nats)
+        first.append(~np.asarray(seen))
+    return np.concatenate(scores), np.concatenate(first), prior
+
+
+@jax.jit
+def step(belief, prior, features, ids, rewards, index, counts, wins, number):
+    """One step of the run, judged before it is learnt from."""
+    known, mask = budget.take(belief, ids), jnp.ones(len(rewards), bool)
+    alpha, beta = budget.posterior(budget.inform(prior, known, features))
+    nats = jax.scipy.special.betaln(alpha + wins, beta + counts - wins) - jax.scipy.special.betaln(alpha, beta)
+    prior = budget.learn_prior(prior, known, features, rewards, index, mask)
+    belief = budget.update(belief, ids, rewards, index, mask, number, fit_discounts=False)
+    return known.visits > 0, nats, belief, prior
+
+
+def print_candidates(prior: budget.Prior) -> None:
+    """The late scores of each candidate of the features, less that of the common prior; nats a visit, weighted late."""
+    print("\n| memory | spread | " + " | ".join(f"strength {strength:g}" for strength in priors.STRENGTHS) + " |")
+    print("|---|---|" + "---|" * len(priors.STRENGTHS))
+    gains = np.asarray(prior.scores - prior.shared_score) * (1 - priors.SCORE_MEMORY)
+    for (memory, spread), row in zip(priors.CANDIDATES, gains, strict=True):
+        print(f"| {memory} | {spread} | " + " | ".join(f"{gain:+.3f}" for gain in row) + " |")
+    print("(nats a step above the common prior, averaged over the late steps)")
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    main()

@@ -1,0 +1,169 @@
+"""What runs left in their work directories, and the numbers that comparisons of them are made of."""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import TypedDict
+
+import numpy as np
+
+from krl.run.metrics import read_rows
+
+STATES = ("never", "rarely", "sometimes", "mostly", "always")  # how often a held-out prompt is solved
+FIELD_VALUES = (2, 200)  # fewest and most values of a field that prompts are grouped by
+
+
+class Run(TypedDict):
+    """What a work directory holds; docs/metrics.md defines the rows."""
+
+    name: str  # its rule, and its directory where two runs are else the same
+    label: str  # the name, and the rollouts a step where runs differ in them
+    config: dict
+    metrics: list[dict]
+    groups: list[dict]
+    evaluations: list[dict]  # [] of a run that kept none
+    held_out: dict  # "prompts" and "fields"; {} of a run that kept none
+
+
+def read_run(workdir: pathlib.Path) -> Run:
+    """The rows and the config that a run left in its work directory.
+
+    Raises:
+        ValueError: the directory holds no run.
+    """
+    metrics = read_rows(workdir / "metrics.jsonl")
+    if not metrics or not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} holds no run; give the --workdir of a run that has taken a step")
+    config, held_out = json.loads((workdir / "config.json").read_text()), workdir / "held_out.json"
+    return {
+        "name": config["alloc.rule"],
+        "label": config["alloc.rule"],
+        "config": config,
+        "metrics": metrics,
+        "groups": read_rows(workdir / "groups.jsonl"),
+        "evaluations": read_rows(workdir / "evaluations.jsonl"),
+        "held_out": json.loads(held_out.read_text()) if held_out.exists() else {},
+    }
+
+
+def read_runs(workdirs: Sequence[pathlib.Path]) -> list[Run]:
+    """Runs to compare, with names and labels that tell them apart.
+
+    Raises:
+        ValueError: a directory holds no run.
+    """
+    runs = [read_run(workdir) for workdir in workdirs]
+    settings = [(run["name"], run["config"]["alloc.budget"]) for run in runs]
+    uneven = len({rollouts for _, rollouts in settings}) > 1
+    for run, workdir, setting in zip(runs, workdirs, settings, strict=True):
+        if settings.count(setting) > 1:
+            run["name"] += f" ({workdir.name})"
+        run["label"] = f"{run['name']}, {setting[1]:,} a step" if uneven else run["name"]
+    return runs
+
+
+def series(run: Run, name: str, over: str = "rollouts_total") -> tuple[np.ndarray, np.ndarray]:
+    """(rollouts spent or another metric, value) at the steps that have a metric, both float64."""
+    rows = [(row[over], row[name]) for row in run["metrics"] if row.get(name) is not None]
+    return np.array([r[0] for r in rows], float), np.array([r[1] for r in rows], float)
+
+
+def rollouts_to_reach(run: Run, accuracy: float) -> float | None:
+    """Rollouts after which the run's evaluation accuracy reached a level, interpolated; None if never."""
+    spent, reached = series(run, "eval/accuracy")
+    for i in range(len(spent)):
+        if reached[i] >= accuracy:
+            if i == 0 or reached[i] == reached[i - 1]:
+                return float(spent[i])
+            part = (accuracy - reached[i - 1]) / (reached[i] - reached[i - 1])
+            return float(spent[i - 1] + part * (spent[i] - spent[i - 1]))
+    return None
+
+
+def summary(run: Run) -> dict[str, float]:
+    """The numbers of the table: means over all steps, and the last evaluation; NaN for what is not there."""
+    _, effective = series(run, "effective_ratio_rollouts")
+    _, prompts = series(run, "effective_ratio_prompts")
+    _, accuracy = series(run, "eval/accuracy")
+    _, seconds = series(run, "seconds/step")
+    return {
+        "effective_ratio_rollouts": float(effective.mean()) if effective.size else float("nan"),
+        "effective_ratio_prompts": float(prompts.mean()) if prompts.size else float("nan"),
+        "first_accuracy": float(accuracy[0]) if accuracy.size else float("nan"),
+        "final_accuracy": float(accuracy[-1]) if accuracy.size else float("nan"),
+        "found": found(run),
+        "rollouts": float(max(row["rollouts_total"] for row in run["metrics"])),
+        "seconds": float(seconds.sum()),
+    }
+
+
+def found(run: Run) -> float:
+    """Share of a field's values whose held-out prompts were solved more than half of the time at the end.
+
+    The field is the first that groups the prompts: FIELD_VALUES different values, and fewer than there are
+    prompts. NaN if there is none, or no record of the evaluations.
+    """
+    fewest, most = FIELD_VALUES
+    for values in run["held_out"].get("fields", {}).values() if run["evaluations"] else ():
+        names, which = np.unique(values, return_inverse=True)
+        if fewest <= len(names) <= most and len(names) < len(values):
+            last = run["evaluations"][-1]
+            wins = np.bincount(which, weights=last["solved"])
+            return float(np.mean(2 * wins > last["samples"] * np.bincount(which)))
+    return float("nan")
+
+
+def states(evaluation: dict) -> np.ndarray:
+    """The state of each held-out prompt at an evaluation: its number in STATES, int [prompts].
+
+    Never is a rate of 0, rarely at most 1/4, sometimes at most 3/4, mostly below 1.
+    """
+    solved, samples = np.array(evaluation["solved"], int), evaluation["samples"]
+    bounds = [solved == 0, 4 * solved <= samples, 4 * solved <= 3 * samples, solved < samples]
+    return np.select(bounds, range(4), default=4)
+
+
+def transitions(run: Run) -> np.ndarray | None:
+    """Held-out prompts by their state at the first evaluation (rows) and at the last: int [5, 5].
+
+    None if fewer than two evaluations were recorded.
+    """
+    if len(run["evaluations"]) < 2:
+        return None
+    table = np.zeros((len(STATES), len(STATES)), int)
+    np.add.at(table, (states(run["evaluations"][0]), states(run["evaluations"][-1])), 1)
+    return table
+
+
+def counts_by_rate(groups: Sequence[dict], bins: int = 16) -> np.ndarray:
+    """How many rollouts were given for a believed success rate.
+
+    Args:
+        groups: rows of groups.jsonl.
+        bins: of the rate, narrower towards 0 and 1: equal steps of its arcsine, in which rates are equally uncertain.
+
+    Returns:
+        float [4, bins]: the median belief of each bin, and the 10th, 50th and 90th percentile of its counts;
+        NaN for a bin with fewer than one in a thousand of the groups.
+    """
+    belief = np.concatenate([row["belief"] for row in groups])
+    counts = np.concatenate([row["counts"] for row in groups])
+    which = np.minimum((np.arcsin(np.sqrt(belief)) / (np.pi / 2) * bins).astype(int), bins - 1)
+    table = np.full((4, bins), np.nan)
+    for number in range(bins):
+        mine = which == number
+        if mine.any() and mine.mean() >= 0.001:
+            table[:, number] = np.median(belief[mine]), *np.percentile(counts[mine], (10, 50, 90))
+    return table
+
+
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Mean of each value and its neighbours, as many as there are within an odd window.
+
+    >>> smooth(np.array([0.0, 3.0, 6.0, 3.0]), 3).tolist()
+    [1.5, 3.0, 4.0, 4.5]
+    """
+    near = np.convolve(np.ones(len(values)), np.ones(window))
+    summed = np.convolve(values, np.ones(window))
+    inside = slice(window // 2, window // 2 + len(values))
+    return summed[inside] / near[inside]

@@ -1,0 +1,256 @@
+"""What a comparison of runs says and draws, against numbers worked by hand."""
+
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from krl.run import figures, report
+from krl.run.history import (
+    counts_by_rate,
+    found,
+    read_run,
+    read_runs,
+    rollouts_to_reach,
+    smooth,
+    states,
+    summary,
+    transitions,
+)
+from krl.run.metrics import MetricsLog
+
+STATE = {"never": 0, "rarely": 1, "sometimes": 2, "mostly": 3, "always": 4}
+PANELS = ("accuracy", "effective_ratio", "counts", "transitions", "price")
+
+
+def write_run(path, rule="uniform", *, rollouts=100, accuracies=(0.1, 0.2), effective=0.3, counts=(2, 6), price=None):
+    """A run with an evaluation and a second of time in every step."""
+    path.mkdir(parents=True)
+    (path / "config.json").write_text(json.dumps({"alloc.rule": rule, "alloc.budget": rollouts}))
+    with MetricsLog(path, first_step=0) as log:
+        log.write(0, {"rollouts_total": 0, "eval/accuracy": accuracies[0]})
+        for step, accuracy in enumerate(accuracies[1:], start=1):
+            row = {
+                "rollouts_total": rollouts * step, "eval/accuracy": accuracy, "effective_ratio_rollouts": effective,
+                "effective_ratio_prompts": effective / 2, "seconds/step": 1.0,
+            }  # fmt: skip
+            log.write(step, row if price is None else row | {"price": price})
+            log.write_groups(step, {"counts": counts, "belief": [0.5, 0.1], "task_ids": [0, 1], "successes": [1, 1]})
+    return path
+
+
+def write_evaluations(path, first, last, *, samples=4, fields=None):
+    rows = [{"step": s, "rollouts_total": 100 * s, "samples": samples, "solved": x} for s, x in ((0, first), (9, last))]
+    (path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [f"p{number}" for number in range(len(first))]
+    (path / "held_out.json").write_text(json.dumps({"prompts": prompts, "fields": fields or {}}))
+    return path
+
+
+def test_a_report_ends_with_the_accuracies_of_runs_of_different_cost(tmp_path):
+    workdirs = [
+        write_run(tmp_path / "a", "uniform", accuracies=(0.1, 0.2, 0.3, 0.4)),
+        write_run(tmp_path / "b", "uniform", rollouts=200, accuracies=(0.1, 0.2, 0.3, 0.5)),
+        write_run(tmp_path / "c", "knapsack", accuracies=(0.1, 0.3, 0.5, 0.6), effective=0.7),
+    ]
+    lines = report.write(workdirs, tmp_path / "out").splitlines()
+    assert lines[0] == f"figures: {tmp_path}/out/figures.png"
+    assert lines[-1] == "knapsack with 100 rollouts a step: 0.600; uniform with 100: 0.400; uniform with 200: 0.500"
+    # 0.4 is met half-way from the second to the third evaluation of b, 400 to 600, and from the first to the second of c
+    rows = [line.split() for line in lines if " a step  " in line]
+    assert [" ".join(row[:4]) for row in rows] == ["uniform, 100 a step", "uniform, 200 a step", "knapsack, 100 a step"]
+    assert [row[4:] for row in rows] == [
+        ["0.300", "0.150", "0.100", "0.400", "300", "300", "0:03"],
+        ["0.300", "0.150", "0.100", "0.500", "600", "500", "0:03"],
+        ["0.700", "0.350", "0.100", "0.600", "300", "150", "0:03"],
+    ]
+    for name in ("figures", *PANELS):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
+
+
+def test_runs_of_equal_cost_go_by_their_rules_and_a_level_may_never_be_reached(tmp_path):
+    workdirs = [write_run(tmp_path / "a", accuracies=(0.1, 0.4)), write_run(tmp_path / "b", "knapsack")]
+    runs = read_runs(workdirs)
+    assert report.sentence(runs) == "knapsack with 100 rollouts a step: 0.200; uniform with 100: 0.400"
+    lines = report.table(runs).splitlines()
+    assert [line.split()[0] for line in lines if "0:01" in line] == ["uniform", "knapsack"]
+    assert "never" in next(line for line in lines if line.startswith("knapsack "))
+    assert "found" not in "\n".join(lines)
+
+
+def test_runs_of_different_length_say_their_steps(tmp_path):
+    write_run(tmp_path / "a", accuracies=(0.1, 0.2, 0.3))
+    write_run(tmp_path / "b", "knapsack", rollouts=1000, accuracies=(0.1, 0.4))
+    assert report.sentence(read_runs([tmp_path / "a", tmp_path / "b"])) == (
+        "knapsack with 1,000 rollouts a step for 1 steps: 0.400; uniform with 100 for 2 steps: 0.300"
+    )
+
+
+def test_equal_settings_go_by_their_directories(tmp_path):
+    runs = read_runs([write_run(tmp_path / name) for name in ("a", "b")])
+    assert [run["label"] for run in runs] == ["uniform (a)", "uniform (b)"]
+    assert [run["label"] for run in read_runs([tmp_path / "a"])] == ["uniform"]
+    runs = read_runs([tmp_path / "a", tmp_path / "b", write_run(tmp_path / "c", rollouts=50)])
+    assert [run["label"] for run in runs] == [
+        "uniform (a), 100 a step",
+        "uniform (b), 100 a step",
+        "uniform, 50 a step",
+    ]
+
+
+def test_a_run_without_evaluations_is_reported(tmp_path):
+    path = write_run(tmp_path / "a", accuracies=(math.nan, math.nan, math.nan))
+    lines = report.write([path], path).splitlines()
+    assert lines[-1] == "uniform with 100 rollouts a step: not evaluated"
+    assert lines[-3].split() == ["uniform", "0.300", "0.150", "-", "-", "200", "0:02"]
+    with pytest.raises(ValueError, match="holds no run"):
+        report.write([tmp_path / "nothing"], tmp_path)
+
+
+def test_rollouts_to_reach_by_hand(tmp_path):
+    run = read_run(write_run(tmp_path / "a", accuracies=(0.2, 0.2, 0.6)))
+    assert rollouts_to_reach(run, 0.1) == rollouts_to_reach(run, 0.2) == 0
+    assert rollouts_to_reach(run, 0.3) == pytest.approx(125)
+    assert rollouts_to_reach(run, 0.7) is None
+
+
+def test_states_at_their_bounds():
+    solved = {0: "never", 1: "rarely", 2: "rarely", 3: "sometimes", 6: "sometimes", 7: "mostly", 8: "always"}
+    got = states({"samples": 8, "solved": list(solved)})
+    assert got.tolist() == [STATE[name] for name in solved.values()]
+    assert states({"samples": 1, "solved": [0, 1]}).tolist() == [STATE["never"], STATE["always"]]
+
+
+def test_transitions_count_prompts_from_state_to_state(tmp_path):
+    run = read_run(write_evaluations(write_run(tmp_path / "a"), [0, 0, 1, 4, 4], [0, 4, 2, 4, 3]))
+    expected = np.zeros((5, 5), int)
+    for before, after in (
+        ("never", "never"),
+        ("never", "always"),
+        ("rarely", "sometimes"),
+        ("always", "always"),
+        ("always", "sometimes"),  # 3 of 4 is at most 3/4
+    ):
+        expected[STATE[before], STATE[after]] += 1
+    np.testing.assert_array_equal(transitions(run), expected)
+    assert transitions(read_run(write_run(tmp_path / "old"))) is None
+
+
+def test_found_is_the_share_of_values_solved_more_than_half_of_the_time(tmp_path):
+    # with 4 samples: a 4 + 1 of 8, b 2 + 2 of 8 (half is not more than half), c 3 of 4
+    path = write_evaluations(
+        write_run(tmp_path / "a"), [0] * 5, [4, 2, 1, 2, 3],
+        fields={"one": ["x"] * 5, "each": list("vwxyz"), "letter": list("ababc"), "later": list("xxxyy")},
+    )  # fmt: skip
+    assert found(read_run(path)) == summary(read_run(path))["found"] == pytest.approx(2 / 3)
+    text = report.table(read_runs([path, write_run(tmp_path / "old", "knapsack")]))
+    assert "found" in text
+    rows = [line.split() for line in text.splitlines() if "0:01" in line]
+    assert [row[5] for row in rows] == ["0.667", "-"]
+
+
+@pytest.mark.parametrize(("values", "share"), [(200, 0.5), (201, math.nan), (1, math.nan), (2, 0.5)])
+def test_a_field_groups_prompts_if_it_has_2_to_200_values(tmp_path, values, share):
+    # two prompts of each value; the even values are always solved
+    names = [number for number in range(values) for _ in range(2)]
+    solved = [4 * (number % 2 == 0) for number in names]
+    path = write_evaluations(write_run(tmp_path / "a"), solved, solved, fields={"name": [str(n) for n in names]})
+    assert found(read_run(path)) == pytest.approx(share, nan_ok=True)
+
+
+def test_counts_by_rate_by_hand():
+    # 4 bins of arcsin(sqrt(p)): bounds at sin^2 of 22.5, 45 and 67.5 degrees = 0.146, 0.5, 0.854
+    rows = [
+        {"belief": [0.0, 0.1, 0.6, 1.0], "counts": [2, 4, 8, 5]},
+        {"belief": [0.14, 0.7, 0.855], "counts": [12, 10, 7]},
+    ]
+    rate, low, median, high = counts_by_rate(rows, bins=4)
+    np.testing.assert_allclose(rate, [0.1, np.nan, 0.65, 0.9275])
+    np.testing.assert_allclose(median, [4, np.nan, 9, 6])
+    np.testing.assert_allclose(low, [2.4, np.nan, 8.2, 5.2])  # a tenth of the way through 2, 4, 12: 0.2 of 2 to 4
+    np.testing.assert_allclose(high, [10.4, np.nan, 9.8, 6.8])
+    rows = [{"belief": [0.0] * 1000 + [0.9], "counts": [2] * 1001}]
+    assert np.isnan(counts_by_rate(rows)[0]).sum() == 15  # one group of 1001 is no bin
+
+
+def test_smoothing_shrinks_at_the_ends():
+    assert smooth(np.array([1.0, 2.0, 6.0, 3.0, 9.0]), 5).tolist() == [3, 3, 4.2, 5, 6]
+    assert smooth(np.array([1.0, 2.0]), 1).tolist() == [1, 2]
+
+
+def drawn(monkeypatch, workdirs, out: pathlib.Path) -> dict:
+    """The axes of the panels by name, as they were drawn into files of their own."""
+    kept = []
+
+    def keep(**options):
+        kept.append(Figure(**options))
+        return kept[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "Figure", keep)
+        figures.draw(read_runs(workdirs), out)
+    assert [len(figure.axes) for figure in kept] == [1] * len(PANELS) + [4]
+    return dict(zip(PANELS, (figure.axes[0] for figure in kept), strict=False))
+
+
+def test_panels_show_the_runs_numbers(tmp_path, monkeypatch):
+    a = write_evaluations(write_run(tmp_path / "a"), [0, 0, 4, 1], [0, 2, 4, 4])
+    b = write_evaluations(
+        write_run(tmp_path / "b", "knapsack", rollouts=200, price=math.log(0.25)), [0, 0, 4, 1], [4] * 4
+    )
+    axes = drawn(monkeypatch, [a, b], tmp_path / "out")
+    lines = {line.get_label(): line for line in axes["accuracy"].lines}
+    assert lines["uniform, 100 a step"].get_xydata().tolist() == [[0, 0.1], [0.1, 0.2]]
+    assert lines["knapsack, 200 a step"].get_xydata().tolist() == [[0, 0.1], [0.2, 0.2]]
+    assert [text.get_text() for text in axes["accuracy"].texts] == ["0.200", "0.200"]
+    assert axes["effective_ratio"].lines[0].get_xydata().tolist() == [[1, 0.3]]
+    assert [line.get_label() for line in axes["price"].lines] == ["knapsack, 200 a step"]
+    assert axes["price"].lines[0].get_ydata() == pytest.approx(0.25)
+    assert axes["counts"].get_title(loc="left") == "Rollouts given by knapsack"
+    # bars: before; a after and where its prompts came from; b after and where its came from
+    widths = [[bar.get_width() for bar in bars] for bars in axes["transitions"].containers]
+    assert widths[0] == [0.5, 0.25, 0, 0, 0.25]
+    assert widths[1] == [0.25, 0, 0.25, 0, 0.5]
+    assert [width for width in widths[2] if width] == [0.25, 0.25, 0.25, 0.25]  # never; never; rarely, always
+    assert widths[3] == [0, 0, 0, 0, 1]
+    assert widths[4][20:] == [0.5, 0.25, 0, 0, 0.25]
+    assert "before" in [text.get_text() for text in axes["transitions"].texts]
+
+
+def test_colours_stay_with_a_run_and_labels_apart(tmp_path, monkeypatch):
+    workdirs = [write_run(tmp_path / f"{number}", f"rule{number}") for number in range(8)]
+    axes = drawn(monkeypatch, workdirs, tmp_path / "out")
+    colours = [[line.get_color() for line in axes[name].lines if line.get_label().startswith("rule")]
+               for name in ("accuracy", "effective_ratio")]  # fmt: skip
+    assert colours[0] == colours[1]
+    assert len(colours[0]) == 8
+    assert colours[0][-1] not in colours[0][:-1]
+    heights = sorted(text.xy[1] for text in axes["accuracy"].texts)
+    bottom, top = axes["accuracy"].get_ylim()
+    np.testing.assert_allclose(np.diff(heights), 0.07 * (top - bottom))
+
+
+def test_runs_that_began_apart_have_bars_of_their_own(tmp_path, monkeypatch):
+    a = write_evaluations(write_run(tmp_path / "a"), [0, 0], [4, 4])
+    b = write_evaluations(write_run(tmp_path / "b", "knapsack"), [0, 4], [4, 4])
+    texts = [text.get_text() for text in drawn(monkeypatch, [a, b], tmp_path)["transitions"].texts]
+    assert {"before uniform", "uniform", "before knapsack", "knapsack"} <= set(texts)
+
+
+def test_panels_say_what_is_not_recorded(tmp_path, monkeypatch):
+    path = write_run(tmp_path / "a", accuracies=(math.nan, math.nan), counts=(4, 4))
+    axes = drawn(monkeypatch, [path], tmp_path)
+    said = {name: [text.get_text() for text in axes[name].texts] for name in PANELS}
+    assert said["accuracy"] == ["no evaluation"]
+    assert said["counts"] == ["every prompt got as many as the others"]
+    assert said["transitions"] == ["no record of two evaluations"]
+    (path / "groups.jsonl").unlink()
+    assert drawn(monkeypatch, [path], tmp_path)["counts"].texts[0].get_text() == "no record of the groups"
+
+
+def test_a_run_before_its_first_step_is_reported(tmp_path):
+    path = write_run(tmp_path / "a", accuracies=(0.5,))
+    assert report.write([path], path).splitlines()[-1] == "uniform with 100 rollouts a step: 0.500"
