@@ -15,6 +15,7 @@ import pathlib
 import platform
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -88,7 +89,7 @@ def spent_to_reach(row: dict, level: float, column: int = ROLLOUTS) -> float:
 
 
 def row_of(workdir: pathlib.Path) -> dict:
-    """The results of a finished run.
+    """The results of a finished run. Seconds are those of steps without evaluation; one that compiled counts as the median.
 
     Raises:
         ValueError: the run is not finished.
@@ -97,12 +98,15 @@ def row_of(workdir: pathlib.Path) -> dict:
     if not metrics or metrics[-1]["step"] < config["steps"]:
         raise ValueError(f"{workdir} holds an unfinished run; the same command continues it")
     tokens = {row["step"]: sum(row["tokens"]) for row in read_rows(workdir / "groups.jsonl")}
-    curve, spent, seconds = [], 0, 0.0
+    steps = [row for row in metrics if row["step"] > 0]
+    usual = statistics.median(row["seconds/step"] for row in steps)
+    curve, spent, seconds, compiles = [], 0, 0.0, 0
     for row in metrics:
-        spent, seconds = spent + tokens.get(row["step"], 0), seconds + row.get("seconds/step", 0.0)
+        if row["step"] > 0:
+            compiled, compiles = row["compiles"] != compiles, row["compiles"]
+            spent, seconds = spent + tokens[row["step"]], seconds + (usual if compiled else row["seconds/step"])
         if row.get("eval/accuracy") is not None:
             curve.append([row["rollouts_total"], spent, round(seconds, 4), round(row["eval/accuracy"], 4)])
-    steps = [row for row in metrics if row["step"] > 0]
     effective = [row["effective_ratio_rollouts"] for row in steps]
     first_pass = [row["effective_ratio_rollouts"] for row in steps if row["prompts_unseen"] == 1]
     return {
@@ -268,7 +272,8 @@ def _start(job: Job, options: argparse.Namespace, slot: int) -> subprocess.Popen
 def _finish(process: subprocess.Popen, job: Job, options: argparse.Namespace, left: int) -> bool:
     """Append the row of a run that ended; False if it has none."""
     workdir = job.workdir(options.out)
-    log, label = workdir.with_name(f"{workdir.name}.log"), f"{job.name}, seed {job.changes['seed']}"
+    log = workdir.with_name(f"{workdir.name}.log")
+    label = f"{job.name}, seed {job.changes['seed']}"
     try:
         if process.returncode:
             raise ValueError(f"{log}: {(log.read_text().strip().splitlines() or ['nothing'])[-1]}")

@@ -155,61 +155,64 @@ def tune(names: Sequence[str], make: MakeJob, options: argparse.Namespace) -> No
 Found = dict[str, dict[int, dict]]  # setting -> seed -> row
 
 
-def paired(found: Found, name: str, quantity: Callable[[dict], float]):
-    """The interval of a setting's quantity less the baseline's, over the seeds that both have."""
+def paired(found: Found, name: str, key: str) -> runs.Interval:
+    """A setting's number less the baseline's, over the seeds that both have."""
     mine, base = found[name], found[BASE]
-    return runs.interval([quantity(mine[seed]) - quantity(base[seed]) for seed in mine if seed in base])
+    return runs.interval([mine[seed][key] - base[seed][key] for seed in mine if seed in base])
 
 
 def results_table(found: Found, chosen: dict[str, Choice | None]) -> str:
     """Accuracy, effective share and found operators of every setting."""
+    less = f"less {BASE} (95%)"
     lines = [
-        f"| setting | learning rate | seeds | final accuracy | less {BASE} (95%) | effective share | less {BASE} (95%) | in the first pass | found | dead |",
+        f"| setting | learning rate | seeds | final accuracy | {less} | effective share | {less} | first pass | found | dead |",
         "|---" * 10 + "|",
     ]
     for name, rows in found.items():
         choice = chosen[name]
         rate = f"{choice[0]:g}, {choice[1]}" if choice else ""
         means = [_mean(rows, key) for key in ("accuracy", "effective", "effective_first_pass", "found", "dead")]
-        gains = [_signed(paired(found, name, lambda row, key=key: row[key])) for key in ("accuracy", "effective")]
-        cells = [name, rate, str(len(rows)), means[0], gains[0], means[1], gains[1], *means[2:]]
-        lines.append("| " + " | ".join(cells) + " |")
+        gains = [_signed(paired(found, name, key)) for key in ("accuracy", "effective")]
+        lines.append(_line(name, rate, len(rows), means[0], gains[0], means[1], gains[1], *means[2:]))
     return "\n".join(lines)
 
 
 def cost_table(found: Found) -> str:
-    """What the baseline's final accuracy of the same seed took, as a share of what the baseline spent in all."""
-    what = {"rollouts": runs.ROLLOUTS, "tokens": runs.TOKENS, "seconds": runs.SECONDS}
-    heads = [f"{name} to reach {BASE}, median" for name in what]
+    """What it took to reach the baseline, seed by seed."""
     lines = [
-        f"| setting | seeds | {' | '.join(heads)} | rollouts, mean of those that reach it | never |",
+        f"What reaching {BASE}'s final accuracy of the same seed took, as a share of all that it spent:\n",
+        "| setting | seeds | rollouts, median | mean of those that did | never did | tokens, median | seconds, median |",
         "|---" * 7 + "|",
     ]
     for name, rows in found.items():
-        shares = {
-            column: [
-                runs.spent_to_reach(row, base["accuracy"], column) / base["curve"][-1][column]
-                for seed, row in rows.items()
-                if (base := found[BASE].get(seed))
-            ]
-            for column in what.values()
-        }
-        reached = [share for share in shares[runs.ROLLOUTS] if share < float("inf")]
-        cells = [_number(statistics.median(values)) if values else "" for values in shares.values()]
-        mean = _number(statistics.mean(reached)) if reached else ""
-        never = len(shares[runs.ROLLOUTS]) - len(reached)
-        lines.append(f"| {name} | {len(shares[runs.ROLLOUTS])} | {' | '.join(cells)} | {mean} | {never} |")
+        pairs = [(row, found[BASE][seed]) for seed, row in rows.items() if seed in found[BASE]]
+        rollouts, tokens, seconds = (
+            [runs.spent_to_reach(row, base["accuracy"], column) / base["curve"][-1][column] for row, base in pairs]
+            for column in (runs.ROLLOUTS, runs.TOKENS, runs.SECONDS)
+        )
+        did = [share for share in rollouts if share < float("inf")]
+        medians = [_number(statistics.median(shares)) if pairs else "" for shares in (rollouts, tokens, seconds)]
+        mean = _number(statistics.mean(did)) if did else ""
+        lines.append(_line(name, len(pairs), medians[0], mean, len(pairs) - len(did), *medians[1:]))
     return "\n".join(lines)
 
 
 def transitions(found: Found, name: str) -> str:
-    """Where held-out prompts went from the first to the last evaluation, in shares of where they began."""
-    counts = sum((np.array(row["transitions"]) for row in found[name].values() if "transitions" in row), np.zeros((5, 5)))  # fmt: skip
-    lines = [f"| {name}: solved at first | prompts | {' | '.join(runs.KINDS)} at last |", "|---" * 7 + "|"]
+    """Where held-out prompts went from the first evaluation to the last."""
+    tables = [np.array(row["transitions"]) for row in found[name].values() if "transitions" in row]
+    counts = sum(tables, np.zeros((len(runs.KINDS), len(runs.KINDS))))
+    lines = [
+        f"{name}, held-out prompts from the first evaluation (rows) to the last (columns), shares of a row:\n",
+        _line("solved", "prompts", *runs.KINDS),
+        "|---" * 7 + "|",
+    ]
     for kind, row in zip(runs.KINDS, counts, strict=True):
-        shares = " | ".join(f"{share:.3f}" for share in row / max(row.sum(), 1))
-        lines.append(f"| {kind} | {row.sum() / max(counts.sum(), 1):.3f} | {shares} |")
+        lines.append(_line(kind, f"{row.sum():.0f}", *(f"{share:.3f}" for share in row / max(row.sum(), 1))))
     return "\n".join(lines)
+
+
+def _line(*cells) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
 def _mean(rows: dict[int, dict], key: str) -> str:
@@ -231,17 +234,14 @@ def draw(found: Found, file: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
-    for name, colour in DRAWN.items():
-        if found[name]:
-            curves = np.array([row["curve"] for row in found[name].values()])
-            spent, mean = curves[0, :, runs.ROLLOUTS] / 1000, curves[:, :, runs.ACCURACY].mean(axis=0)
-            error = (
-                curves[:, :, runs.ACCURACY].std(axis=0, ddof=1) / len(curves) ** 0.5 if len(curves) > 1 else 0 * mean
-            )
-            axes.plot(spent, mean, color=colour, label=name, linestyle="--" if name == DOUBLE else "-")
-            axes.fill_between(spent, mean - error, mean + error, color=colour, alpha=0.18, linewidth=0)
-            axes.annotate(name, (spent[-1], mean[-1]), xytext=(5, 0), textcoords="offset points", color=colour, va="center")  # fmt: skip
-    axes.set(xlabel="rollouts spent, thousands", ylabel="held-out accuracy, mean over seeds and its standard error")
+    curves = {name: np.array([row["curve"] for row in found[name].values()]) for name in DRAWN if found[name]}
+    for name in sorted(curves, key=lambda name: -curves[name][:, -1, runs.ACCURACY].mean()):
+        spent, accuracy = curves[name][0, :, runs.ROLLOUTS] / 1000, curves[name][:, :, runs.ACCURACY]
+        mean, error = accuracy.mean(axis=0), accuracy.std(axis=0, ddof=len(accuracy) > 1) / len(accuracy) ** 0.5
+        axes.plot(spent, mean, color=DRAWN[name], label=name, linestyle="--" if name == DOUBLE else "-")
+        axes.fill_between(spent, mean - error, mean + error, color=DRAWN[name], alpha=0.18, linewidth=0)
+    axes.legend(frameon=False, loc="lower right")
+    axes.set(xlabel="rollouts spent, thousands", ylabel="held-out accuracy")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
     figure.savefig(file, dpi=150)

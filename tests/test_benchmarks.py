@@ -27,7 +27,7 @@ if given.get("steps") != "0":
     (workdir / "config.json").write_text(json.dumps(config))
     first = {"step": 0, "rollouts_total": 0, "eval/accuracy": 0.0}
     last = {"step": 1, "rollouts_total": 8, "eval/accuracy": rate, "effective_ratio_rollouts": 0.5, "prompts_unseen": 1,
-            "seconds/step": 1}
+            "seconds/step": 1, "compiles": 9}
     (workdir / "metrics.jsonl").write_text(json.dumps(first) + "\\n" + json.dumps(last) + "\\n")
     (workdir / "groups.jsonl").write_text(json.dumps({"step": 1, "tokens": [7]}) + "\\n")
 """
@@ -67,7 +67,7 @@ def test_the_interval_of_three_differences():
 def test_differences_are_paired_by_seed():
     base = {1: {"accuracy": 0.1}, 2: {"accuracy": 0.5}, 4: {"accuracy": 0.9}}
     found = {study.BASE: base, "skip": {2: {"accuracy": 0.6}, 1: {"accuracy": 0.4}, 3: {"accuracy": 0.0}}}
-    got = study.paired(found, "skip", lambda row: row["accuracy"])
+    got = study.paired(found, "skip", "accuracy")
     assert (got.n, got.mean) == (2, pytest.approx(0.2))
 
 
@@ -75,9 +75,9 @@ def test_a_row_from_a_work_directory(tmp_path):
     config = {"seed": 3, "alloc.rule": "knapsack", "alloc.prior": "features", "alloc.budget": 8, "optim.learning_rate": 0.1, "optim.decay_steps": 2, "steps": 3}  # fmt: skip
     metrics = [
         {"step": 0, "rollouts_total": 0, "eval/accuracy": 0.25},
-        {"step": 1, "rollouts_total": 8, "effective_ratio_rollouts": 0.5, "prompts_unseen": 1.0, "seconds/step": 2.0},
-        {"step": 2, "rollouts_total": 16, "effective_ratio_rollouts": 0.3, "prompts_unseen": 1.0, "seconds/step": 1.0, "eval/accuracy": 0.375},
-        {"step": 3, "rollouts_total": 24, "effective_ratio_rollouts": 0.1, "prompts_unseen": 0.5, "seconds/step": 1.5, "eval/accuracy": 0.123456},
+        {"step": 1, "rollouts_total": 8, "effective_ratio_rollouts": 0.5, "prompts_unseen": 1.0, "seconds/step": 90.0, "compiles": 9},
+        {"step": 2, "rollouts_total": 16, "effective_ratio_rollouts": 0.3, "prompts_unseen": 1.0, "seconds/step": 1.0, "compiles": 9, "eval/accuracy": 0.375},
+        {"step": 3, "rollouts_total": 24, "effective_ratio_rollouts": 0.1, "prompts_unseen": 0.5, "seconds/step": 1.5, "compiles": 9, "eval/accuracy": 0.123456},
     ]  # fmt: skip
     groups = [{"step": 1, "tokens": [3, 4]}, {"step": 2, "tokens": [5, 5]}, {"step": 3, "tokens": [1, 0]}]
     evaluations = [
@@ -96,8 +96,9 @@ def test_a_row_from_a_work_directory(tmp_path):
     row = runs.row_of(tmp_path)
     assert without == {key: row[key] for key in without}
     assert set(row) - set(without) == {"transitions", "found", "dead"}
-    assert row["curve"] == [[0, 0, 0.0, 0.25], [16, 17, 3.0, 0.375], [24, 18, 4.5, 0.1235]]
-    assert (row["seed"], row["rule"], row["accuracy"], row["seconds"]) == (3, "knapsack", 0.1235, 4.5)
+    # Step 1 compiled, and counts as the median of 90, 1 and 1.5 seconds.
+    assert row["curve"] == [[0, 0, 0.0, 0.25], [16, 17, 2.5, 0.375], [24, 18, 4.0, 0.1235]]
+    assert (row["seed"], row["rule"], row["accuracy"], row["seconds"]) == (3, "knapsack", 0.1235, 4.0)
     assert (row["effective"], row["effective_first_pass"]) == (0.3, 0.4)
     # Operators: a 0 of 16, b 7 of 16, c 15 of 16.
     assert (row["found"], row["dead"]) == (0.3333, 0.3333)
@@ -122,7 +123,7 @@ def test_the_cost_table_counts_who_never_arrives():
     base = {"accuracy": 0.4, "curve": [[0, 0, 0, 0.0], [10, 10, 10, 0.4]]}
     fast, slow = ({"accuracy": last, "curve": [[0, 0, 0, 0.0], [10, 10, 5, last]]} for last in (0.8, 0.2))
     table = study.cost_table({study.BASE: {1: base, 2: base, 3: base}, "skip": {1: fast, 2: slow, 3: fast}})
-    assert table.splitlines()[-1] == "| skip | 3 | 0.500 | 0.500 | 0.250 | 0.500 | 1 |"
+    assert table.splitlines()[-1] == "| skip | 3 | 0.500 | 0.500 | 1 | 0.500 | 0.250 |"
 
 
 @pytest.mark.parametrize(
@@ -176,14 +177,12 @@ def test_no_run_starts_when_time_is_up(options):
 
 def test_the_study_tunes_with_the_baselines_schedule_and_resumes(options, monkeypatch, capsys):
     """With TRAIN accuracy is the learning rate, so that every grid grows twice."""
-    settings = {name: study.SETTINGS[name] for name in (study.BASE, study.MAIN, "skip")}
-    monkeypatch.setattr(study, "SETTINGS", settings)
     monkeypatch.setattr(study, "RATES", (0.1, 0.2))
     monkeypatch.setattr(study, "TUNING_SEEDS", (0,))
     (options.out.parent / "configs").mkdir()
     (options.out.parent / "configs" / "operators.py").touch()
-    command = ["study", "--out", str(options.out), "--results", str(options.results), "--seeds", "5", "6", "--jobs", "2"]  # fmt: skip
-    monkeypatch.setattr("sys.argv", command)
+    command = f"study --out {options.out} --results {options.results} --only {study.MAIN} skip --seeds 5 6 --jobs 2"
+    monkeypatch.setattr("sys.argv", command.split())
     study.main()
     # Rates 0.1 to 0.8: two schedules for two settings, one for the third; then two seeds each.
     assert len(runs.read_results(options.results)) == 4 * 5 + 2 * 3
