@@ -44,23 +44,26 @@ def report(accuracy: Mapping[tuple[int, int], float], budgets: list[int]) -> str
         accuracy: final accuracy by (seed, rollouts a step).
         budgets: R/2, R, 2R and 4R.
     """
-    lines = ["| rollouts a step | seeds | final accuracy | gain over half of them |", "|---|---|---|---|"]
+    lines = ["| rollouts a step | seeds | final accuracy | gain over half of them |", "|---" * 4 + "|"]
     gains: dict[int, Interval] = {}
     for budget in budgets:
-        mine = interval([got for (_, spent), got in accuracy.items() if spent == budget])
-        pairs = [(seed, got) for (seed, spent), got in accuracy.items() if spent == budget]
-        gains[budget] = interval([got - accuracy[seed, budget // 2] for seed, got in pairs if (seed, budget // 2) in accuracy])  # fmt: skip
-        gain = f"{gains[budget].mean:+.3f} ± {gains[budget].error:.3f}" if gains[budget].n else ""
-        lines.append(f"| {budget} | {mine.n} | {mine.mean:.3f} ± {mine.error:.3f} | {gain} |")
+        mine = {seed: got for (seed, spent), got in accuracy.items() if spent == budget}
+        half = {seed: accuracy[seed, budget // 2] for seed in mine if (seed, budget // 2) in accuracy}
+        gains[budget] = interval([mine[seed] - half[seed] for seed in half])
+        lines.append(
+            f"| {budget} | {len(mine)} | {_show(interval(list(mine.values())))} | {_show(gains[budget], '+')} |"
+        )
     gain = gains[budgets[2]]
-    words = f"from {budgets[1]} to {budgets[2]} rollouts a step final accuracy gains {gain.mean:+.3f} ± {gain.error:.3f} (standard error, {gain.n} seeds)"  # fmt: skip
     if gain.n < 2:
-        verdict = "unknown whether allocation can matter here, for want of two seeds"
-    elif gain.mean > 2 * gain.error:
-        verdict = "allocation can matter here"
-    else:
-        verdict = "no sign that allocation can matter here"
-    return "\n".join([*lines, "", f"{verdict}: {words}"])
+        return "\n".join([*lines, "", "two seeds at least say whether allocation can matter here"])
+    verdict = "allocation can matter here" if gain.mean > 2 * gain.error else "no sign that allocation can matter here"
+    change = f"{_show(gain, '+')} in final accuracy from {budgets[1]} to {budgets[2]} rollouts a step"
+    return "\n".join([*lines, "", f"{verdict}: {change} (standard error over {gain.n} seeds)"])
+
+
+def _show(got: Interval, sign: str = "") -> str:
+    error = f" ± {got.error:.3f}" if got.n > 1 else ""
+    return f"{got.mean:{sign}.3f}{error}" if got.n else ""
 
 
 if __name__ == "__main__":

@@ -179,6 +179,8 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str
     for text in more:
         if not text.startswith("--config.") or "=" not in text:
             parser.error(f"unknown argument {text}; a key of the config is --config.key=value")
+    options.out.mkdir(parents=True, exist_ok=True)
+    options.warm = set()  # seeds whose warm start this process has made
     options.until = time.monotonic() + 60 * options.budget_minutes
     return options, dict(text.removeprefix("--config.").split("=", 1) for text in more)
 
@@ -206,7 +208,6 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> int:
     rows = read_results(options.results)
     queue = list({job.key(): job for job in jobs if job.key() not in rows}.values())
     running: dict[int, tuple[subprocess.Popen, Job]] = {}
-    warm: set[Any] = set()
     added = 0
     interrupt = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -214,7 +215,7 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> int:
             if time.monotonic() >= options.until:
                 queue.clear()
             for slot in set(range(options.jobs)) - set(running):
-                job = _next(queue, warm, [job for _, job in running.values()])
+                job = _next(queue, options.warm, [job for _, job in running.values()])
                 if job is not None:
                     running[slot] = (_start(job, options, slot), job)
             time.sleep(0.1)
@@ -223,10 +224,12 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> int:
                     del running[slot]
                     done = _finish(process, job, options, left=len(queue) + len(running))
                     if job.name == "warm" and done:
-                        warm.add(job.changes["seed"])
+                        options.warm.add(job.changes["seed"])
                     elif job.name == "warm":
                         queue = [other for other in queue if other.changes["seed"] != job.changes["seed"]]
                     added += done and job.name != "warm"
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from here") from None
     finally:  # whoever ends this process ends the runs, which save themselves
         for process, _ in running.values():
             process.terminate()
@@ -251,19 +254,18 @@ def _next(queue: list[Job], warm: set, running: list[Job]) -> Job | None:
 def _start(job: Job, options: argparse.Namespace, slot: int) -> subprocess.Popen:
     """Start train.py on the slot's share of the cores, where the platform can say so."""
     workdir, out = job.workdir(options.out), options.out.absolute()
-    out.mkdir(parents=True, exist_ok=True)
     changes = job.changes | {"sft.dir": out / "sft"}
     command = [
         sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs" / f"{job.task}.py"),
         "--workdir", str(workdir), *(f"--config.{key}={value}" for key, value in changes.items()),
     ]  # fmt: skip
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled")}
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
     with workdir.with_name(f"{workdir.name}.log").open("w") as log:
         if cores:  # a new process has the cores of the one that starts it
             os.sched_setaffinity(0, cores[slot % len(cores) :: options.jobs])
         try:
-            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | cache)
         finally:
             if cores:
                 os.sched_setaffinity(0, cores)

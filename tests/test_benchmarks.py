@@ -15,7 +15,7 @@ TRAIN = """
 import json, pathlib, sys
 given = dict(text.removeprefix("--config.").split("=", 1) for text in sys.argv if text.startswith("--config."))
 workdir = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
-workdir.mkdir(parents=True)
+workdir.mkdir()
 with (workdir.parent / "started").open("a") as file:
     file.write(json.dumps(given) + "\\n")
 if given["seed"] == "13":
@@ -37,9 +37,10 @@ if given.get("steps") != "0":
 def options(tmp_path, monkeypatch):
     """Runs in tmp_path by TRAIN instead of train.py."""
     (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "out").mkdir()
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     return argparse.Namespace(
-        out=tmp_path / "out", results=tmp_path / "results.jsonl", jobs=2, keep=False, until=math.inf
+        out=tmp_path / "out", results=tmp_path / "results.jsonl", jobs=2, keep=False, until=math.inf, warm=set()
     )
 
 
@@ -156,7 +157,8 @@ def test_runs_leave_rows_from_which_the_next_call_goes_on(options, capsys):
         assert next(given.get("steps") for given in order if given["seed"] == seed) == "0"
     assert sum(given.get("steps") == "0" for given in order) == 2
     assert {path.name for path in options.out.iterdir()} == {"started"}  # work directories are gone
-    options.out = options.out.with_name("elsewhere")  # only the rows are left
+    options.out, options.warm = options.out.with_name("elsewhere"), set()  # only the rows are left
+    options.out.mkdir()
     assert runs.run_all(jobs, options) == 1
     assert [given["seed"] for given in started(options)] == ["2", "2"]
     assert runs.run_all([j._replace(name="another name") for j in jobs], options) == 0
@@ -204,4 +206,4 @@ def test_the_verdict_on_elasticity():
     assert text.splitlines()[-1].startswith("allocation can matter here")
     noisy = accuracy | {(3, 16): 0.25}  # -0.05 for the third seed
     assert elasticity.report(noisy, budgets).splitlines()[-1].startswith("no sign")
-    assert elasticity.report({(1, 8): 0.5, (1, 16): 0.9}, budgets).splitlines()[-1].startswith("unknown")
+    assert elasticity.report({(1, 8): 0.5, (1, 16): 0.9}, budgets).splitlines()[-1].startswith("two seeds at least")
