@@ -30,6 +30,7 @@ from krl.run.metrics import format_seconds, read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 KINDS = ("never", "rarely", "sometimes", "mostly", "always")  # solved: 0, <= 1/4, <= 3/4, < 1, 1 of the samples
+WARM = {"steps": 0, "eval.every": 0, "alloc.rule": "uniform", "alloc.prior": "shared"}  # a run of the warm start alone
 ROLLOUTS, TOKENS, SECONDS, ACCURACY = range(4)  # columns of a row's curve
 
 
@@ -89,7 +90,9 @@ def spent_to_reach(row: dict, level: float, column: int = ROLLOUTS) -> float:
 
 
 def row_of(workdir: pathlib.Path) -> dict:
-    """The results of a finished run. Seconds are those of steps without evaluation; one that compiled counts as the median.
+    """The results of a finished run.
+
+    Seconds are those of the steps, without evaluations; a step that compiled counts as the median.
 
     Raises:
         ValueError: the run is not finished.
@@ -247,7 +250,7 @@ def _next(queue: list[Job], warm: set, running: list[Job]) -> Job | None:
             queue.remove(job)
             return job
         if job.changes["seed"] not in warming:
-            return Job(job.task, "warm", job.changes | {"steps": 0, "eval.every": 0})
+            return Job(job.task, "warm", job.changes | WARM)
     return None
 
 

@@ -18,8 +18,8 @@ workdir = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
 workdir.mkdir()
 with (workdir.parent / "started").open("a") as file:
     file.write(json.dumps(given) + "\\n")
-if given["seed"] == "13":
-    sys.exit("train.py: thirteen")
+if given["seed"] == "13" or given["alloc.rule"] == "unheard":
+    sys.exit("train.py: refused")
 if given.get("steps") != "0":
     rate = float(given["optim.learning_rate"])
     config = {"seed": int(given["seed"]), "alloc.rule": "uniform", "alloc.prior": "shared", "alloc.budget": 8,
@@ -167,8 +167,13 @@ def test_runs_leave_rows_from_which_the_next_call_goes_on(options, capsys):
 
 def test_a_run_that_fails_does_not_stop_the_others(options, capsys):
     assert runs.run_all([job(13), job(13, 0.25), job(1)], options) == 1
-    assert "thirteen" in capsys.readouterr().err
+    assert "refused" in capsys.readouterr().err
     assert len(started(options)) == 3  # the warm start of 13 failed, so its runs never began
+
+
+def test_a_warm_start_is_made_whatever_the_rule_that_waits_for_it(options):
+    unheard = Job("operators", "vip", {"alloc.rule": "unheard", "optim.learning_rate": 0.5, "seed": 1})
+    assert runs.run_all([unheard, job(1)], options) == 1
 
 
 def test_no_run_starts_when_time_is_up(options):
