@@ -1,6 +1,6 @@
 """Which discounts predict best: replays the groups that real runs logged.
 
-    python -m benchmarks.discount runs/seeds/uniform-0 runs/seeds/knapsack-0
+    python -m benchmarks.discount runs/demo/uniform runs/demo/knapsack
 
 For every visit after the first pass over the data, the belief says how likely the observed number of
 successes was (a beta-binomial); the table is the mean logarithm of that, nats per visit, higher is

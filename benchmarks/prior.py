@@ -9,7 +9,6 @@ table is that of the features' candidates, each held fixed: memory, spread and s
 """
 
 import argparse
-import functools
 import json
 import pathlib
 from typing import NamedTuple
@@ -84,10 +83,20 @@ def replay(logged: Logged, source: str, features: np.ndarray, width: int):
     for number, row in enumerate(logged.rows):
         counts, wins = np.array(row["counts"]), np.array(row["successes"], np.float32)
         index = jnp.asarray(np.repeat(np.arange(len(counts)), counts))
-        rewards = jnp.asarray(np.concatenate([np.arange(n) < w for n, w in zip(counts, wins, strict=True)]), jnp.float32)
+        rewards = jnp.asarray(
+            np.concatenate([np.arange(n) < w for n, w in zip(counts, wins, strict=True)]), jnp.float32
+        )
         ids = jnp.asarray(row["task_ids"])
         seen, nats, belief, prior = step(
-            belief, prior, jnp.asarray(features)[ids], ids, rewards, index, jnp.asarray(counts), jnp.asarray(wins), number
+            belief,
+            prior,
+            jnp.asarray(features)[ids],
+            ids,
+            rewards,
+            index,
+            jnp.asarray(counts),
+            jnp.asarray(wins),
+            number,
         )
         scores.append(nats)
         first.append(~np.asarray(seen))

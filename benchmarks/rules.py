@@ -1,6 +1,6 @@
 """Every allocation rule on the same success rates, without a model.
 
-    python -m benchmarks.rules --out runs/rules [--logged runs/seeds/uniform-0 runs/seeds/knapsack-0]
+    python -m benchmarks.rules --out runs/rules [--logged runs/demo/uniform runs/demo/knapsack]
 
 Prints the tables of docs/budget.md and draws docs/rules.png: synthetic rates (30% hopeless, 30% solved, all
 drifting) over 20 seeds, how much the prior and the discounts matter, and the rates of real runs.

@@ -1,5 +1,6 @@
 """What a run leaves on disk: metrics, checkpoints, claims."""
 
+import json
 import signal
 import threading
 

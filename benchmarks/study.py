@@ -1,0 +1,252 @@
+"""Every way to give out rollouts, tuned alike and compared over seeds that no tuning saw.
+
+    python -m benchmarks.study --task operators --out runs/study [--jobs 2] [--budget-minutes 60]
+
+The same command goes on where it was cut off, elsewhere too: what is done is in docs/study/{task}.jsonl.
+
+Each setting's learning rate is the one with the best mean final accuracy on the tuning seeds, from a grid that is
+extended until the best is not at its end. The rate is constant, or falls to 0 over the run, which is a part of the
+grid for the three settings that the claim is about (uniform budgets, twice as many of them, and the
+knapsack). All other settings take the schedule that uniform budgets chose: the choice is the baseline's, so that
+no rule owes it a win, and each rule still finds its own rate.
+
+Differences are paired by seed, which decides the task, the warm start, the prompts of each step and the held-out
+prompts. Rollouts to reach the baseline are counted to when the interpolated curve first touches the
+baseline's final accuracy; noise makes that a little early for all, the baseline itself included.
+"""
+
+import argparse
+import functools
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from benchmarks import runs
+from benchmarks.runs import Job
+
+BASE, DOUBLE, MAIN = "uniform_256", "uniform_512", "knapsack_features"
+RULE, PRIOR = "alloc.rule", "alloc.prior"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "uniform_128": {RULE: "uniform", PRIOR: "shared", "alloc.budget": 128},
+    "uniform_256": {RULE: "uniform", PRIOR: "shared"},
+    "uniform_512": {RULE: "uniform", PRIOR: "shared", "alloc.budget": 512},
+    "uniform_1024": {RULE: "uniform", PRIOR: "shared", "alloc.budget": 1024},
+    "knapsack_paper": {RULE: "knapsack_paper", PRIOR: "shared"},
+    "knapsack_shared": {RULE: "knapsack", PRIOR: "shared"},
+    "knapsack_groups": {RULE: "knapsack", PRIOR: "groups", "alloc.prior_field": "operator"},
+    "knapsack_features": {RULE: "knapsack", PRIOR: "features"},
+    "vip_features": {RULE: "vip", PRIOR: "features"},
+    "two_round": {RULE: "two_round", PRIOR: "features"},
+    "skip": {RULE: "skip", PRIOR: "shared"},
+    "variance_shared": {RULE: "variance", PRIOR: "shared"},
+    "variance_features": {RULE: "variance", PRIOR: "features"},
+    "knapsack_log_groups": {RULE: "knapsack_log", PRIOR: "groups", "alloc.prior_field": "operator"},
+    "knapsack_log_features": {RULE: "knapsack_log", PRIOR: "features"},
+    # A knapsack that is told the rates would bound what any belief can win; train.py has no such rule yet.
+}
+RATES, EXTENSIONS = (3e-4, 6e-4, 1.2e-3, 2.4e-3), 2
+SCHEDULES = ("constant", "falling")
+TUNING_SEEDS = (0, 1, 2)
+DRAWN = {BASE: "#7f7f7f", DOUBLE: "#2f2f2f", "knapsack_paper": "#edae49", "vip_features": "#d1495b", MAIN: "#00798c"}
+
+Choice = tuple[float, str]  # learning rate and schedule
+MakeJob = Callable[[str, Choice, int], Job]  # (setting, choice, seed)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=("operators",), default="operators")
+    parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), metavar="NAME", help=f"settings, beside {BASE}")
+    parser.add_argument("--seeds", type=int, nargs=2, default=(100, 111), metavar=("FIRST", "LAST"))
+    options, changes = runs.parse(parser)
+    options.results = options.results or pathlib.Path(f"docs/study/{options.task}.jsonl")
+    make = functools.partial(make_job, options.task, runs.read_config(options.task, changes), changes)
+    names = [name for name in SETTINGS if options.only is None or name in (BASE, *options.only)]
+    seeds = range(options.seeds[0], options.seeds[1] + 1)
+
+    tune(names, make, options)
+    chosen = {name: choose(name, make, runs.read_results(options.results)) for name in SETTINGS}
+    runs.run_all([make(name, chosen[name], seed) for seed in seeds for name in names if chosen[name]], options)
+
+    rows = runs.read_results(options.results)
+    found: dict[str, dict[int, dict]] = {name: {} for name in SETTINGS}
+    for name, choice in chosen.items():
+        jobs = {seed: make(name, choice, seed).key() for seed in seeds} if choice else {}
+        found[name] = {seed: rows[key] for seed, key in jobs.items() if key in rows}
+    text = "\n\n".join([results_table(found, chosen), cost_table(found), transitions(found, BASE), transitions(found, MAIN)])  # fmt: skip
+    print(text)
+    (options.out / "tables.md").write_text(text + "\n")
+    draw(found, options.out / "study.png")
+
+
+# ---------------------------------------------------------------- tuning
+
+
+def make_job(task: str, config: dict, changes: dict, name: str, choice: Choice, seed: int) -> Job:
+    """The run of a setting with a learning rate and a schedule."""
+    updates = int(config["steps"]) * int(config["optim.updates_per_step"]) - int(config["optim.warmup_steps"])
+    rate, schedule = choice
+    decay = {"constant": 0, "falling": updates}[schedule]
+    own = {"optim.learning_rate": rate, "optim.decay_steps": decay, "seed": seed}
+    return Job(task, name, changes | SETTINGS[name] | own)
+
+
+def rate_grid(score: Callable[[float], float | None]) -> list[float]:
+    """The learning rates to try, ascending.
+
+    Args:
+        score: the mean final accuracy with a rate, None where it is not known yet. While all are known and the
+            best is at an end, the grid grows by a factor of 2 beyond it, EXTENSIONS times at most.
+    """
+    rates = list(RATES)
+    for _ in range(EXTENSIONS):
+        known = [(got, rate) for rate in rates if (got := score(rate)) is not None]
+        best = max(known)[1] if len(known) == len(rates) else None
+        if best == rates[0]:
+            rates.insert(0, best / 2)
+        elif best == rates[-1]:
+            rates.append(best * 2)
+        else:
+            break
+    return rates
+
+
+def grid(name: str, make: MakeJob, rows: dict[str, dict]) -> dict[Choice, float | None]:
+    """The choices of a setting and their mean final accuracies on the tuning seeds, None where seeds are missing."""
+
+    def score(schedule: str, rate: float) -> float | None:
+        got = [rows.get(make(name, (rate, schedule), seed).key()) for seed in TUNING_SEEDS]
+        return statistics.mean(row["accuracy"] for row in got if row) if all(got) else None
+
+    if name in (BASE, DOUBLE, MAIN):
+        schedules: Sequence[str] = SCHEDULES
+    else:
+        theirs = choose(BASE, make, rows)
+        schedules = [theirs[1]] if theirs else []
+    scores = {schedule: functools.cache(functools.partial(score, schedule)) for schedule in schedules}
+    return {(rate, schedule): f(rate) for schedule, f in scores.items() for rate in rate_grid(f)}
+
+
+def choose(name: str, make: MakeJob, rows: dict[str, dict]) -> Choice | None:
+    """The best choice that is known, None if none is."""
+    known = {choice: score for choice, score in grid(name, make, rows).items() if score is not None}
+    return max(known, key=lambda choice: known[choice]) if known else None
+
+
+def tune(names: Sequence[str], make: MakeJob, options: argparse.Namespace) -> None:
+    """Run the grids; first of the settings that choose a schedule, then of those that take the baseline's."""
+    first = [name for name in names if name in (BASE, DOUBLE, MAIN)]
+    for wave in (first, [name for name in names if name not in first]):
+        added = True
+        while added:  # until no grid grows
+            rows = runs.read_results(options.results)
+            tried = [(name, choice) for name in wave for choice in grid(name, make, rows)]
+            added = (
+                runs.run_all([make(name, choice, seed) for seed in TUNING_SEEDS for name, choice in tried], options) > 0
+            )
+
+
+# ---------------------------------------------------------------- tables and figure
+
+Found = dict[str, dict[int, dict]]  # setting -> seed -> row
+
+
+def paired(found: Found, name: str, key: str) -> runs.Interval:
+    """A setting's number less the baseline's, over the seeds that both have."""
+    mine, base = found[name], found[BASE]
+    return runs.interval([mine[seed][key] - base[seed][key] for seed in mine if seed in base])
+
+
+def results_table(found: Found, chosen: dict[str, Choice | None]) -> str:
+    """Accuracy, effective share and found operators of every setting."""
+    less = f"less {BASE} (95%)"
+    lines = [
+        f"| setting | learning rate | seeds | final accuracy | {less} | effective share | {less} | first pass | found | dead |",
+        "|---" * 10 + "|",
+    ]
+    for name, rows in found.items():
+        choice = chosen[name]
+        rate = f"{choice[0]:g}, {choice[1]}" if choice else ""
+        means = [_mean(rows, key) for key in ("accuracy", "effective", "effective_first_pass", "found", "dead")]
+        gains = [_signed(paired(found, name, key)) for key in ("accuracy", "effective")]
+        lines.append(_line(name, rate, len(rows), means[0], gains[0], means[1], gains[1], *means[2:]))
+    return "\n".join(lines)
+
+
+def cost_table(found: Found) -> str:
+    """What it took to reach the baseline, seed by seed."""
+    lines = [
+        f"What reaching {BASE}'s final accuracy of the same seed took, as a share of all that it spent:\n",
+        "| setting | seeds | rollouts, median | mean of those that did | never did | tokens, median | seconds, median |",
+        "|---" * 7 + "|",
+    ]
+    for name, rows in found.items():
+        pairs = [(row, found[BASE][seed]) for seed, row in rows.items() if seed in found[BASE]]
+        rollouts, tokens, seconds = (
+            [runs.spent_to_reach(row, base["accuracy"], column) / base["curve"][-1][column] for row, base in pairs]
+            for column in (runs.ROLLOUTS, runs.TOKENS, runs.SECONDS)
+        )
+        did = [share for share in rollouts if share < float("inf")]
+        medians = [_number(statistics.median(shares)) if pairs else "" for shares in (rollouts, tokens, seconds)]
+        mean = _number(statistics.mean(did)) if did else ""
+        lines.append(_line(name, len(pairs), medians[0], mean, len(pairs) - len(did), *medians[1:]))
+    return "\n".join(lines)
+
+
+def transitions(found: Found, name: str) -> str:
+    """Where held-out prompts went from the first evaluation to the last."""
+    tables = [np.array(row["transitions"]) for row in found[name].values() if "transitions" in row]
+    counts = sum(tables, np.zeros((len(runs.KINDS), len(runs.KINDS))))
+    lines = [
+        f"{name}, held-out prompts from the first evaluation (rows) to the last (columns), shares of a row:\n",
+        _line("solved", "prompts", *runs.KINDS),
+        "|---" * 7 + "|",
+    ]
+    for kind, row in zip(runs.KINDS, counts, strict=True):
+        lines.append(_line(kind, f"{row.sum():.0f}", *(f"{share:.3f}" for share in row / max(row.sum(), 1))))
+    return "\n".join(lines)
+
+
+def _line(*cells) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def _mean(rows: dict[int, dict], key: str) -> str:
+    values = [row[key] for row in rows.values() if key in row]
+    return _number(statistics.mean(values)) if values else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < float("inf") else "never"
+
+
+def _signed(gain) -> str:
+    return f"{gain.mean:+.3f} ({gain.low:+.3f} to {gain.high:+.3f})" if gain.n > 1 else ""
+
+
+def draw(found: Found, file: pathlib.Path) -> None:
+    """Mean accuracy over rollouts with a band of its standard error."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+    curves = {name: np.array([row["curve"] for row in found[name].values()]) for name in DRAWN if found[name]}
+    for name in sorted(curves, key=lambda name: -curves[name][:, -1, runs.ACCURACY].mean()):
+        spent, accuracy = curves[name][0, :, runs.ROLLOUTS] / 1000, curves[name][:, :, runs.ACCURACY]
+        mean, error = accuracy.mean(axis=0), accuracy.std(axis=0, ddof=len(accuracy) > 1) / len(accuracy) ** 0.5
+        axes.plot(spent, mean, color=DRAWN[name], label=name, linestyle="--" if name == DOUBLE else "-")
+        axes.fill_between(spent, mean - error, mean + error, color=DRAWN[name], alpha=0.18, linewidth=0)
+    axes.legend(frameon=False, loc="lower right")
+    axes.set(xlabel="rollouts spent, thousands", ylabel="held-out accuracy")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.2)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

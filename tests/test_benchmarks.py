@@ -1,0 +1,214 @@
+"""The benchmarks' statistics, rows and order of runs, against hand-worked values and a train.py of a few lines."""
+
+import argparse
+import json
+import math
+import time
+
+import numpy as np
+import pytest
+
+from benchmarks import elasticity, runs, study
+from benchmarks.runs import Job
+
+TRAIN = """
+import json, pathlib, sys
+given = dict(text.removeprefix("--config.").split("=", 1) for text in sys.argv if text.startswith("--config."))
+workdir = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
+workdir.mkdir()
+with (workdir.parent / "started").open("a") as file:
+    file.write(json.dumps(given) + "\\n")
+if given["seed"] == "13" or given["alloc.rule"] == "unheard":
+    sys.exit("train.py: refused")
+if given.get("steps") != "0":
+    rate = float(given["optim.learning_rate"])
+    config = {"seed": int(given["seed"]), "alloc.rule": "uniform", "alloc.prior": "shared", "alloc.budget": 8,
+              "optim.learning_rate": rate, "optim.decay_steps": 0, "steps": 1}
+    (workdir / "config.json").write_text(json.dumps(config))
+    first = {"step": 0, "rollouts_total": 0, "eval/accuracy": 0.0}
+    last = {"step": 1, "rollouts_total": 8, "eval/accuracy": rate, "effective_ratio_rollouts": 0.5, "prompts_unseen": 1,
+            "seconds/step": 1, "compiles": 9}
+    (workdir / "metrics.jsonl").write_text(json.dumps(first) + "\\n" + json.dumps(last) + "\\n")
+    (workdir / "groups.jsonl").write_text(json.dumps({"step": 1, "tokens": [7]}) + "\\n")
+"""
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch):
+    """Runs in tmp_path by TRAIN instead of train.py."""
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(runs, "ROOT", tmp_path)
+    return argparse.Namespace(
+        out=tmp_path / "out", results=tmp_path / "results.jsonl", jobs=2, keep=False, until=math.inf, warm=set()
+    )
+
+
+def job(seed, rate=0.5, name="uniform"):
+    return Job("operators", name, {"alloc.rule": "uniform", "optim.learning_rate": rate, "seed": seed})
+
+
+def started(options):
+    file = options.out / "started"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_the_interval_of_three_differences():
+    # Mean 0.02, standard deviation 0.01, error 0.01 / sqrt(3); the t quantile of 2 degrees of freedom is 4.3027.
+    got = runs.interval([0.01, 0.03, 0.02])
+    assert got[:4] == pytest.approx(
+        (0.02, 0.0057735, 0.02 - 4.302653 * 0.0057735, 0.02 + 4.302653 * 0.0057735), abs=1e-6
+    )
+    assert got.n == 3
+    assert runs.interval([0.5]).mean == 0.5
+    assert math.isnan(runs.interval([0.5]).low)
+    assert math.isnan(runs.interval([]).mean)
+
+
+def test_differences_are_paired_by_seed():
+    base = {1: {"accuracy": 0.1}, 2: {"accuracy": 0.5}, 4: {"accuracy": 0.9}}
+    found = {study.BASE: base, "skip": {2: {"accuracy": 0.6}, 1: {"accuracy": 0.4}, 3: {"accuracy": 0.0}}}
+    got = study.paired(found, "skip", "accuracy")
+    assert (got.n, got.mean) == (2, pytest.approx(0.2))
+
+
+def test_a_row_from_a_work_directory(tmp_path):
+    config = {"seed": 3, "alloc.rule": "knapsack", "alloc.prior": "features", "alloc.budget": 8, "optim.learning_rate": 0.1, "optim.decay_steps": 2, "steps": 3}  # fmt: skip
+    metrics = [
+        {"step": 0, "rollouts_total": 0, "eval/accuracy": 0.25},
+        {"step": 1, "rollouts_total": 8, "effective_ratio_rollouts": 0.5, "prompts_unseen": 1.0, "seconds/step": 90.0, "compiles": 9},
+        {"step": 2, "rollouts_total": 16, "effective_ratio_rollouts": 0.3, "prompts_unseen": 1.0, "seconds/step": 1.0, "compiles": 9, "eval/accuracy": 0.375},
+        {"step": 3, "rollouts_total": 24, "effective_ratio_rollouts": 0.1, "prompts_unseen": 0.5, "seconds/step": 1.5, "compiles": 9, "eval/accuracy": 0.123456},
+    ]  # fmt: skip
+    groups = [{"step": 1, "tokens": [3, 4]}, {"step": 2, "tokens": [5, 5]}, {"step": 3, "tokens": [1, 0]}]
+    evaluations = [
+        {"step": 0, "rollouts_total": 0, "samples": 8, "solved": [0, 0, 2, 3, 8, 7]},
+        {"step": 2, "rollouts_total": 16, "samples": 8, "solved": [8] * 6},
+        {"step": 3, "rollouts_total": 24, "samples": 8, "solved": [0, 1, 6, 7, 8, 0]},
+    ]
+    held_out = {"prompts": list("uvwxyz"), "fields": {"operator": ["a", "b", "b", "c", "c", "a"], "digits": [1] * 6}}
+    write = lambda name, rows: (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))  # noqa: E731
+    write("config.json", [config])
+    write("metrics.jsonl", metrics)
+    write("groups.jsonl", groups)
+    without = runs.row_of(tmp_path)
+    write("evaluations.jsonl", evaluations)
+    write("held_out.json", [held_out])
+    row = runs.row_of(tmp_path)
+    assert without == {key: row[key] for key in without}
+    assert set(row) - set(without) == {"transitions", "found", "dead"}
+    # Step 1 compiled, and counts as the median of 90, 1 and 1.5 seconds.
+    assert row["curve"] == [[0, 0, 0.0, 0.25], [16, 17, 2.5, 0.375], [24, 18, 4.0, 0.1235]]
+    assert (row["seed"], row["rule"], row["accuracy"], row["seconds"]) == (3, "knapsack", 0.1235, 4.0)
+    assert (row["effective"], row["effective_first_pass"]) == (0.3, 0.4)
+    # Operators: a 0 of 16, b 7 of 16, c 15 of 16.
+    assert (row["found"], row["dead"]) == (0.3333, 0.3333)
+    # never -> never and rarely; 2 of 8 (rarely) -> 6 (sometimes); 3 (sometimes) -> 7 (mostly); 8 -> 8; 7 (mostly) -> 0.
+    expected = np.zeros((5, 5), int)
+    expected[[0, 0, 1, 2, 4, 3], [0, 1, 2, 3, 4, 0]] = 1
+    assert row["transitions"] == expected.tolist()
+    write("metrics.jsonl", metrics[:3])
+    with pytest.raises(ValueError, match="unfinished"):
+        runs.row_of(tmp_path)
+
+
+def test_what_it_took_to_reach_a_level():
+    row = {"curve": [[0, 0, 0, 0.1], [10, 40, 5, 0.3], [20, 60, 9, 0.2], [30, 80, 15, 0.6]]}
+    assert runs.spent_to_reach(row, 0.25) == pytest.approx(7.5)
+    assert runs.spent_to_reach(row, 0.4, runs.TOKENS) == pytest.approx(70)
+    assert runs.spent_to_reach(row, 0.1) == 0
+    assert runs.spent_to_reach(row, 0.7) == math.inf
+
+
+def test_the_cost_table_counts_who_never_arrives():
+    base = {"accuracy": 0.4, "curve": [[0, 0, 0, 0.0], [10, 10, 10, 0.4]]}
+    fast, slow = ({"accuracy": last, "curve": [[0, 0, 0, 0.0], [10, 10, 5, last]]} for last in (0.8, 0.2))
+    table = study.cost_table({study.BASE: {1: base, 2: base, 3: base}, "skip": {1: fast, 2: slow, 3: fast}})
+    assert table.splitlines()[-1] == "| skip | 3 | 0.500 | 0.500 | 1 | 0.500 | 0.250 |"
+
+
+@pytest.mark.parametrize(
+    ("best", "grid"),
+    [
+        (6e-4, study.RATES),
+        (2.4e-3, (*study.RATES, 4.8e-3)),
+        (3e-4, (1.5e-4, *study.RATES)),
+        (1.0, (*study.RATES, 4.8e-3, 9.6e-3)),
+        (0.0, (7.5e-5, 1.5e-4, *study.RATES)),
+    ],
+)
+def test_the_best_rate_is_bracketed(best, grid):
+    # The accuracy of each rate falls with its distance from `best`; so one step beyond the end is no better.
+    assert study.rate_grid(lambda rate: -abs(rate - best)) == pytest.approx(list(grid))
+
+
+def test_no_grid_grows_before_all_of_it_is_known():
+    assert study.rate_grid(lambda rate: None if rate == 3e-4 else rate) == list(study.RATES)
+
+
+def test_runs_leave_rows_from_which_the_next_call_goes_on(options, capsys):
+    jobs = [job(seed, rate) for seed in (1, 2) for rate in (0.25, 0.5)]
+    assert runs.run_all(jobs[:3], options) == 3
+    rows = runs.read_results(options.results)
+    assert [rows[j.key()]["accuracy"] for j in jobs[:3]] == [0.25, 0.5, 0.25]
+    assert rows[jobs[0].key()]["processor"]
+    order = started(options)
+    for seed in ("1", "2"):  # the warm start first, once
+        assert next(given.get("steps") for given in order if given["seed"] == seed) == "0"
+    assert sum(given.get("steps") == "0" for given in order) == 2
+    assert {path.name for path in options.out.iterdir()} == {"started"}  # work directories are gone
+    options.out, options.warm = options.out.with_name("elsewhere"), set()  # only the rows are left
+    options.out.mkdir()
+    assert runs.run_all(jobs, options) == 1
+    assert [given["seed"] for given in started(options)] == ["2", "2"]
+    assert runs.run_all([j._replace(name="another name") for j in jobs], options) == 0
+    assert len(options.results.read_text().splitlines()) == 4
+
+
+def test_a_run_that_fails_does_not_stop_the_others(options, capsys):
+    assert runs.run_all([job(13), job(13, 0.25), job(1)], options) == 1
+    assert "refused" in capsys.readouterr().err
+    assert len(started(options)) == 3  # the warm start of 13 failed, so its runs never began
+
+
+def test_a_warm_start_is_made_whatever_the_rule_that_waits_for_it(options):
+    unheard = Job("operators", "vip", {"alloc.rule": "unheard", "optim.learning_rate": 0.5, "seed": 1})
+    assert runs.run_all([unheard, job(1)], options) == 1
+
+
+def test_no_run_starts_when_time_is_up(options):
+    options.until = time.monotonic()
+    assert runs.run_all([job(1)], options) == 0
+    assert started(options) == []
+
+
+def test_the_study_tunes_with_the_baselines_schedule_and_resumes(options, monkeypatch, capsys):
+    """With TRAIN accuracy is the learning rate, so that every grid grows twice."""
+    monkeypatch.setattr(study, "RATES", (0.1, 0.2))
+    monkeypatch.setattr(study, "TUNING_SEEDS", (0,))
+    (options.out.parent / "configs").mkdir()
+    (options.out.parent / "configs" / "operators.py").touch()
+    command = f"study --out {options.out} --results {options.results} --only {study.MAIN} skip --seeds 5 6 --jobs 2"
+    monkeypatch.setattr("sys.argv", command.split())
+    study.main()
+    # Rates 0.1 to 0.8: two schedules for two settings, one for the third; then two seeds each.
+    assert len(runs.read_results(options.results)) == 4 * 5 + 2 * 3
+    shown = capsys.readouterr().out
+    assert f"| {study.MAIN} | 0.8, constant | 2 | 0.800 | +0.000 (+0.000 to +0.000) |" in shown
+    before = len(started(options))
+    study.main()
+    assert len(started(options)) == before
+    assert (options.out / "tables.md").read_text() in capsys.readouterr().out
+    assert (options.out / "study.png").stat().st_size > 1000
+
+
+def test_the_verdict_on_elasticity():
+    budgets = [4, 8, 16, 32]
+    gains = {1: 0.02, 2: 0.04, 3: 0.03}  # 0.03 with a standard error of 0.01 / sqrt(3)
+    accuracy = {(seed, 8): 0.1 * seed for seed in gains} | {(seed, 16): 0.1 * seed + gains[seed] for seed in gains}
+    text = elasticity.report(accuracy, budgets)
+    assert "| 16 | 3 | 0.230 ± 0.061 | +0.030 ± 0.006 |" in text  # 0.12, 0.24 and 0.33
+    assert text.splitlines()[-1].startswith("allocation can matter here")
+    noisy = accuracy | {(3, 16): 0.25}  # -0.05 for the third seed
+    assert elasticity.report(noisy, budgets).splitlines()[-1].startswith("no sign")
+    assert elasticity.report({(1, 8): 0.5, (1, 16): 0.9}, budgets).splitlines()[-1].startswith("two seeds at least")
