@@ -144,7 +144,7 @@ class Run:
     generate: Callable  # `krl.rollout.generate` of the policy
     score: Callable  # (rollouts, questions, answers) -> (rewards [R] on the host, faults by kind)
     allocate: Callable  # (belief of M prompts, R) -> (counts [M], what the rule says of them)
-    advantages: Callable  # (rewards, prompt_index, mask), each [R] -> [R]
+    advantages: Callable  # (rewards [R], R rollouts) -> [R]
     update_policy: Callable  # (state, prompts, rollouts, advantages, key) -> (state, metrics)
     update_belief: Callable  # `krl.budget.update`
     measure: Callable  # params -> what `krl.run.evaluate.evaluate` finds on the held-out prompts
@@ -155,7 +155,7 @@ inform, learn_prior = jax.jit(budget.inform), jax.jit(budget.learn_prior)
 
 def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, reference: dict | None) -> Run:
     """Bind the functions of a step to their part of the config."""
-    tokenizer, alloc, loss = parts.tokenizer, config.alloc, config.loss
+    tokenizer, alloc, loss, alike = parts.tokenizer, config.alloc, config.loss, config.loss.average == "prompts"
     place = functools.partial(jax.device_put, device=named_sharding(parts.mesh))
     generate = functools.partial(
         rollout.generate, parts.policy_config, max_new_tokens=config.sample.max_new_tokens,
@@ -163,10 +163,13 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     )  # fmt: skip
     score = functools.partial(score_rollouts, tokenizer, parts.verifiers.score)
     allocate = functools.partial(budget.allocate, alloc.rule, n_min=alloc.n_min, n_max=alloc.n_max)
-    advantages = functools.partial(
-        learn.group_advantages, num_prompts=config.prompts_per_step, scale_by_std=loss.scale_by_std,
-        clip=loss.advantage_clip or math.inf,
-    )  # fmt: skip
+
+    def advantages(rewards: jax.Array, rollouts: Rollouts) -> jax.Array:
+        groups, num_prompts = (rollouts.prompt_index, rollouts.mask), config.prompts_per_step
+        clip = loss.advantage_clip or math.inf
+        values = learn.group_advantages(rewards, *groups, num_prompts, scale_by_std=loss.scale_by_std, clip=clip)
+        return learn.weigh_prompts_alike(values, rollouts.lengths, *groups, num_prompts) if alike else values
+
     update_policy = functools.partial(
         policy_update, parts.policy_config, optimizer,
         num_updates=config.optim.updates_per_step, micro_batch=config.optim.micro_batch,
@@ -260,7 +263,7 @@ def take_step(run: Run, learner: Learner, step: int) -> tuple[Learner, dict[str,
     drawn = spend_budget(run, state.params, prompts, known, sample_key, clock)
     rollouts, rewards = drawn.rollouts, drawn.rewards
     with clock.phase("update"):
-        advantages = run.advantages(rewards, rollouts.prompt_index, rollouts.mask)
+        advantages = run.advantages(rewards, rollouts)
         state, learnt = run.update_policy(state, prompts, rollouts, advantages, shuffle_key)
         if prior is not None:
             prior = learn_prior(prior, before, features, rewards, rollouts.prompt_index, rollouts.mask)

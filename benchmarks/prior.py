@@ -116,11 +116,15 @@ def step(belief, prior, features, ids, rewards, index, counts, wins, number):
 
 def print_candidates(prior: budget.Prior) -> None:
     """The late scores of each candidate of the features, less that of the common prior; nats a visit, weighted late."""
-    print("\n| memory | spread | " + " | ".join(f"strength {strength:g}" for strength in priors.STRENGTHS) + " |")
-    print("|---|---|" + "---|" * len(priors.STRENGTHS))
+    print(
+        "\n| memory | spread | of runs | "
+        + " | ".join(f"strength {strength:g}" for strength in priors.STRENGTHS)
+        + " |"
+    )
+    print("|---|---|---|" + "---|" * len(priors.STRENGTHS))
     gains = np.asarray(prior.scores - prior.shared_score) * (1 - priors.SCORE_MEMORY)
-    for (memory, spread), row in zip(priors.CANDIDATES, gains, strict=True):
-        print(f"| {memory} | {spread} | " + " | ".join(f"{gain:+.3f}" for gain in row) + " |")
+    for (memory, spread, share), row in zip(priors.CANDIDATES, gains, strict=True):
+        print(f"| {memory} | {spread} | {spread * share:g} | " + " | ".join(f"{gain:+.3f}" for gain in row) + " |")
     print("(nats a step above the common prior, averaged over the late steps)")
 
 

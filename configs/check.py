@@ -65,6 +65,7 @@ def check(
     sft = config.sft
     need(not sft.path or bool(sft.completion_field), "sft.completion_field", "the field of sft.path with completions")
     need(config.policy.dtype in ("float32", "bfloat16"), "policy.dtype", "'float32' or 'bfloat16'")
+    need(config.loss.average in ("tokens", "prompts"), "loss.average", "'tokens' or 'prompts'")
     need(config.loss.dual_clip > 1, "loss.dual_clip", "above 1")
 
     need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")

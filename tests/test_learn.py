@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krl.learn import group_advantages, mixed_groups, policy_loss
+from krl.learn import group_advantages, mixed_groups, policy_loss, weigh_prompts_alike
 
 
 def advantages_by_loops(rewards, index, mask, scale):
@@ -55,6 +55,20 @@ def test_permuting_rollouts_permutes_advantages():
     straight = group_advantages(jnp.array(rewards), jnp.array(index), mask, 4)
     shuffled = group_advantages(jnp.array(rewards[order]), jnp.array(index[order]), mask, 4)
     np.testing.assert_allclose(shuffled, np.asarray(straight)[order], rtol=1e-5, atol=1e-6)
+
+
+def test_prompts_alike_make_the_token_mean_a_mean_over_prompts():
+    rng = np.random.default_rng(3)
+    index, lengths = np.repeat([0, 1, 3], [2, 7, 4]), rng.integers(1, 9, 13)
+    advantages, per_token = rng.normal(size=13), rng.normal(size=13)  # any loss that is linear in the advantage
+    mask = jnp.append(jnp.ones(13, bool), False)
+    weighed = weigh_prompts_alike(
+        jnp.append(jnp.asarray(advantages, jnp.float32), jnp.nan), jnp.append(lengths, 9), jnp.append(index, 1), mask, 5
+    )
+    assert weighed[-1] == 0
+    token_mean = (np.asarray(weighed)[:13] * per_token * lengths).sum() / lengths.sum()
+    each = [((advantages * per_token * lengths)[index == i].sum() / lengths[index == i].sum()) for i in (0, 1, 3)]
+    np.testing.assert_allclose(token_mean, np.mean(each), rtol=1e-5)
 
 
 def test_advantages_refuse_other_shapes():

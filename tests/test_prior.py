@@ -41,7 +41,8 @@ def drawn(num_prompts=40, width=30, per_prompt=5, seed=0):
 
 def test_a_group_without_forgetting_is_the_conjugate_beta():
     source = priors.PRIORS["groups"]
-    evidence, spread, centre = source.start(3, 0.25), 0.25, 0.2
+    spread, centre = jnp.full(3, 0.25), 0.2
+    evidence = source.start(spread)
     groups = jnp.array([[0], [1], [0], [2]])
     for wins, outcomes in (([1.0, 2, 3, 0], [4.0, 2, 8, 0]), ([0.0, 1, 1, 0], [2.0, 4, 2, 0])):
         evidence = source.learn(evidence, spread, 1.0, groups, centre, jnp.array(wins), jnp.array(outcomes))
@@ -53,11 +54,12 @@ def test_a_group_without_forgetting_is_the_conjugate_beta():
 
 def test_the_regression_finds_the_mode_that_dense_newton_finds():
     features, wins, outcomes = drawn()
-    width, spread, memory, centre = 30, 0.5, 0.9, 0.3
+    width, memory, centre = 30, 0.9, 0.3
+    spread = np.linspace(0.2, 0.8, width)
     rng = np.random.default_rng(1)
     before, precision = rng.normal(0, 0.3, width), rng.uniform(2, 5, width)
     got = priors.PRIORS["features"].learn(
-        (jnp.asarray(before, jnp.float32), jnp.asarray(precision, jnp.float32)), spread, memory,
+        (jnp.asarray(before, jnp.float32), jnp.asarray(precision, jnp.float32)), jnp.asarray(spread), memory,
         jnp.asarray(features), centre, jnp.asarray(wins), jnp.asarray(outcomes),
     )  # fmt: skip
 
@@ -75,17 +77,18 @@ def test_the_regression_finds_the_mode_that_dense_newton_finds():
 
 def test_the_gaussian_process_is_the_posterior_over_all_prompts():
     features, wins, outcomes = drawn()
-    width, spread, centre = 30, 0.5, 0.3
+    width, centre = 30, 0.3
+    spread = np.linspace(0.2, 0.8, width)
     before = np.random.default_rng(3).normal(0, 0.3, width)
     outcomes[5], wins[5] = 0.0, 0.0  # not sampled
     got, _ = priors.PRIORS["gaussian_process"].learn(
-        (jnp.asarray(before, jnp.float32), jnp.zeros(width)), spread, 1.0,
+        (jnp.asarray(before, jnp.float32), jnp.zeros(width)), jnp.asarray(spread), 1.0,
         jnp.asarray(features), centre, jnp.asarray(wins), jnp.asarray(outcomes),
     )  # fmt: skip
     x = dense(features, width)
     seen = np.arange(len(x)) != 5
-    kernel, rate = spread * x @ x.T, (wins + 0.5) / (outcomes + 1)
-    noise = np.diag(1 / (outcomes * rate * (1 - rate))[seen])
+    kernel, rate = x * spread @ x.T, (wins + 0.5) / (outcomes + 1)
+    noise = np.diag(1 / (outcomes[seen] * (rate * (1 - rate))[seen]))
     expected, observed = x @ before, logit(rate) - logit(centre)
     gain = kernel[:, seen] @ np.linalg.inv(kernel[np.ix_(seen, seen)] + noise)
     np.testing.assert_allclose(x @ np.asarray(got), expected + gain @ (observed - expected)[seen], rtol=1e-3, atol=1e-3)
@@ -99,9 +102,10 @@ def test_scores_are_the_log_likelihood_of_outcomes_before_they_are_learnt_from()
     after = priors.learn_prior(prior, belief, jnp.asarray(features), *rollouts(wins, outcomes))
 
     x, s, f = dense(features, 30), np.asarray(belief.successes), np.asarray(belief.failures)
-    for c, (_, spread) in enumerate(priors.CANDIDATES):
+    for c, (_, spread, share) in enumerate(priors.CANDIDATES):
+        spreads = spread * np.where(np.arange(30) < 15, 1, share)
         for k, most in enumerate(priors.STRENGTHS):
-            strength = 1 / (0.3 * 0.7 * spread * x.sum(axis=1) + 1 / most)
+            strength = 1 / (0.3 * 0.7 * x @ spreads + 1 / most)
             a, b = 0.3 * strength + s, 0.7 * strength + f
             expected = (betaln(a + wins, b + outcomes - wins) - betaln(a, b)).sum()
             np.testing.assert_allclose(after.scores[c, k], expected, rtol=1e-4)

@@ -31,10 +31,12 @@ from krl.budget.belief import Belief
 from krl.masked import divide, segment_sum
 
 MEMORIES = (0.8, 0.95)  # what is left of a source's evidence after a step
-SPREADS = (0.3, 3.0)  # variance of a feature's weight before anything is known of it, squared logits
-STRENGTHS = (2.0, 8.0, 32.0)  # alpha + beta of a prompt's rate around what its features say
+SPREADS = (1.0, 10.0)  # variance of a feature's weight before anything is known of it, squared logits
+FURTHER_SPREADS = (1.0, 0.03)  # that of a run of several tokens, as a share: what it says beyond its tokens
+STRENGTHS = (2.0, 8.0, 32.0, 128.0)  # alpha + beta of a prompt's rate around what its features say
 SCORE_MEMORY = 0.98  # what is left of a candidate's score after a step
 NEWTON_STEPS, SOLVER_STEPS = 4, 4  # of the regression, and of the linear solver inside each
+LONGEST_MOVE = 2.0  # of a prompt's logit in one of the regression's steps
 
 
 class Prior(struct.PyTreeNode):
@@ -47,9 +49,9 @@ class Prior(struct.PyTreeNode):
 
 
 class Source(NamedTuple):
-    """How rates follow from features: functions of one candidate's evidence, [W] arrays, and its (memory, spread)."""
+    """How rates follow from features: functions of one candidate's evidence, [W] arrays, its memory and spread [W]."""
 
-    start: Callable  # (number of features, spread) -> evidence
+    start: Callable  # (spread) -> evidence
     # (evidence, spread, features [M, F], common mean) -> (rates [M], how unsure they are [M], as 1 / outcomes)
     estimate: Callable
     # (evidence, spread, memory, features, common mean, wins [M], outcomes [M]) -> evidence
@@ -70,8 +72,7 @@ def init_prior(source: str, num_features: int) -> Prior:
         raise ValueError(f"unknown prior {source!r}; the sources are {sorted(PRIORS)}, or no prior at all")
     if num_features < 1:
         raise ValueError(f"a prior needs at least one feature, got num_features={num_features}")
-    starts = [PRIORS[source].start(num_features, spread) for _, spread in CANDIDATES]
-    evidence = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    evidence = jax.vmap(PRIORS[source].start)(_spreads(num_features))
     return Prior(evidence, jnp.zeros((len(CANDIDATES), len(STRENGTHS))), jnp.float32(0.0), source)
 
 
@@ -132,9 +133,9 @@ def learn_prior(
         PRIORS[prior.source].learn,
         features=features, centre=_common_mean(belief), wins=share * wins, outcomes=share * outcomes,
     )  # fmt: skip
-    memories, spreads = jnp.array(CANDIDATES).T
+    memories = jnp.array(CANDIDATES)[:, 0]
     return prior.replace(
-        evidence=jax.vmap(learn)(prior.evidence, spreads, memories),
+        evidence=jax.vmap(learn)(prior.evidence, _spreads(_width(prior)), memories),
         scores=scores,
         shared_score=SCORE_MEMORY * prior.shared_score + shared,
     )
@@ -153,7 +154,7 @@ def prior_metrics(prior: Prior, num_prompts: int) -> dict[str, jax.Array]:
 def _candidates(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(alpha, beta) of every candidate, [C, S, M] float32."""
     estimate = functools.partial(PRIORS[prior.source].estimate, features=features, centre=_common_mean(belief))
-    rates, unsure = jax.vmap(estimate)(prior.evidence, jnp.array(CANDIDATES)[:, 1])
+    rates, unsure = jax.vmap(estimate)(prior.evidence, _spreads(_width(prior)))
     # Two sources of doubt add up: about what the features say, and about how far the prompt is from that.
     strengths = 1 / (unsure[:, None] + 1 / jnp.array(STRENGTHS)[None, :, None])
     rates = jnp.clip(rates, 1e-4, 1 - 1e-4)[:, None]
@@ -166,6 +167,17 @@ def _log_likelihood(belief: Belief, alpha, beta, wins, outcomes) -> jax.Array:
     return (betaln(alpha + wins, beta + outcomes - wins) - betaln(alpha, beta)).sum(axis=-1)
 
 
+def _spreads(width: int) -> jax.Array:
+    """The spread of every feature under every candidate, [C, W] float32; see `hash_features` for the upper half."""
+    _, spreads, shares = jnp.array(CANDIDATES).T
+    further = jnp.arange(width) >= width // 2
+    return spreads[:, None] * jnp.where(further, shares[:, None], 1.0)
+
+
+def _width(prior: Prior) -> int:
+    return prior.evidence[0].shape[1]
+
+
 def _common_mean(belief: Belief) -> jax.Array:
     return divide(belief.prior_alpha, belief.prior_alpha + belief.prior_beta)
 
@@ -173,15 +185,16 @@ def _common_mean(belief: Belief) -> jax.Array:
 # ---------------------------------------------------------------- groups
 
 
-def _start_groups(num_groups: int, spread: float) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros(num_groups), jnp.zeros(num_groups)
+def _start_groups(spread: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros_like(spread), jnp.zeros_like(spread)
 
 
 def _estimate_groups(evidence, spread, features, centre):
     """The mean of each prompt's group under Beta(centre / spread + successes, (1 - centre) / spread + failures)."""
     successes, failures = (_look_up(counts, features) for counts in evidence)
-    outcomes = 1 / spread + successes + failures
-    return (centre / spread + successes) / outcomes, 1 / outcomes
+    believed = 1 / spread[0]  # in outcomes; all labels are of one kind
+    outcomes = believed + successes + failures
+    return (centre * believed + successes) / outcomes, 1 / outcomes
 
 
 def _learn_groups(evidence, spread, memory, features, centre, wins, outcomes):
@@ -192,8 +205,8 @@ def _learn_groups(evidence, spread, memory, features, centre, wins, outcomes):
 # ---------------------------------------------------------------- features
 
 
-def _start_features(width: int, spread: float) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros(width), jnp.full(width, 1 / spread)
+def _start_features(spread: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.zeros_like(spread), 1 / spread
 
 
 def _estimate_features(evidence, spread, features, centre):
@@ -218,7 +231,9 @@ def _learn_features(evidence, spread, memory, features, centre, wins, outcomes):
         hessian = lambda v: precision * v + _add_up(curvature * _look_up(v, features), features, len(v))  # noqa: E731
         diagonal = precision + _add_up(curvature, features, len(weights))
         change, _ = jax.scipy.sparse.linalg.cg(hessian, slope, tol=0.0, maxiter=SOLVER_STEPS, M=lambda v: v / diagonal)
-        return weights + change
+        # Where rates are near 0 or 1 the curvature says nothing of the way to other rates.
+        furthest = jnp.abs(_look_up(change, features)).max(initial=0.0)
+        return weights + change * jnp.minimum(1.0, LONGEST_MOVE / jnp.maximum(furthest, 1e-6))
 
     weights = jax.lax.fori_loop(0, NEWTON_STEPS, newton, before)
     rate = jax.nn.sigmoid(logit(centre) + _look_up(weights, features))
@@ -239,12 +254,12 @@ def _estimate_process(evidence, spread, features, centre):
 def _learn_process(evidence, spread, memory, features, centre, wins, outcomes):
     """The posterior mean of the logits after a step, which is the next step's prior mean.
 
-    The kernel, `spread` times the number of shared features, does not shrink as evidence comes: the policy moves, so
+    The kernel, the sum of the shared features' spreads, does not shrink as evidence comes: the policy moves, so
     each step may move every logit again (Nguyen et al., arXiv 2602.01601). In the space of weights the mean of all
     prompts moves by features' kernel (kernel + noise)^-1 (observed - expected), with M equations.
     """
     weights, width = evidence[0], len(evidence[0])
-    kernel = jax.vmap(lambda row: spread * _look_up(_add_up(row, features, width), features))(jnp.eye(len(wins)))
+    kernel = jax.vmap(lambda row: _look_up(spread * _add_up(row, features, width), features))(jnp.eye(len(wins)))
     rate = divide(wins + 0.5, outcomes + 1)
     noise = divide(1.0, outcomes * rate * (1 - rate))  # of an observed logit
     surprise = logit(rate) - logit(centre) - _look_up(weights, features)
@@ -270,7 +285,7 @@ PRIORS: dict[str, Source] = {
     "features": Source(_start_features, _estimate_features, _learn_features),
     "gaussian_process": Source(_start_features, _estimate_process, _learn_process),
 }
-CANDIDATES = tuple(itertools.product(MEMORIES, SPREADS))  # (memory, spread)
+CANDIDATES = tuple(itertools.product(MEMORIES, SPREADS, FURTHER_SPREADS))
 
 
 def hash_features(
@@ -290,7 +305,8 @@ def hash_features(
     Args:
         tokens, mask: [D, P] int32 and bool, the prompts.
         fields: D texts each, by name, such as the subject.
-        width: W, how many different features there are room for; those that share a hash are taken for one.
+        width: W, how many different features there are room for; those that share a hash are taken for one. Runs of
+            several tokens have the upper half to themselves, all others the lower one.
         longest: tokens of a run at most.
         most: F at most, the features of the most prompts.
 
@@ -321,7 +337,11 @@ def hash_features(
 
 @functools.lru_cache(maxsize=1 << 20)
 def _hash(feature: tuple, width: int) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(feature).encode(), digest_size=8).digest(), "little") % width
+    digest = int.from_bytes(hashlib.blake2b(repr(feature).encode(), digest_size=8).digest(), "little")
+    lower = width // 2
+    if feature[0] == "tokens" and len(feature) > 2:
+        return lower + digest % (width - lower)
+    return digest % max(lower, 1)
 
 
 def number_groups(labels: Sequence[str]) -> tuple[np.ndarray, int]:

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from krl.masked import divide, segment_differs, segment_moments
+from krl.masked import divide, segment_differs, segment_moments, segment_sum
 
 
 def mixed_groups(rewards: jax.Array, prompt_index: jax.Array, mask: jax.Array, num_prompts: int) -> jax.Array:
@@ -73,3 +73,33 @@ def group_advantages(
         advantages = divide(advantages, jnp.append(std + epsilon, 1.0)[index])
     mixed = mixed_groups(rewards, index, mask, num_prompts)
     return jnp.where(jnp.append(mixed, False)[index], jnp.clip(advantages, -clip, clip), 0.0)
+
+
+def weigh_prompts_alike(
+    advantages: jax.Array, lengths: jax.Array, prompt_index: jax.Array, mask: jax.Array, num_prompts: int
+) -> jax.Array:
+    """Advantages with which every prompt has the same share of a loss that is averaged over all tokens.
+
+        A_j (tokens of the step / M) / (tokens of j's prompt)
+
+    A mean over all tokens gives a prompt the more weight the more rollouts it has, so that a budget changes what is
+    maximised. With these weights it is the mean over prompts of each one's own token mean, whatever the
+    counts: a budget then decides how well a prompt's gradient is known, and not how much it counts.
+
+    Args:
+        advantages: [R] float32.
+        lengths: [R] int32, response tokens.
+        prompt_index: [R] int32 in [0, M), any value on padding rows.
+        mask: [R] bool, False on padding rows.
+        num_prompts: M, static; prompts without a token take no share.
+
+    Returns:
+        [R] float32, 0 on padding rows.
+
+    >>> weigh_prompts_alike(jnp.ones(3), jnp.array([5, 5, 5]), jnp.array([0, 0, 1]), jnp.ones(3, bool), 2).tolist()
+    [0.75, 0.75, 1.5]
+    """
+    index = jnp.where(mask, prompt_index, num_prompts)
+    tokens = segment_sum(jnp.where(mask, lengths, 0).astype(jnp.float32), index, num_prompts)
+    share = divide(tokens.sum(), (tokens > 0).sum())
+    return jnp.where(mask, advantages * jnp.append(divide(share, tokens), 0.0)[index], 0.0)
