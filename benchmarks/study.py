@@ -5,10 +5,8 @@
 The same command goes on where it was cut off, elsewhere too: what is done is in docs/study/{task}.jsonl.
 
 Each setting's learning rate is the one with the best mean final accuracy on the tuning seeds, from a grid that is
-extended until the best is not at its end. The rate is constant, or falls to 0 over the run, which is a part of the
-grid for the three settings that the claim is about (uniform budgets, twice as many of them, and the
-knapsack). All other settings take the schedule that uniform budgets chose: the choice is the baseline's, so that
-no rule owes it a win, and each rule still finds its own rate.
+extended until the best is not at its end. Rates are constant: where they fall to 0, all runs stop rising when the
+schedule says so, and not when they have learnt what their rollouts can teach them.
 
 Differences are paired by seed, which decides the task, the warm start, the prompts of each step and the held-out
 prompts. Rollouts to reach the baseline are counted to when the interpolated curve first touches the
@@ -40,6 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "knapsack_groups": {RULE: "knapsack", PRIOR: "groups", "alloc.prior_field": "operator"},
     "knapsack_features": {RULE: "knapsack", PRIOR: "features"},
     "vip_features": {RULE: "vip", PRIOR: "features"},
+    "vip_process": {RULE: "vip", PRIOR: "gaussian_process"},  # as published: its own predictor, on the same features
     "two_round": {RULE: "two_round", PRIOR: "features"},
     "skip": {RULE: "skip", PRIOR: "shared"},
     "variance_shared": {RULE: "variance", PRIOR: "shared"},
@@ -49,12 +48,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # A knapsack that is told the rates would bound what any belief can win; train.py has no such rule yet.
 }
 RATES, EXTENSIONS = (3e-4, 6e-4, 1.2e-3, 2.4e-3), 2
-SCHEDULES = ("constant", "falling")
 TUNING_SEEDS = (0, 1, 2)
 DRAWN = {BASE: "#7f7f7f", DOUBLE: "#2f2f2f", "knapsack_paper": "#edae49", "vip_features": "#d1495b", MAIN: "#00798c"}
 
-Choice = tuple[float, str]  # learning rate and schedule
-MakeJob = Callable[[str, Choice, int], Job]  # (setting, choice, seed)
+MakeJob = Callable[[str, float, int], Job]  # (setting, learning rate, seed)
 
 
 def main():
@@ -64,7 +61,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs=2, default=(100, 111), metavar=("FIRST", "LAST"))
     options, changes = runs.parse(parser)
     options.results = options.results or pathlib.Path(f"docs/study/{options.task}.jsonl")
-    make = functools.partial(make_job, options.task, runs.read_config(options.task, changes), changes)
+    make = functools.partial(make_job, options.task, changes)
     names = [name for name in SETTINGS if options.only is None or name in (BASE, *options.only)]
     seeds = range(options.seeds[0], options.seeds[1] + 1)
 
@@ -74,8 +71,8 @@ def main():
 
     rows = runs.read_results(options.results)
     found: dict[str, dict[int, dict]] = {name: {} for name in SETTINGS}
-    for name, choice in chosen.items():
-        jobs = {seed: make(name, choice, seed).key() for seed in seeds} if choice else {}
+    for name, rate in chosen.items():
+        jobs = {seed: make(name, rate, seed).key() for seed in seeds} if rate else {}
         found[name] = {seed: rows[key] for seed, key in jobs.items() if key in rows}
     text = "\n\n".join([results_table(found, chosen), cost_table(found), transitions(found, BASE), transitions(found, MAIN)])  # fmt: skip
     print(text)
@@ -86,13 +83,9 @@ def main():
 # ---------------------------------------------------------------- tuning
 
 
-def make_job(task: str, config: dict, changes: dict, name: str, choice: Choice, seed: int) -> Job:
-    """The run of a setting with a learning rate and a schedule."""
-    updates = int(config["steps"]) * int(config["optim.updates_per_step"]) - int(config["optim.warmup_steps"])
-    rate, schedule = choice
-    decay = {"constant": 0, "falling": updates}[schedule]
-    own = {"optim.learning_rate": rate, "optim.decay_steps": decay, "seed": seed}
-    return Job(task, name, changes | SETTINGS[name] | own)
+def make_job(task: str, changes: dict, name: str, rate: float, seed: int) -> Job:
+    """The run of a setting with a learning rate."""
+    return Job(task, name, changes | SETTINGS[name] | {"optim.learning_rate": rate, "seed": seed})
 
 
 def rate_grid(score: Callable[[float], float | None]) -> list[float]:
@@ -115,39 +108,29 @@ def rate_grid(score: Callable[[float], float | None]) -> list[float]:
     return rates
 
 
-def grid(name: str, make: MakeJob, rows: dict[str, dict]) -> dict[Choice, float | None]:
-    """The choices of a setting and their mean final accuracies on the tuning seeds, None where seeds are missing."""
+def grid(name: str, make: MakeJob, rows: dict[str, dict]) -> dict[float, float | None]:
+    """The learning rates of a setting and their mean final accuracies on the tuning seeds, None where seeds are missing."""
 
-    def score(schedule: str, rate: float) -> float | None:
-        got = [rows.get(make(name, (rate, schedule), seed).key()) for seed in TUNING_SEEDS]
+    def score(rate: float) -> float | None:
+        got = [rows.get(make(name, rate, seed).key()) for seed in TUNING_SEEDS]
         return statistics.mean(row["accuracy"] for row in got if row) if all(got) else None
 
-    if name in (BASE, DOUBLE, MAIN):
-        schedules: Sequence[str] = SCHEDULES
-    else:
-        theirs = choose(BASE, make, rows)
-        schedules = [theirs[1]] if theirs else []
-    scores = {schedule: functools.cache(functools.partial(score, schedule)) for schedule in schedules}
-    return {(rate, schedule): f(rate) for schedule, f in scores.items() for rate in rate_grid(f)}
+    return {rate: score(rate) for rate in rate_grid(score)}
 
 
-def choose(name: str, make: MakeJob, rows: dict[str, dict]) -> Choice | None:
-    """The best choice that is known, None if none is."""
-    known = {choice: score for choice, score in grid(name, make, rows).items() if score is not None}
-    return max(known, key=lambda choice: known[choice]) if known else None
+def choose(name: str, make: MakeJob, rows: dict[str, dict]) -> float | None:
+    """The best learning rate that is known, None if none is."""
+    known = {rate: score for rate, score in grid(name, make, rows).items() if score is not None}
+    return max(known, key=lambda rate: known[rate]) if known else None
 
 
 def tune(names: Sequence[str], make: MakeJob, options: argparse.Namespace) -> None:
-    """Run the grids; first of the settings that choose a schedule, then of those that take the baseline's."""
-    first = [name for name in names if name in (BASE, DOUBLE, MAIN)]
-    for wave in (first, [name for name in names if name not in first]):
-        added = True
-        while added:  # until no grid grows
-            rows = runs.read_results(options.results)
-            tried = [(name, choice) for name in wave for choice in grid(name, make, rows)]
-            added = (
-                runs.run_all([make(name, choice, seed) for seed in TUNING_SEEDS for name, choice in tried], options) > 0
-            )
+    """Run the grids until none grows."""
+    added = True
+    while added:
+        rows = runs.read_results(options.results)
+        tried = [(name, rate) for name in names for rate in grid(name, make, rows)]
+        added = runs.run_all([make(name, rate, seed) for seed in TUNING_SEEDS for name, rate in tried], options) > 0
 
 
 # ---------------------------------------------------------------- tables and figure
@@ -161,7 +144,7 @@ def paired(found: Found, name: str, key: str) -> runs.Interval:
     return runs.interval([mine[seed][key] - base[seed][key] for seed in mine if seed in base])
 
 
-def results_table(found: Found, chosen: dict[str, Choice | None]) -> str:
+def results_table(found: Found, chosen: dict[str, float | None]) -> str:
     """Accuracy, effective share and found operators of every setting."""
     less = f"less {BASE} (95%)"
     lines = [
@@ -169,8 +152,7 @@ def results_table(found: Found, chosen: dict[str, Choice | None]) -> str:
         "|---" * 10 + "|",
     ]
     for name, rows in found.items():
-        choice = chosen[name]
-        rate = f"{choice[0]:g}, {choice[1]}" if choice else ""
+        rate = f"{chosen[name]:g}" if chosen[name] else ""
         means = [_mean(rows, key) for key in ("accuracy", "effective", "effective_first_pass", "found", "dead")]
         gains = [_signed(paired(found, name, key)) for key in ("accuracy", "effective")]
         lines.append(_line(name, rate, len(rows), means[0], gains[0], means[1], gains[1], *means[2:]))

@@ -182,7 +182,7 @@ def test_no_run_starts_when_time_is_up(options):
     assert started(options) == []
 
 
-def test_the_study_tunes_with_the_baselines_schedule_and_resumes(options, monkeypatch, capsys):
+def test_the_study_tunes_and_resumes(options, monkeypatch, capsys):
     """With TRAIN accuracy is the learning rate, so that every grid grows twice."""
     monkeypatch.setattr(study, "RATES", (0.1, 0.2))
     monkeypatch.setattr(study, "TUNING_SEEDS", (0,))
@@ -191,10 +191,10 @@ def test_the_study_tunes_with_the_baselines_schedule_and_resumes(options, monkey
     command = f"study --out {options.out} --results {options.results} --only {study.MAIN} skip --seeds 5 6 --jobs 2"
     monkeypatch.setattr("sys.argv", command.split())
     study.main()
-    # Rates 0.1 to 0.8: two schedules for two settings, one for the third; then two seeds each.
-    assert len(runs.read_results(options.results)) == 4 * 5 + 2 * 3
+    # Rates 0.1 to 0.8 of three settings; then two seeds each.
+    assert len(runs.read_results(options.results)) == 4 * 3 + 2 * 3
     shown = capsys.readouterr().out
-    assert f"| {study.MAIN} | 0.8, constant | 2 | 0.800 | +0.000 (+0.000 to +0.000) |" in shown
+    assert f"| {study.MAIN} | 0.8 | 2 | 0.800 | +0.000 (+0.000 to +0.000) |" in shown
     before = len(started(options))
     study.main()
     assert len(started(options)) == before
