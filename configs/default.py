@@ -141,7 +141,7 @@ def _add_policy(config: ConfigDict) -> None:
     config.loss = ConfigDict()
     config.loss.scale_by_std = True  # divide advantages by the group's standard deviation
     config.loss.advantage_clip = 0.0  # largest size of an advantage, 0 for no bound
-    config.loss.average = "prompts"  # the loss is the mean over "tokens", or over "prompts" of each one's token mean
+    config.loss.average = "prompts"  # surrogate: mean over "tokens", or over "prompts" of each one's token mean
     config.loss.clip_low = 0.2  # how far the probability ratio may fall below 1
     config.loss.clip_high = 0.28  # and rise above 1
     config.loss.dual_clip = 10.0  # bound on the ratio of rollouts with a negative advantage

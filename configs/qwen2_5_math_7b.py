@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
     config.mesh.shape = (8,)
     config.mesh.axis_names = ("fsdp",)
 
+    config.loss.average = "tokens"  # as published
     config.loss.advantage_clip = 5.0
     config.loss.importance_cap = 2.0
     config.optim.learning_rate = 1e-6

@@ -8,6 +8,7 @@ from scipy.special import betaln, expit, logit
 
 from krl.budget import prior as priors
 from krl.budget.belief import init_belief, take, update
+from krl.sharding import make_mesh
 
 
 def known(num_prompts, alpha=0.5, beta=0.5, successes=0.0, failures=0.0):
@@ -210,6 +211,42 @@ def test_a_field_is_a_feature_and_rare_ones_are_cut_first():
         np.array([[1, 2], [1, 2], [1, 3]]), np.ones((3, 2), bool), {"s": "aab"}, width=512, most=2
     )
     assert most.shape == (3, 2)
+
+
+@pytest.mark.parametrize("source", sorted(priors.PRIORS))
+def test_eight_devices_learn_what_one_learns(source):
+    features, wins, outcomes = drawn()
+    features = features[:, :1] if source == "groups" else features
+    prior, belief = priors.init_prior(source, 32), known(40, 0.6, 1.4)
+    arguments = (belief, jnp.asarray(features), *rollouts(wins, outcomes))
+    mesh = make_mesh((8,), ("data",))
+    whole, rows = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in ((), ("data",)))
+    spread = [jax.device_put(prior, whole)]
+    for leaf in jax.tree.leaves(arguments):
+        splits = leaf.ndim and leaf.shape[0] % 8 == 0
+        spread.append(jax.device_put(leaf, rows if splits else whole))
+    placed = jax.tree.unflatten(jax.tree.structure((prior, *arguments)), jax.tree.leaves(spread))
+    for alone, shared in zip(
+        jax.tree.leaves(jax.jit(priors.learn_prior)(prior, *arguments)),
+        jax.tree.leaves(jax.jit(priors.learn_prior)(*placed)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(shared, alone, rtol=2e-4, atol=2e-4)
+
+
+def test_candidates_that_never_see_two_rates_stay_finite():
+    """Prompts that always or never succeed push weights outwards without end; steps are bounded, so nothing overflows."""
+    features = jnp.arange(40)[:, None] % 4 + jnp.array([0, 10])
+    wins, outcomes = np.where(np.arange(40) % 4 < 2, 60, 0), np.full(40, 60)
+    prior = priors.init_prior("features", 32)
+    learn = jax.jit(priors.learn_prior)
+    for _ in range(30):
+        prior = learn(prior, known(40, 1.0, 1.0), features, *rollouts(wins, outcomes))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(prior))
+    told = priors.inform(prior, known(40, 1.0, 1.0), features)
+    rate = told.prior_alpha / (told.prior_alpha + told.prior_beta)
+    assert (rate[:2] > 0.95).all()
+    assert (rate[2:4] < 0.05).all()
 
 
 def test_unknown_sources_and_empty_priors_are_refused():

@@ -230,7 +230,9 @@ def _learn_features(evidence, spread, memory, features, centre, wins, outcomes):
         slope = _add_up(wins - outcomes * rate, features, len(weights)) - precision * (weights - before)
         hessian = lambda v: precision * v + _add_up(curvature * _look_up(v, features), features, len(v))  # noqa: E731
         diagonal = precision + _add_up(curvature, features, len(weights))
-        change, _ = jax.scipy.sparse.linalg.cg(hessian, slope, tol=0.0, maxiter=SOLVER_STEPS, M=lambda v: v / diagonal)
+        change, _ = jax.scipy.sparse.linalg.cg(
+            hessian, slope, tol=1e-5, atol=1e-6, maxiter=SOLVER_STEPS, M=lambda v: v / diagonal
+        )
         # Where rates are near 0 or 1 the curvature says nothing of the way to other rates.
         furthest = jnp.abs(_look_up(change, features)).max(initial=0.0)
         return weights + change * jnp.minimum(1.0, LONGEST_MOVE / jnp.maximum(furthest, 1e-6))
