@@ -1,8 +1,8 @@
 """How often the warm-started policy solves the training prompts of each rung, before any reinforcement.
 
-    python -m benchmarks.ladder --sft runs/demo/sft [--samples 256]
+    python -m benchmarks.ladder --sft runs/ladder/sft [--samples 256]
 
-Reads the warm start that `make demo` cached, or makes it. docs/results.md quotes the table.
+Reads the warm start that a run cached with --config.sft.dir, or makes it. docs/results.md quotes the table.
 """
 
 import argparse
@@ -32,7 +32,7 @@ AT_ONCE = 16  # prompts a call
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sft", default="runs/demo/sft")
+    parser.add_argument("--sft", default="runs/ladder/sft")
     parser.add_argument("--samples", type=int, default=256)
     options = parser.parse_args()
     logging.set_verbosity(logging.WARNING)

@@ -56,7 +56,7 @@ def main():
 
     for workdir in options.logged:
         config = json.loads((workdir / "config.json").read_text())
-        rates = budget.logged_rates(read_rows(workdir / "groups.jsonl"), config["arithmetic.num_train"])
+        rates = budget.logged_rates(read_rows(workdir / "groups.jsonl"), config[f"{config['data.source']}.num_train"])
         for discounts in (None, (0.9, 0.9), (0.9, 0.25)):
             print(f"\nRates of {workdir.name}, discounts {discounts or 'fitted'}\n")
             compare(jnp.tile(rates, (options.seeds, 1, 1)), keys, discounts=discounts)
