@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 RUNS ?= runs/demo
 TRAIN = JAX_COMPILATION_CACHE_DIR=$(RUNS)/compiled $(VENV)/bin/python train.py \
-  --config configs/operators.py --config.sft.dir=$(RUNS)/sft
+  --config configs/operators.py --config.eval.samples=8 --config.sft.dir=$(RUNS)/sft
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test check clean

@@ -74,7 +74,10 @@ def main():
     for name, rate in chosen.items():
         jobs = {seed: make(name, rate, seed).key() for seed in seeds} if rate else {}
         found[name] = {seed: rows[key] for seed, key in jobs.items() if key in rows}
+    waiting = [name for name in SETTINGS if not found[name]]
+    found = {name: rows for name, rows in found.items() if rows or name in (BASE, MAIN)}
     text = "\n\n".join([results_table(found, chosen), cost_table(found), transitions(found, BASE), transitions(found, MAIN)])  # fmt: skip
+    text += f"\n\nnot run yet: {', '.join(waiting)}" if waiting else ""
     print(text)
     (options.out / "tables.md").write_text(text + "\n")
     draw(found, options.out / "study.png")
@@ -216,7 +219,7 @@ def draw(found: Found, file: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
-    curves = {name: np.array([row["curve"] for row in found[name].values()]) for name in DRAWN if found[name]}
+    curves = {name: np.array([row["curve"] for row in found[name].values()]) for name in DRAWN if found.get(name)}
     for name in sorted(curves, key=lambda name: -curves[name][:, -1, runs.ACCURACY].mean()):
         spent, accuracy = curves[name][0, :, runs.ROLLOUTS] / 1000, curves[name][:, :, runs.ACCURACY]
         mean, error = accuracy.mean(axis=0), accuracy.std(axis=0, ddof=len(accuracy) > 1) / len(accuracy) ** 0.5
