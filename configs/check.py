@@ -1,6 +1,6 @@
 """Refuses a wrong configuration before anything is loaded or compiled, in one line with the fix."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ml_collections import ConfigDict
 
@@ -49,17 +49,9 @@ def check(
     for key in _FRACTIONS:
         need(0 <= flatten(config)[key] <= 1, key, "between 0 and 1")
     need(alloc.rule in rules, "alloc.rule", f"one of {sorted(rules)}")
-    embedded = ("arithmetic", "operators")
     need(alloc.prior in ("shared", *priors), "alloc.prior", f"one of {['shared', *sorted(priors)]}")
     need(
         alloc.prior != "groups" or bool(alloc.prior_field), "alloc.prior_field", "the field that names a prompt's group"
-    )
-    need(config.data.source in (*embedded, "dataset"), "data.source", "'arithmetic', 'operators' or 'dataset'")
-    template = config.data.template
-    need(
-        template in templates or "{prompt}" in template,
-        "data.template",
-        f"one of {sorted(templates)} or a text with {{prompt}} in it",
     )
     need(0 < config.eval.top_p <= 1, "eval.top_p", "above 0 and at most 1")
     sft = config.sft
@@ -89,6 +81,21 @@ def check(
         rows *= size if name in ("data", "fsdp") else 1
     for key in ("alloc.budget", "optim.micro_batch") + (("sft.batch_size",) if sft.steps else ()):
         need(flatten(config)[key] % rows == 0, key, f"a multiple of the {rows} devices that split rows in mesh.shape")
+    _check_data(config, need, templates=templates, sources=sources)
+
+
+def _check_data(
+    config: ConfigDict, need: Callable[[bool, str, str], None], *, templates: Iterable[str], sources: Iterable[str]
+) -> None:
+    """The part about where prompts come from; `need` refuses."""
+    embedded = ("arithmetic", "operators")
+    need(config.data.source in (*embedded, "dataset"), "data.source", "'arithmetic', 'operators' or 'dataset'")
+    template = config.data.template
+    need(
+        template in templates or "{prompt}" in template,
+        "data.template",
+        f"one of {sorted(templates)} or a text with {{prompt}} in it",
+    )
     need(
         config.operators.num_operators <= 2704,
         "operators.num_operators",
@@ -96,6 +103,7 @@ def check(
     )
     if config.data.source in embedded:
         key = f"{config.data.source}.num_train"
+        prompts = config.prompts_per_step
         need(flatten(config)[key] >= prompts, key, f"at least prompts_per_step={prompts}")
     elif config.data.name in sources:
         for key in ("data.subset", "data.prompt_field", "data.answer_field", "data.completion_field"):
