@@ -77,8 +77,7 @@ def sources(logged: Logged, field: str, width: int):
 
 def replay(logged: Logged, source: str, features: np.ndarray, width: int):
     """Nats of every visit, whether it was the prompt's first ([visits] each), and the prior at the end."""
-    config_belief = budget.init_belief(len(logged.tokens))
-    belief, prior = config_belief, budget.init_prior(source, width)
+    belief, prior = budget.init_belief(len(logged.tokens)), budget.init_prior(source, width)
     scores, first = [], []
     for number, row in enumerate(logged.rows):
         counts, wins = np.array(row["counts"]), np.array(row["successes"], np.float32)

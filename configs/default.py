@@ -18,10 +18,11 @@ def get_config() -> ConfigDict:
     config.alloc.n_min = 2  # fewest rollouts of a prompt
     config.alloc.n_max = 128  # most rollouts of a prompt
     # What a prompt's success rate is likely to be before it is sampled: "shared" (one prior for all prompts),
-    # "groups" (by a field of the data), or "features" (by pieces of its text and all of data.fields).
+    # "groups" (by a field of the data), "features" (by pieces of its text and all of data.fields), or
+    # "gaussian_process" (by the same features, as the rule "vip" was published).
     config.alloc.prior = "features"
     config.alloc.prior_field = ""  # the field of "groups", such as "subject"
-    config.alloc.prior_width = 4096  # to how many features those of "features" are hashed
+    config.alloc.prior_width = 4096  # to how many features the pieces and fields are hashed
     config.alloc.discount = 0.9  # what is left of the evidence about a prompt after an even group, 0 to 1
     config.alloc.discount_mixed = 0.25  # and after a mixed group, which changes the policy on that prompt
     config.alloc.fit_discounts = False  # let both follow the likelihood of new outcomes

@@ -5,6 +5,10 @@ import collections
 import numpy as np
 import pytest
 
+from configs import operators
+from krl import budget
+from krl.run.setup import find_features
+from krl.tasks import EncodedTasks
 from krl.tasks.operators import FUNCTIONS, GOOD_SHARE, LETTERS, POOR_SHARES, make_operators, operator_meanings
 from tests.command_line import rows, run
 
@@ -92,3 +96,16 @@ def test_the_config_trains(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "12 training prompts (0 too long)" in done.stdout
     assert [row["step"] for row in rows(tmp_path / "work")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("source", sorted(budget.PRIORS))
+def test_every_prior_finds_its_features(source):
+    config = operators.get_config()
+    config.alloc.prior, config.alloc.prior_field = source, "operator"
+    tasks = make_operators({"warm": 0, "train": 60, "test": 0}, seed=0)["train"]
+    tokens = np.array([[ord(character) for character in prompt] for prompt in tasks.prompts], np.int32)
+    encoded = EncodedTasks(tokens, np.ones(tokens.shape, bool), tasks, 0)
+    features, number = find_features(config, encoded)
+    assert features.shape[0] == 60
+    assert 0 < len(np.unique(features)) <= number + 1
+    assert budget.init_prior(source, number).source == source

@@ -182,10 +182,9 @@ def log_gains_beta(
 
         E[g(n)] = [B(a+n, b+3) + B(a+1, b+n+2)] / B(a, b).
 
-    Prompts never seen, always failed
-    and always solved need no special case: 0 of 2 and 0 of 200 are different beliefs. The ratios of Beta
-    functions are products of plain fractions, so no Gamma function is evaluated: it would lose its digits
-    for strong beliefs.
+    Prompts never seen, always failed and always solved need no special case: 0 of 2 and 0 of 200 are different
+    beliefs. The ratios of Beta functions are products of plain fractions, so no Gamma function is evaluated: it
+    would lose its digits for strong beliefs.
 
     Args:
         alpha, beta: [M] float > 0, the parameters of each prompt's belief.

@@ -142,7 +142,7 @@ def encode(config: ConfigDict, tokenizer: Tokenizer, tasks: TaskSet, *, limit: i
 def find_features(config: ConfigDict, tasks: EncodedTasks) -> tuple[np.ndarray, int]:
     """What the prior goes by: features [D, F] int32 of the training prompts, and how many different ones."""
     fields, name = tasks.tasks.fields, config.alloc.prior_field
-    if config.alloc.prior == "features":
+    if config.alloc.prior in ("features", "gaussian_process"):
         width = config.alloc.prior_width
         return budget.hash_features(tasks.tokens, tasks.mask, fields, width=width), width
     if config.alloc.prior == "groups":
