@@ -26,10 +26,10 @@ import numpy as np
 from scipy import stats
 
 from configs.check import flatten
+from krl.run.history import found, read_run, spent_to_reach, transitions
 from krl.run.metrics import format_seconds, read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
-KINDS = ("never", "rarely", "sometimes", "mostly", "always")  # solved: 0, <= 1/4, <= 3/4, < 1, 1 of the samples
 WARM = {"steps": 0, "eval.every": 0, "alloc.rule": "uniform", "alloc.prior": "shared"}  # a run of the warm start alone
 ROLLOUTS, TOKENS, SECONDS, ACCURACY = range(4)  # columns of a row's curve
 
@@ -73,17 +73,11 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, error, mean - half, mean + half, n)
 
 
-def spent_to_reach(row: dict, level: float, column: int = ROLLOUTS) -> float:
+def spent_by(row: dict, level: float, column: int = ROLLOUTS) -> float:
     """What a run had spent when its accuracy first reached a level, interpolated; infinite if it never did."""
     curve = np.array(row["curve"], float)
-    reached = curve[:, ACCURACY] >= level
-    if not reached.any():
-        return float("inf")
-    i = int(reached.argmax())
-    if i == 0:
-        return float(curve[0, column])
-    part = (level - curve[i - 1, ACCURACY]) / (curve[i, ACCURACY] - curve[i - 1, ACCURACY])
-    return float(curve[i - 1, column] + part * (curve[i, column] - curve[i - 1, column]))
+    spent = spent_to_reach(curve[:, column], curve[:, ACCURACY], level)
+    return float("inf") if spent is None else spent
 
 
 # ---------------------------------------------------------------- from a work directory to a row
@@ -130,23 +124,21 @@ def row_of(workdir: pathlib.Path) -> dict:
 
 
 def read_held_out(workdir: pathlib.Path) -> dict:
-    """Which held-out prompts became solved: shares of a field's values, and 5x5 counts from first to last kind.
+    """Which held-out prompts became solved: counts from first to last state, and shares of a field's values.
 
-    "found" is the share of values, such as operators, solved in more than half of the samples at the end, "dead" that
-    of values solved in less than 5%. {} without evaluations, no shares without a field.
+    "found" is as `krl.run.history.found` defines it, "dead" the share of the first field's values, such as
+    operators, that are solved in less than 5% of the samples at the end. {} without evaluations, no shares without a field.
     """
-    evaluations = read_rows(workdir / "evaluations.jsonl")
-    if not evaluations:
+    run = read_run(workdir)
+    counts = transitions(run)
+    if counts is None:
         return {}
-    first, last = (np.array(row["solved"]) / row["samples"] for row in (evaluations[0], evaluations[-1]))
-    kinds = [np.searchsorted([0, 0.25, 0.75, 1 - 1e-9], rates) for rates in (first, last)]
-    transitions = np.zeros((len(KINDS), len(KINDS)), int)
-    np.add.at(transitions, tuple(kinds), 1)
-    result: dict[str, Any] = {"transitions": transitions.tolist()}
-    for values in json.loads((workdir / "held_out.json").read_text())["fields"].values():
+    result: dict[str, Any] = {"transitions": counts.tolist()}
+    for values in run["held_out"]["fields"].values():
         _, index = np.unique(values, return_inverse=True)
-        rates = np.bincount(index, last) / np.bincount(index)
-        result |= {"found": round(float((rates > 0.5).mean()), 4), "dead": round(float((rates < 0.05).mean()), 4)}
+        last = run["evaluations"][-1]
+        rates = np.bincount(index, np.array(last["solved"]) / last["samples"]) / np.bincount(index)
+        result |= {"found": round(found(run), 4), "dead": round(float((rates < 0.05).mean()), 4)}
         break  # the first field
     return result
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks import runs
 from benchmarks.runs import Job
+from krl.run.history import STATES
 
 BASE, DOUBLE, MAIN = "uniform_256", "uniform_512", "knapsack_features"
 RULE, PRIOR = "alloc.rule", "alloc.prior"
@@ -172,7 +173,7 @@ def cost_table(found: Found) -> str:
     for name, rows in found.items():
         pairs = [(row, found[BASE][seed]) for seed, row in rows.items() if seed in found[BASE]]
         rollouts, tokens, seconds = (
-            [runs.spent_to_reach(row, base["accuracy"], column) / base["curve"][-1][column] for row, base in pairs]
+            [runs.spent_by(row, base["accuracy"], column) / base["curve"][-1][column] for row, base in pairs]
             for column in (runs.ROLLOUTS, runs.TOKENS, runs.SECONDS)
         )
         did = [share for share in rollouts if share < float("inf")]
@@ -185,13 +186,13 @@ def cost_table(found: Found) -> str:
 def transitions(found: Found, name: str) -> str:
     """Where held-out prompts went from the first evaluation to the last."""
     tables = [np.array(row["transitions"]) for row in found[name].values() if "transitions" in row]
-    counts = sum(tables, np.zeros((len(runs.KINDS), len(runs.KINDS))))
+    counts = sum(tables, np.zeros((len(STATES), len(STATES))))
     lines = [
         f"{name}, held-out prompts from the first evaluation (rows) to the last (columns), shares of a row:\n",
-        _line("solved", "prompts", *runs.KINDS),
+        _line("solved", "prompts", *STATES),
         "|---" * 7 + "|",
     ]
-    for kind, row in zip(runs.KINDS, counts, strict=True):
+    for kind, row in zip(STATES, counts, strict=True):
         lines.append(_line(kind, f"{row.sum():.0f}", *(f"{share:.3f}" for share in row / max(row.sum(), 1))))
     return "\n".join(lines)
 

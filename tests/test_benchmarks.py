@@ -114,10 +114,10 @@ def test_a_row_from_a_work_directory(tmp_path):
 
 def test_what_it_took_to_reach_a_level():
     row = {"curve": [[0, 0, 0, 0.1], [10, 40, 5, 0.3], [20, 60, 9, 0.2], [30, 80, 15, 0.6]]}
-    assert runs.spent_to_reach(row, 0.25) == pytest.approx(7.5)
-    assert runs.spent_to_reach(row, 0.4, runs.TOKENS) == pytest.approx(70)
-    assert runs.spent_to_reach(row, 0.1) == 0
-    assert runs.spent_to_reach(row, 0.7) == math.inf
+    assert runs.spent_by(row, 0.25) == pytest.approx(7.5)
+    assert runs.spent_by(row, 0.4, runs.TOKENS) == pytest.approx(70)
+    assert runs.spent_by(row, 0.1) == 0
+    assert runs.spent_by(row, 0.7) == math.inf
 
 
 def test_the_cost_table_counts_who_never_arrives():

@@ -70,14 +70,20 @@ def series(run: Run, name: str, over: str = "rollouts_total") -> tuple[np.ndarra
 
 def rollouts_to_reach(run: Run, accuracy: float) -> float | None:
     """Rollouts after which the run's evaluation accuracy reached a level, interpolated; None if never."""
-    spent, reached = series(run, "eval/accuracy")
-    for i in range(len(spent)):
-        if reached[i] >= accuracy:
-            if i == 0 or reached[i] == reached[i - 1]:
-                return float(spent[i])
-            part = (accuracy - reached[i - 1]) / (reached[i] - reached[i - 1])
-            return float(spent[i - 1] + part * (spent[i] - spent[i - 1]))
-    return None
+    return spent_to_reach(*series(run, "eval/accuracy"), accuracy)
+
+
+def spent_to_reach(spent: np.ndarray, reached: np.ndarray, level: float) -> float | None:
+    """What had been spent when a curve first reached a level, interpolated between its points; None if it never did.
+
+    >>> spent_to_reach(np.array([0.0, 10.0, 20.0]), np.array([0.0, 0.4, 0.2]), 0.3)
+    7.5
+    """
+    above = np.flatnonzero(reached >= level)
+    if not len(above):
+        return None
+    last = slice(max(above[0] - 1, 0), above[0] + 1)
+    return float(np.interp(level, reached[last], spent[last]))
 
 
 def summary(run: Run) -> dict[str, float]:
