@@ -48,7 +48,8 @@ def test_every_rule_spends_the_budget_within_its_bounds(rule):
 def test_vip_leaves_the_least_variance():
     rng = np.random.default_rng(1)
     for _ in range(20):
-        belief, total = random_belief(rng, 3), int(rng.integers(6, 22))
+        wins, total = jnp.asarray(40 * rng.beta(0.3, 0.3, 3), jnp.float32), int(rng.integers(6, 22))
+        belief = budget.init_belief(3).replace(successes=wins, failures=40 - wins)
         counts = np.asarray(budget.allocate("vip", belief, total, 2, 8)[0])
         rate = np.asarray(budget.mean(belief), np.float64)
 
