@@ -309,6 +309,7 @@ def spend_budget(
     """Choose the counts of M prompts by what is known of them, [M] each; sample and score their rollouts.
 
     A rule of PILOT_RULES first sees n_min rollouts of every prompt; its second round's samples go on from there.
+    Scouts come before either and are forgotten after the counts are chosen.
     """
     config, num_prompts = run.config, len(prompts.task_ids)
     tasks = run.tasks.tasks.take(np.asarray(prompts.task_ids).tolist())
@@ -320,12 +321,18 @@ def spend_budget(
         with clock.phase("verify"):
             return rollouts, *run.score(rollouts, tasks.prompts, tasks.answers)
 
+    def learn_from(known, rollouts, outcomes):
+        return budget.observe(known, jnp.arange(num_prompts), outcomes, rollouts.prompt_index, rollouts.mask)
+
+    scouts = config.alloc.scouts
+    if scouts:  # their samples are numbered after those that count
+        every = jnp.full_like(prompts.task_ids, scouts)
+        known = learn_from(known, *draw(every, num_rollouts=num_prompts * scouts, first_sample=config.alloc.n_max)[:2])
     pilot, rounds = 0, []
     if config.alloc.rule in budget.PILOT_RULES:
         pilot = config.alloc.n_min
         rounds.append(draw(jnp.full_like(prompts.task_ids, pilot), num_rollouts=num_prompts * pilot))
-        pilots, outcomes, _ = rounds[0]
-        known = budget.observe(known, jnp.arange(num_prompts), outcomes, pilots.prompt_index, pilots.mask)
+        known = learn_from(known, *rounds[0][:2])
     with clock.phase("budget"):
         counts, info = jax.block_until_ready(run.allocate(known, config.alloc.budget))
     left = config.alloc.budget - num_prompts * pilot

@@ -1,16 +1,22 @@
 """Which prior predicts best: replays the groups that runs logged, in seconds, without a model.
 
     python -m benchmarks.prior runs/demo/uniform runs/demo/knapsack [--field operator]
+    python -m benchmarks.prior --simulate gsm8k.jsonl
 
 Before every visit of a prompt, a prior says how likely each number of successes is (a beta-binomial, with the
 prompt's own discounted record); the first table is the mean logarithm of what it gave to the number that came, nats a
 visit, over all visits, over first visits and over later ones. Higher is better; 0 would be foresight. The second
-table is that of the features' candidates, each held fixed: memory, spread and strength. docs/results.md quotes both.
+table is that of the features' candidates, each held fixed: memory, spread and strength. docs/budget.md quotes both.
+
+--simulate takes the real prompts of a file in GSM8K's format, with success rates that are made up: the logit falls
+with the steps of the worked solution (which the prior does not see), scatters from prompt to prompt, and rises
+slowly from step to step. It shows what text can tell where it says little.
 """
 
 import argparse
 import json
 import pathlib
+import re
 from typing import NamedTuple
 
 import jax
@@ -23,6 +29,7 @@ from krl.budget import prior as priors
 from krl.policy.tokenizer import load_tokenizer
 from krl.run.metrics import read_rows
 from krl.run.setup import encode, load_task_sets
+from krl.tasks import load_named, step_task_ids
 
 
 class Logged(NamedTuple):
@@ -36,12 +43,17 @@ class Logged(NamedTuple):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workdirs", nargs="+", type=pathlib.Path)
+    parser.add_argument("workdirs", nargs="*", type=pathlib.Path)
+    parser.add_argument("--simulate", type=pathlib.Path, metavar="FILE", help="in GSM8K's format")
     parser.add_argument("--field", default="", help="the field that names a prompt's group; by default the first")
     parser.add_argument("--width", type=int, default=4096, help="to how many features those of a prompt are hashed")
     options = parser.parse_args()
-    for workdir in options.workdirs:
-        logged = read_logged(workdir)
+    runs = {workdir: read_logged(workdir) for workdir in options.workdirs}
+    if options.simulate:
+        runs[options.simulate] = simulate(options.simulate)
+    if not runs:
+        parser.error("name work directories of runs, or a file to --simulate")
+    for workdir, logged in runs.items():
         print(f"\n{workdir}: {len(logged.rows)} steps, {len(logged.tokens)} prompts\n")
         print("| prior | all visits | first visits | later visits |\n|---|---|---|---|")
         for name, source, features, width in sources(logged, options.field, options.width):
@@ -59,6 +71,24 @@ def read_logged(workdir: pathlib.Path) -> Logged:
     config.update_from_flattened_dict(json.loads((workdir / "config.json").read_text()))
     tasks = encode(config, load_tokenizer(workdir / "policy"), load_task_sets(config)["train"])
     return Logged(read_rows(workdir / "groups.jsonl"), tasks.tokens, tasks.mask, dict(tasks.tasks.fields))
+
+
+def simulate(file: pathlib.Path, *, steps: int = 300, prompts: int = 64, each: int = 8, seed: int = 0) -> Logged:
+    """Uniform groups of a run on the prompts of a file, with made-up success rates; words are its tokens."""
+    tasks, rng = load_named("gsm8k", split="train", path=str(file)), np.random.default_rng(seed)
+    words = [re.findall(r"\w+|\S", prompt.lower()) for prompt in tasks.prompts]
+    numbers = {word: number for number, word in enumerate(sorted({word for prompt in words for word in prompt}))}
+    longest = max(map(len, words))
+    tokens = np.array([[numbers[word] for word in prompt] + [0] * (longest - len(prompt)) for prompt in words])
+    mask = np.arange(longest) < np.array([len(prompt) for prompt in words])[:, None]
+    lines = np.array([completion.count("\n") for completion in tasks.completions])
+    logits = -1.0 * (lines - lines.mean()) + rng.normal(0, 1, len(lines))
+    rows = []
+    for step in range(steps):
+        ids = step_task_ids(len(tasks), prompts, step, seed=seed)
+        wins = rng.binomial(each, 1 / (1 + np.exp(-logits[ids] - 0.005 * step)))
+        rows.append({"task_ids": ids, "counts": [each] * prompts, "successes": wins})
+    return Logged(rows, tokens, mask, {})
 
 
 def sources(logged: Logged, field: str, width: int):
@@ -115,15 +145,11 @@ def step(belief, prior, features, ids, rewards, index, counts, wins, number):
 
 def print_candidates(prior: budget.Prior) -> None:
     """The late scores of each candidate of the features, less that of the common prior; nats a visit, weighted late."""
-    print(
-        "\n| memory | spread | of runs | "
-        + " | ".join(f"strength {strength:g}" for strength in priors.STRENGTHS)
-        + " |"
-    )
-    print("|---|---|---|" + "---|" * len(priors.STRENGTHS))
+    print("\n| memory | spread | " + " | ".join(f"strength {strength:g}" for strength in priors.STRENGTHS) + " |")
+    print("|---|---|" + "---|" * len(priors.STRENGTHS))
     gains = np.asarray(prior.scores - prior.shared_score) * (1 - priors.SCORE_MEMORY)
-    for (memory, spread, share), row in zip(priors.CANDIDATES, gains, strict=True):
-        print(f"| {memory} | {spread} | {spread * share:g} | " + " | ".join(f"{gain:+.3f}" for gain in row) + " |")
+    for (memory, spread), row in zip(priors.CANDIDATES, gains, strict=True):
+        print(f"| {memory} | {spread} | " + " | ".join(f"{gain:+.3f}" for gain in row) + " |")
     print("(nats a step above the common prior, averaged over the late steps)")
 
 

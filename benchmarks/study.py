@@ -27,26 +27,28 @@ from benchmarks import runs
 from benchmarks.runs import Job
 from krl.run.history import STATES
 
-BASE, DOUBLE, MAIN = "uniform_256", "uniform_512", "knapsack_features"
-RULE, PRIOR = "alloc.rule", "alloc.prior"
+BASE, DOUBLE, MAIN = "uniform_256", "uniform_512", "knapsack_log_features"
+RULE, PRIOR, FIELD = "alloc.rule", "alloc.prior", "alloc.prior_field"
 SETTINGS: dict[str, dict[str, Any]] = {
     "uniform_128": {RULE: "uniform", PRIOR: "shared", "alloc.budget": 128},
     "uniform_256": {RULE: "uniform", PRIOR: "shared"},
     "uniform_512": {RULE: "uniform", PRIOR: "shared", "alloc.budget": 512},
     "uniform_1024": {RULE: "uniform", PRIOR: "shared", "alloc.budget": 1024},
-    "knapsack_paper": {RULE: "knapsack_paper", PRIOR: "shared"},
-    "knapsack_shared": {RULE: "knapsack", PRIOR: "shared"},
-    "knapsack_groups": {RULE: "knapsack", PRIOR: "groups", "alloc.prior_field": "operator"},
+    "knapsack_log_features": {RULE: "knapsack_log", PRIOR: "features"},
+    "knapsack_log_groups": {RULE: "knapsack_log", PRIOR: "groups", FIELD: "operator"},
+    "knapsack_log_shared": {RULE: "knapsack_log", PRIOR: "shared"},
     "knapsack_features": {RULE: "knapsack", PRIOR: "features"},
+    "knapsack_groups": {RULE: "knapsack", PRIOR: "groups", FIELD: "operator"},
+    "knapsack_shared": {RULE: "knapsack", PRIOR: "shared"},
+    "knapsack_paper": {RULE: "knapsack_paper", PRIOR: "shared"},
     "vip_features": {RULE: "vip", PRIOR: "features"},
     "vip_process": {RULE: "vip", PRIOR: "gaussian_process"},  # as published: its own predictor, on the same features
+    "variance_features": {RULE: "variance", PRIOR: "features"},
+    "variance_shared": {RULE: "variance", PRIOR: "shared"},
+    "inverse_sqrt_features": {RULE: "inverse_sqrt", PRIOR: "features"},
     "two_round": {RULE: "two_round", PRIOR: "features"},
     "skip": {RULE: "skip", PRIOR: "shared"},
-    "variance_shared": {RULE: "variance", PRIOR: "shared"},
-    "variance_features": {RULE: "variance", PRIOR: "features"},
-    "knapsack_log_groups": {RULE: "knapsack_log", PRIOR: "groups", "alloc.prior_field": "operator"},
-    "knapsack_log_features": {RULE: "knapsack_log", PRIOR: "features"},
-    # A knapsack that is told the rates would bound what any belief can win; train.py has no such rule yet.
+    "oracle": {RULE: "knapsack_log", PRIOR: "features", "alloc.scouts": 32},  # 1024 more rollouts a step, not counted
 }
 RATES, EXTENSIONS = (3e-4, 6e-4, 1.2e-3, 2.4e-3), 2
 TUNING_SEEDS = (0, 1, 2)

@@ -122,7 +122,7 @@ _AT_LEAST_ONE = (
     "sft.save_every", "verify.items_per_worker",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "steps", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
+    "seed", "steps", "alloc.scouts", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
     "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
     "eval.every", "eval.prompts", "eval.temperature", "loss.clip_high", "loss.advantage_clip", "loss.importance_cap",
     "loss.kl_coefficient", "verify.workers",

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config.steps = 400
     config.prompts_per_step = 32
     config.alloc.budget = 256
+    config.alloc.rule = "knapsack_log"  # rare successes are what this task is about
     config.data.max_prompt_tokens = 6  # a letter, four digits, "="
     config.sample.max_new_tokens = 5  # four digits and the end
     config.tokenizer.vocab_size = 68  # every character is a piece of its own

@@ -138,13 +138,13 @@ def test_bad_arguments_are_refused():
         budget.allocate("greedy", budget.init_belief(2), 8, 1, 8)
 
 
-@pytest.mark.parametrize("power", [0, 1])
+@pytest.mark.parametrize("powers", [(1, 2), (0, 1), (0, 2), (2, 0)])
 @pytest.mark.parametrize(("alpha", "beta"), [(0.5, 0.5), (0.1, 4.1), (3.0, 0.2), (20.0, 60.0)])
-def test_expected_gains_equal_numerical_integration(alpha, beta, power):
-    gains = np.exp(np.asarray(budget.log_gains_beta(jnp.array([alpha]), jnp.array([beta]), 2, 12, power=power)))[0]
+def test_expected_gains_equal_numerical_integration(alpha, beta, powers):
+    gains = np.exp(np.asarray(budget.log_gains_beta(jnp.array([alpha]), jnp.array([beta]), 2, 12, powers=powers)))[0]
 
     def gain(p, n):
-        return p**power * (1 - p) ** 2 * (p**n * (1 - p) + (1 - p) ** n * p)
+        return p ** powers[0] * (1 - p) ** powers[1] * (p**n * (1 - p) + (1 - p) ** n * p)
 
     for column, n in enumerate(range(2, 12)):
         expected, _ = integrate.quad(lambda p, n=n: gain(p, n) * stats.beta.pdf(p, alpha, beta), 0, 1, limit=200)

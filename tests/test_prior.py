@@ -53,7 +53,9 @@ def test_a_group_without_forgetting_is_the_conjugate_beta():
     np.testing.assert_allclose(unsure, [1 / 20, 1 / 10, 1 / 20, 1 / 4], rtol=1e-6)
 
 
-def test_the_regression_finds_the_mode_that_dense_newton_finds():
+def test_the_regression_finds_the_mode_that_dense_newton_finds(monkeypatch):
+    monkeypatch.setattr(priors, "NEWTON_STEPS", 6)
+    monkeypatch.setattr(priors, "SOLVER_STEPS", 6)
     features, wins, outcomes = drawn()
     width, memory, centre = 30, 0.9, 0.3
     spread = np.linspace(0.2, 0.8, width)
@@ -103,8 +105,8 @@ def test_scores_are_the_log_likelihood_of_outcomes_before_they_are_learnt_from()
     after = priors.learn_prior(prior, belief, jnp.asarray(features), *rollouts(wins, outcomes))
 
     x, s, f = dense(features, 30), np.asarray(belief.successes), np.asarray(belief.failures)
-    for c, (_, spread, share) in enumerate(priors.CANDIDATES):
-        spreads = spread * np.where(np.arange(30) < 15, 1, share)
+    for c, (_, spread) in enumerate(priors.CANDIDATES):
+        spreads = spread * np.where(np.arange(30) < 15, 1, priors.FURTHER_SHARE)
         for k, most in enumerate(priors.STRENGTHS):
             strength = 1 / (0.3 * 0.7 * x @ spreads + 1 / most)
             a, b = 0.3 * strength + s, 0.7 * strength + f
@@ -114,6 +116,26 @@ def test_scores_are_the_log_likelihood_of_outcomes_before_they_are_learnt_from()
     np.testing.assert_allclose(
         after.shared_score, (betaln(a + wins, b + outcomes - wins) - betaln(a, b)).sum(), rtol=1e-4
     )
+
+
+def test_few_steps_of_the_regression_come_close(monkeypatch):
+    """Evidence comes step after step, so what a step leaves unsolved the next ones solve."""
+    features, wins, outcomes = drawn()
+    source, spread = priors.PRIORS["features"], jnp.full(30, 1.0)
+
+    def weights():
+        evidence = source.start(spread)
+        for _ in range(4):
+            evidence = source.learn(
+                evidence, spread, 0.9, jnp.asarray(features), 0.3, jnp.asarray(wins), jnp.asarray(outcomes)
+            )
+        rates, _ = source.estimate(evidence, spread, jnp.asarray(features), 0.3)
+        return np.asarray(rates)
+
+    few = weights()
+    monkeypatch.setattr(priors, "NEWTON_STEPS", 20)
+    monkeypatch.setattr(priors, "SOLVER_STEPS", 20)
+    np.testing.assert_allclose(few, weights(), atol=0.05)
 
 
 @pytest.mark.parametrize("source", sorted(priors.PRIORS))

@@ -234,6 +234,18 @@ def test_other_rules_train(tmp_path, rule, total):
     assert groups[0]["belief"] != [0.5] * 4 if rule == "two_round" else groups[0]["belief"] == [0.5] * 4
 
 
+def test_scouts_tell_the_rates_and_are_not_counted(tmp_path):
+    changes = {"alloc.rule": "knapsack", "alloc.budget": 16, "alloc.scouts": 8, "optim.micro_batch": 2, "sft.steps": 2}
+    done = run(tmp_path / "work", **changes, steps=1)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "work")[-1]["rollouts_total"] == 16
+    (groups,) = rows(tmp_path / "work", "groups")
+    assert sum(groups["counts"]) == 16
+    # Eight outcomes each beside Jeffreys' prior: (successes + 1/2) / 9.
+    assert all((9 * rate - 0.5) % 1 == pytest.approx(0, abs=1e-4) for rate in groups["belief"])
+    assert groups["belief"] != [0.5] * 4
+
+
 def test_eval_measures_a_finished_run(finished):
     workdir, _ = finished
     done = run(workdir, script="eval.py")

@@ -31,14 +31,15 @@ def knapsack_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: in
 
 
 def knapsack_log_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
-    """The knapsack with progress measured in log p instead of p: a prompt's worth is (1-p)^2, not p (1-p)^2.
+    """The knapsack with progress measured in log p: a mixed group is worth 1 - p instead of p (1-p)^2.
 
-    Moving a prompt from 1% to 2% then counts as much as moving one from 20% to 40%: both halve the rollouts until
-    the next success. The paper's value spends little where successes are rare, so what a policy
-    seldom does right may be unlearnt before it is found.
+    An update that moves the logit of p by a little moves p by p (1-p) times as much and log p by 1 - p. So moving a
+    prompt from 1% to 2% counts as much as moving one from 20% to 40%: both halve the rollouts until the next
+    success. The paper's value spends little where successes are rare, so what a policy seldom does
+    right may be unlearnt before it is found.
     """
     alpha, beta = posterior(belief)
-    return _solve(log_gains_beta(alpha, beta, n_min, n_max, power=0), budget, n_min)
+    return _solve(log_gains_beta(alpha, beta, n_min, n_max, powers=(0, 1)), budget, n_min)
 
 
 def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:

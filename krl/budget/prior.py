@@ -31,11 +31,11 @@ from krl.budget.belief import Belief
 from krl.masked import divide, segment_sum
 
 MEMORIES = (0.8, 0.95)  # what is left of a source's evidence after a step
-SPREADS = (1.0, 10.0)  # variance of a feature's weight before anything is known of it, squared logits
-FURTHER_SPREADS = (1.0, 0.03)  # that of a run of several tokens, as a share: what it says beyond its tokens
+SPREADS = (0.03, 1.0, 10.0)  # variance of a feature's weight before anything is known of it, squared logits
+FURTHER_SHARE = 0.03  # of that variance for a run of several tokens: what it says beyond its tokens
 STRENGTHS = (2.0, 8.0, 32.0, 128.0)  # alpha + beta of a prompt's rate around what its features say
 SCORE_MEMORY = 0.98  # what is left of a candidate's score after a step
-NEWTON_STEPS, SOLVER_STEPS = 4, 4  # of the regression, and of the linear solver inside each
+NEWTON_STEPS, SOLVER_STEPS = 2, 2  # of the regression, and of the linear solver inside each
 LONGEST_MOVE = 2.0  # of a prompt's logit in one of the regression's steps
 
 
@@ -169,9 +169,8 @@ def _log_likelihood(belief: Belief, alpha, beta, wins, outcomes) -> jax.Array:
 
 def _spreads(width: int) -> jax.Array:
     """The spread of every feature under every candidate, [C, W] float32; see `hash_features` for the upper half."""
-    _, spreads, shares = jnp.array(CANDIDATES).T
     further = jnp.arange(width) >= width // 2
-    return spreads[:, None] * jnp.where(further, shares[:, None], 1.0)
+    return jnp.array(CANDIDATES)[:, 1:] * jnp.where(further, FURTHER_SHARE, 1.0)
 
 
 def _width(prior: Prior) -> int:
@@ -287,7 +286,7 @@ PRIORS: dict[str, Source] = {
     "features": Source(_start_features, _estimate_features, _learn_features),
     "gaussian_process": Source(_start_features, _estimate_process, _learn_process),
 }
-CANDIDATES = tuple(itertools.product(MEMORIES, SPREADS, FURTHER_SPREADS))
+CANDIDATES = tuple(itertools.product(MEMORIES, SPREADS))
 
 
 def hash_features(

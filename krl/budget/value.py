@@ -169,18 +169,22 @@ def log_gain(p: jax.Array, n: jax.Array) -> jax.Array:
 
 
 def log_gains_beta(
-    alpha: jax.Array, beta: jax.Array, n_min: Bound, n_max: Bound, *, columns: int | None = None, power: int = 1
+    alpha: jax.Array,
+    beta: jax.Array,
+    n_min: Bound,
+    n_max: Bound,
+    *,
+    columns: int | None = None,
+    powers: tuple[int, int] = (1, 2),
 ) -> jax.Array:
     """Logarithm of the expected gain of each further rollout when p ~ Beta(alpha, beta).
 
-    The expectation of p (1-p)^2 (p^n (1-p) + (1-p)^n p) has a closed form,
+    The expectation of p^i (1-p)^k (p^n (1-p) + (1-p)^n p) has a closed form,
 
-        E[g(n)] = [B(a+n+1, b+3) + B(a+2, b+n+2)] / B(a, b),
+        E[g(n)] = [B(a+i+n, b+k+1) + B(a+i+1, b+k+n)] / B(a, b),
 
-    and as a mixture of functions that fall in n it falls in n too. With power 0 progress is measured in log p
-    instead of p: an update that moves p by p (1-p)^2 moves log p by (1-p)^2, and
-
-        E[g(n)] = [B(a+n, b+3) + B(a+1, b+n+2)] / B(a, b).
+    and as a mixture of functions that fall in n it falls in n too. The paper's value is i = 1, k = 2. With i = 0 and
+    k = 1 progress is measured in log p: an update that moves the logit of p by 1 moves log p by 1 - p.
 
     Prompts never seen, always failed and always solved need no special case: 0 of 2 and 0 of 200 are different
     beliefs. The ratios of Beta functions are products of plain fractions, so no Gamma function is evaluated: it
@@ -189,7 +193,7 @@ def log_gains_beta(
     Args:
         alpha, beta: [M] float > 0, the parameters of each prompt's belief.
         n_min, n_max, columns: as for `log_gains`.
-        power: of p in p^power (1-p)^2, static, 1 or 0.
+        powers: i and k, static.
 
     Returns:
         [M, J] float32, finite; column j of row i is the gain of rollout n_min_i + j + 1.
@@ -201,14 +205,20 @@ def log_gains_beta(
     a, b = jnp.asarray(alpha, jnp.float32), jnp.asarray(beta, jnp.float32)
     if a.shape != b.shape:
         raise ValueError(f"alpha and beta must both have shape [M], got {a.shape} and {b.shape}")
-    total = sum(jnp.log(a + b + i) for i in range(3 + power))
-    won = sum(jnp.log(a + i) for i in range(power)) + sum(jnp.log(b + i) for i in range(3)) - total  # at n = 0
-    lost = sum(jnp.log(a + i) for i in range(power + 1)) + jnp.log(b) + jnp.log(b + 1) - total
+    i, k = powers
+
+    def log_rising(x, times):
+        """log of x (x+1) ... (x+times-1)."""
+        return sum((jnp.log(x + j) for j in range(times)), jnp.zeros_like(x))
+
+    total = log_rising(a + b, i + k + 1)
+    won = log_rising(a, i) + log_rising(b, k + 1) - total  # at n = 0
+    lost = log_rising(a, i + 1) + log_rising(b, k) - total
 
     def one_more(won, lost, n):
         """From n to n + 1 by B(x+1, y) = B(x, y) x / (x+y)."""
-        total = a + b + n + 3 + power
-        return won + jnp.log(divide(a + n + power, total)), lost + jnp.log(divide(b + n + 2, total))
+        total = a + b + n + i + k + 1
+        return won + jnp.log(divide(a + n + i, total)), lost + jnp.log(divide(b + n + k, total))
 
     def before_first(n, state):
         return tuple(
