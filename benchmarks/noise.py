@@ -145,20 +145,25 @@ def measure(run: Checkpoint, rule: str, budget_size: int, batches: int, target: 
             advantages = learn.weigh_prompts_alike(advantages, rollouts.lengths, *groups)
         found.append(np.asarray(gradient(run.parts.policy_config, run.params, prompts, rollouts, advantages, config.sample.temperature)))  # fmt: skip
     pairs = np.array(found, np.float64).reshape(batches, 2, -1)
-    means, power = pairs.mean(axis=1), (pairs**2).sum(axis=-1).mean()
+    split = split_noise(pairs, target)
+    noise = split["within"] + split["between"]
+    return split | {"effective": float(np.mean(effective)), "per rollout": split["signal"] / noise / budget_size}
+
+
+def split_noise(pairs: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    """Signal, noise and rise of gradients [batches, 2, parameters], two of each batch of prompts; none has a bias.
+
+    Args:
+        pairs: gradients of a loss.
+        target: [parameters], the gradient of the loss that should fall, from other rollouts.
+    """
+    batches, means = len(pairs), pairs.mean(axis=1)
     signal = ((means.sum(axis=0) ** 2).sum() - (means**2).sum()) / (batches * (batches - 1))
     within = ((pairs[:, 0] - pairs[:, 1]) ** 2).sum(axis=-1).mean() / 2
-    size = np.sqrt((pairs**2).mean(axis=(0, 1)))
-    rises = divide_or_zero(means, size) @ target  # both are gradients of losses
-    return {
-        "effective": np.mean(effective),
-        "signal": signal,
-        "within": within,
-        "between": power - signal - within,
-        "per rollout": signal / (power - signal) / budget_size,
-        "rise": rises.mean(),
-        "error": rises.std(ddof=1) / batches**0.5,
-    }
+    between = (pairs[:, 0] * pairs[:, 1]).sum(axis=-1).mean() - signal
+    rises = divide_or_zero(means, np.sqrt((pairs**2).mean(axis=(0, 1)))) @ target
+    error = rises.std(ddof=1) / batches**0.5
+    return {"signal": signal, "within": within, "between": between, "rise": rises.mean(), "error": error}
 
 
 def divide_or_zero(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -174,7 +179,11 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         "|---" * 8 + "|",
     ]
     for rule, row in rows.items():
-        shares = (row["per rollout"] / base["per rollout"], row["rise"] / base["rise"], row["error"] / base["rise"])
+        shares = (
+            row["per rollout"] / base["per rollout"],
+            row["rise"] / base["rise"],
+            abs(row["error"] / base["rise"]),
+        )
         lines.append(
             f"| {rule} | {row['effective']:.3f} | {row['signal']:.3g} | {row['within']:.3g} | {row['between']:.3g} | "
             + " | ".join(f"{share:.2f}" for share in shares)

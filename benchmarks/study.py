@@ -52,7 +52,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 RATES, EXTENSIONS = (3e-4, 6e-4, 1.2e-3, 2.4e-3), 2
 TUNING_SEEDS = (0, 1, 2)
-DRAWN = {BASE: "#7f7f7f", DOUBLE: "#2f2f2f", "knapsack_paper": "#edae49", "vip_features": "#d1495b", MAIN: "#00798c"}
+DRAWN = {
+    BASE: "#7f7f7f", DOUBLE: "#2f2f2f", "knapsack_paper": "#edae49", "vip_features": "#d1495b",
+    "knapsack_features": "#8d6fc0", MAIN: "#00798c",
+}  # fmt: skip
 
 MakeJob = Callable[[str, float, int], Job]  # (setting, learning rate, seed)
 
@@ -79,7 +82,8 @@ def main():
         found[name] = {seed: rows[key] for seed, key in jobs.items() if key in rows}
     waiting = [name for name in SETTINGS if not found[name]]
     found = {name: rows for name, rows in found.items() if rows or name in (BASE, MAIN)}
-    text = "\n\n".join([results_table(found, chosen), cost_table(found), transitions(found, BASE), transitions(found, MAIN)])  # fmt: skip
+    tables = [results_table(found, chosen), prior_by_value(found), cost_table(found)]
+    text = "\n\n".join([*tables, transitions(found, BASE), transitions(found, MAIN)])
     text += f"\n\nnot run yet: {', '.join(waiting)}" if waiting else ""
     print(text)
     (options.out / "tables.md").write_text(text + "\n")
@@ -165,6 +169,29 @@ def results_table(found: Found, chosen: dict[str, float | None]) -> str:
     return "\n".join(lines)
 
 
+def prior_by_value(found: Found) -> str:
+    """What a better prior and a better value are worth apart: gains in accuracy, rules down and priors across."""
+    priors = ("shared", "groups", "features")
+    lines = [
+        f"Accuracy less {BASE}'s, mean +- standard error, by value and prior:\n",
+        _line("value", *priors),
+        "|---" * 4 + "|",
+    ]
+    for rule in dict.fromkeys(settings[RULE] for settings in SETTINGS.values()):
+        gains = {
+            SETTINGS[name][PRIOR]: paired(found, name, "accuracy")
+            for name in found
+            if SETTINGS[name][RULE] == rule and set(SETTINGS[name]) <= {RULE, PRIOR, FIELD} and name != BASE
+        }
+        cells = [
+            f"{gains[prior].mean:+.3f} +- {gains[prior].error:.3f}" if prior in gains and gains[prior].n > 1 else ""
+            for prior in priors
+        ]
+        if any(cells):
+            lines.append(_line(rule, *cells))
+    return "\n".join(lines)
+
+
 def cost_table(found: Found) -> str:
     """What it took to reach the baseline, seed by seed."""
     lines = [
@@ -217,21 +244,28 @@ def _signed(gain) -> str:
 
 
 def draw(found: Found, file: pathlib.Path) -> None:
-    """Mean accuracy over rollouts with a band of its standard error."""
+    """Mean accuracy over rollouts, tokens and seconds, with a band of its standard error."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), layout="constrained")
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 4.2), layout="constrained", sharey=True)
     curves = {name: np.array([row["curve"] for row in found[name].values()]) for name in DRAWN if found.get(name)}
-    for name in sorted(curves, key=lambda name: -curves[name][:, -1, runs.ACCURACY].mean()):
-        spent, accuracy = curves[name][0, :, runs.ROLLOUTS] / 1000, curves[name][:, :, runs.ACCURACY]
-        mean, error = accuracy.mean(axis=0), accuracy.std(axis=0, ddof=len(accuracy) > 1) / len(accuracy) ** 0.5
-        axes.plot(spent, mean, color=DRAWN[name], label=name, linestyle="--" if name == DOUBLE else "-")
-        axes.fill_between(spent, mean - error, mean + error, color=DRAWN[name], alpha=0.18, linewidth=0)
-    axes.legend(frameon=False, loc="lower right")
-    axes.set(xlabel="rollouts spent, thousands", ylabel="held-out accuracy")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
+    units = {
+        runs.ROLLOUTS: ("rollouts, thousands", 1e3),
+        runs.TOKENS: ("tokens, thousands", 1e3),
+        runs.SECONDS: ("seconds", 1.0),
+    }
+    for axes, (column, (label, unit)) in zip(panels, units.items(), strict=True):
+        for name in sorted(curves, key=lambda name: -curves[name][:, -1, runs.ACCURACY].mean()):
+            spent, accuracy = curves[name][:, :, column].mean(axis=0) / unit, curves[name][:, :, runs.ACCURACY]
+            mean, error = accuracy.mean(axis=0), accuracy.std(axis=0, ddof=len(accuracy) > 1) / len(accuracy) ** 0.5
+            axes.plot(spent, mean, color=DRAWN[name], label=name, linestyle="--" if name == DOUBLE else "-")
+            axes.fill_between(spent, mean - error, mean + error, color=DRAWN[name], alpha=0.18, linewidth=0)
+        axes.set(xlabel=label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    panels[0].set(ylabel="held-out accuracy")
+    panels[0].legend(frameon=False, loc="lower right")
     figure.savefig(file, dpi=150)
     pyplot.close(figure)
 

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import elasticity, runs, study
+from benchmarks import elasticity, noise, runs, study
 from benchmarks.runs import Job
 
 TRAIN = """
@@ -180,6 +180,27 @@ def test_no_run_starts_when_time_is_up(options):
     options.until = time.monotonic()
     assert runs.run_all([job(1)], options) == 0
     assert started(options) == []
+
+
+def test_noise_of_prompts_and_of_rollouts_is_told_from_the_signal():
+    rng = np.random.default_rng(0)
+    mean = np.array([1.0, 0.0, -2.0, 0.0])
+    pairs = mean + 0.5 * rng.normal(size=(4000, 1, 4)) + 0.3 * rng.normal(size=(4000, 2, 4))
+    pairs[..., 3] = 0.0  # a parameter that nothing moves
+    got = noise.split_noise(pairs, np.array([1.0, 5.0, 0.0, 7.0]))
+    assert got["signal"] == pytest.approx(5.0, abs=0.1)
+    assert got["within"] == pytest.approx(3 * 0.09, rel=0.05)
+    assert got["between"] == pytest.approx(3 * 0.25, rel=0.1)
+    assert got["rise"] == pytest.approx(1 / np.sqrt(1 + 0.25 + 0.09), abs=0.1)
+
+
+def test_values_and_priors_are_told_apart():
+    gains = {study.BASE: 0.0, "knapsack_features": 0.2, "knapsack_shared": 0.1, "vip_features": -0.1, "oracle": 0.9, "uniform_512": 0.5}  # fmt: skip
+    found = {name: {seed: {"accuracy": gain + seed} for seed in (1, 2)} for name, gain in gains.items()}
+    table = study.prior_by_value(found).splitlines()
+    assert "| knapsack | +0.100 +- 0.000 |  | +0.200 +- 0.000 |" in table
+    assert "| vip |  |  | -0.100 +- 0.000 |" in table
+    assert len(table) == 6  # neither the oracle nor other budgets are of it
 
 
 def test_the_study_tunes_and_resumes(options, monkeypatch, capsys):
