@@ -32,7 +32,7 @@ clean:
 
 # A stamp is written only after an installation ended well, so one that was cut off is done again.
 $(VENV)/runtime-installed: requirements.txt | $(VENV)/bin/python
-	@echo "installing requirements.txt into $(VENV) (once, a minute or two)"
+	@echo "installing requirements.txt into $(VENV) (once, a minute or so)"
 	@$(INSTALL) -r requirements.txt
 	@touch $@
 

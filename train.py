@@ -309,12 +309,12 @@ def spend_budget(
     """Choose the counts of M prompts by what is known of them, [M] each; sample and score their rollouts.
 
     A rule of PILOT_RULES first sees n_min rollouts of every prompt; its second round's samples go on from there.
-    Scouts come before either and are forgotten after the counts are chosen.
+    Scouts come before both rounds: the counts follow from what they alone show, and nothing else does.
     """
     config, num_prompts = run.config, len(prompts.task_ids)
     tasks = run.tasks.tasks.take(np.asarray(prompts.task_ids).tolist())
 
-    def draw(counts, **options):
+    def draw(counts, clock=clock, **options):
         with clock.phase("rollout"):
             rollouts = run.generate(params, prompts, counts, key, temperature=config.sample.temperature, **options)
             jax.block_until_ready(rollouts)
@@ -322,12 +322,14 @@ def spend_budget(
             return rollouts, *run.score(rollouts, tasks.prompts, tasks.answers)
 
     def learn_from(known, rollouts, outcomes):
-        return budget.observe(known, jnp.arange(num_prompts), outcomes, rollouts.prompt_index, rollouts.mask)
+        index, mask, lengths = rollouts.prompt_index, rollouts.mask, rollouts.lengths
+        return budget.observe(known, jnp.arange(num_prompts), outcomes, index, mask, lengths=lengths)
 
     scouts = config.alloc.scouts
-    if scouts:  # their samples are numbered after those that count
-        every = jnp.full_like(prompts.task_ids, scouts)
-        known = learn_from(known, *draw(every, num_rollouts=num_prompts * scouts, first_sample=config.alloc.n_max)[:2])
+    if scouts:  # their samples are numbered after those that count, and neither they nor their time do
+        every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock()
+        seen = draw(every, free, num_rollouts=num_prompts * scouts, first_sample=config.alloc.n_max)
+        known = learn_from(budget.init_belief(num_prompts), *seen[:2])
     pilot, rounds = 0, []
     if config.alloc.rule in budget.PILOT_RULES:
         pilot = config.alloc.n_min

@@ -20,6 +20,7 @@ later steps, such as the first success of a prompt that always failed, is not in
 import argparse
 import functools
 import json
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ class Checkpoint(NamedTuple):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path, help="of a run of train.py")
-    parser.add_argument("--batches", type=int, default=64, help="of prompts, for every rule")
+    parser.add_argument("--batches", type=int, default=64, help="of prompts, for every rule, at least 2")
     options = parser.parse_args()
     run = read_checkpoint(options.workdir)
     with jax.set_mesh(run.parts.mesh), run.parts.verifiers:
@@ -121,7 +122,7 @@ def gradient(config: policy.PolicyConfig, params: dict, prompts: Prompts, rollou
 
 
 def accuracy_gradient(run: Checkpoint, batches: int) -> np.ndarray:
-    """The gradient of the mean success rate of the training prompts, without bias; [parameters]."""
+    """The gradient of minus the mean success rate of the training prompts, without bias; [parameters]."""
     num_prompts, total = run.config.prompts_per_step, 0.0
     for prompts, rollouts, rewards in draw_batches(run, "uniform", 2 * run.config.alloc.budget, batches, first=10**6, repeats=1):  # fmt: skip
         counts = segment_sum(jnp.ones_like(rewards), rollouts.prompt_index, num_prompts)
@@ -130,7 +131,7 @@ def accuracy_gradient(run: Checkpoint, batches: int) -> np.ndarray:
         plain = plain * divide(counts, counts - 1)[rollouts.prompt_index]  # leave-one-out: no bias
         # Of a token mean: advantages are weighed so that it is the mean over rollouts of a sum over their tokens.
         plain = plain * rollouts.lengths.mean()
-        total = total - gradient(run.parts.policy_config, run.params, prompts, rollouts, plain, run.config.sample.temperature)  # fmt: skip
+        total = total + gradient(run.parts.policy_config, run.params, prompts, rollouts, plain, run.config.sample.temperature)  # fmt: skip
     return np.asarray(total / batches, np.float64)
 
 
@@ -139,7 +140,8 @@ def measure(run: Checkpoint, rule: str, budget_size: int, batches: int, target: 
     config, found, effective = run.config, [], []
     for prompts, rollouts, rewards in draw_batches(run, rule, budget_size, batches, first=0, repeats=2):
         groups = (rollouts.prompt_index, rollouts.mask, config.prompts_per_step)
-        advantages = learn.group_advantages(rewards, *groups, scale_by_std=config.loss.scale_by_std)
+        clip = config.loss.advantage_clip or math.inf
+        advantages = learn.group_advantages(rewards, *groups, scale_by_std=config.loss.scale_by_std, clip=clip)
         effective.append(float((advantages != 0).mean()))
         if config.loss.average == "prompts":
             advantages = learn.weigh_prompts_alike(advantages, rollouts.lengths, *groups)
@@ -151,11 +153,11 @@ def measure(run: Checkpoint, rule: str, budget_size: int, batches: int, target: 
 
 
 def split_noise(pairs: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Signal, noise and rise of gradients [batches, 2, parameters], two of each batch of prompts; none has a bias.
+    """Signal, noise and rise of gradients, two of each batch of prompts. Signal and noise have no bias.
 
     Args:
-        pairs: gradients of a loss.
-        target: [parameters], the gradient of the loss that should fall, from other rollouts.
+        pairs: [batches, 2, parameters], gradients of a loss; at least two batches.
+        target: [parameters], the gradient of what should fall, from other rollouts.
     """
     batches, means = len(pairs), pairs.mean(axis=1)
     signal = ((means.sum(axis=0) ** 2).sum() - (means**2).sum()) / (batches * (batches - 1))
@@ -182,7 +184,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         shares = (
             row["per rollout"] / base["per rollout"],
             row["rise"] / base["rise"],
-            abs(row["error"] / base["rise"]),
+            row["error"] / base["rise"],
         )
         lines.append(
             f"| {rule} | {row['effective']:.3f} | {row['signal']:.3g} | {row['within']:.3g} | {row['between']:.3g} | "

@@ -6,7 +6,7 @@
 Before every visit of a prompt, a prior says how likely each number of successes is (a beta-binomial, with the
 prompt's own discounted record); the first table is the mean logarithm of what it gave to the number that came, nats a
 visit, over all visits, over first visits and over later ones. Higher is better; 0 would be foresight. The second
-table is that of the features' candidates, each held fixed: memory, spread and strength. docs/budget.md quotes both.
+table is that of the features' candidates, each held fixed: memory, spread and strength. docs/budget.md quotes the first.
 
 --simulate takes the real prompts of a file in GSM8K's format, with success rates that are made up: the logit falls
 with the steps of the worked solution (which the prior does not see), scatters from prompt to prompt, and rises
@@ -144,7 +144,7 @@ def step(belief, prior, features, ids, rewards, index, counts, wins, number):
 
 
 def print_candidates(prior: budget.Prior) -> None:
-    """The late scores of each candidate of the features, less that of the common prior; nats a visit, weighted late."""
+    """The late scores of each candidate of the features, less that of the common prior; nats a step, weighted late."""
     print("\n| memory | spread | " + " | ".join(f"strength {strength:g}" for strength in priors.STRENGTHS) + " |")
     print("|---|---|" + "---|" * len(priors.STRENGTHS))
     gains = np.asarray(prior.scores - prior.shared_score) * (1 - priors.SCORE_MEMORY)

@@ -79,6 +79,9 @@ def check(
     for size, name in zip(mesh.shape, mesh.axis_names, strict=True):
         need(isinstance(size, int) and size >= 1, "mesh.shape", "whole numbers of at least 1")
         rows *= size if name in ("data", "fsdp") else 1
+    need(
+        prompts * alloc.scouts % rows == 0, "alloc.scouts", f"0, or with prompts_per_step a multiple of {rows} devices"
+    )
     for key in ("alloc.budget", "optim.micro_batch") + (("sft.batch_size",) if sft.steps else ()):
         need(flatten(config)[key] % rows == 0, key, f"a multiple of the {rows} devices that split rows in mesh.shape")
     _check_data(config, need, templates=templates, sources=sources)

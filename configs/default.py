@@ -25,10 +25,10 @@ def get_config() -> ConfigDict:
     config.alloc.prior_width = 4096  # to how many features the pieces and fields are hashed
     config.alloc.discount = 0.9  # what is left of the evidence about a prompt after an even group, 0 to 1
     config.alloc.discount_mixed = 0.25  # and after a mixed group, which changes the policy on that prompt
-    # Rollouts of each prompt that are drawn first, tell its success rate, and are neither counted nor learnt from: what
-    # perfect knowledge would be worth.
-    config.alloc.scouts = 0
     config.alloc.fit_discounts = False  # let both follow the likelihood of new outcomes
+    # Rollouts of each prompt that are drawn first, from which alone the counts follow, and which are neither counted nor
+    # learnt from: an upper bound on what a belief can be worth. 0 for none.
+    config.alloc.scouts = 0
 
     _add_tasks(config)
     _add_policy(config)

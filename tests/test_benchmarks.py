@@ -183,15 +183,24 @@ def test_no_run_starts_when_time_is_up(options):
 
 
 def test_noise_of_prompts_and_of_rollouts_is_told_from_the_signal():
+    """Over many draws of few batches, where a plain square of the mean would be 0.2 too large."""
     rng = np.random.default_rng(0)
-    mean = np.array([1.0, 0.0, -2.0, 0.0])
-    pairs = mean + 0.5 * rng.normal(size=(4000, 1, 4)) + 0.3 * rng.normal(size=(4000, 2, 4))
-    pairs[..., 3] = 0.0  # a parameter that nothing moves
-    got = noise.split_noise(pairs, np.array([1.0, 5.0, 0.0, 7.0]))
-    assert got["signal"] == pytest.approx(5.0, abs=0.1)
-    assert got["within"] == pytest.approx(3 * 0.09, rel=0.05)
-    assert got["between"] == pytest.approx(3 * 0.25, rel=0.1)
-    assert got["rise"] == pytest.approx(1 / np.sqrt(1 + 0.25 + 0.09), abs=0.1)
+    mean, draws = np.array([1.0, 0.0, -2.0, 0.0]), []
+    for _ in range(3000):
+        pairs = mean + 0.5 * rng.normal(size=(4, 1, 4)) + 0.3 * rng.normal(size=(4, 2, 4))
+        draws.append(noise.split_noise(pairs, np.zeros(4)))
+    got = {key: np.mean([draw[key] for draw in draws]) for key in draws[0]}
+    assert got["signal"] == pytest.approx(5.0, abs=0.06)
+    assert got["within"] == pytest.approx(4 * 0.09, rel=0.03)
+    assert got["between"] == pytest.approx(4 * 0.25, rel=0.06)
+
+
+def test_a_step_down_the_gradient_of_what_should_fall_is_a_rise():
+    rng = np.random.default_rng(0)
+    pairs = np.array([1.0, -2.0, 0.0]) + rng.normal(size=(4000, 2, 3)) * [0.5, 1.0, 0.0]  # nothing moves the last
+    got = noise.split_noise(pairs, np.array([3.0, 0.0, 7.0]))
+    assert got["rise"] == pytest.approx(3 / np.sqrt(1 + 0.25), rel=0.01)
+    assert noise.split_noise(pairs, np.array([0.0, 3.0, 0.0]))["rise"] < 0
 
 
 def test_values_and_priors_are_told_apart():

@@ -234,16 +234,21 @@ def test_other_rules_train(tmp_path, rule, total):
     assert groups[0]["belief"] != [0.5] * 4 if rule == "two_round" else groups[0]["belief"] == [0.5] * 4
 
 
-def test_scouts_tell_the_rates_and_are_not_counted(tmp_path):
-    changes = {"alloc.rule": "knapsack", "alloc.budget": 16, "alloc.scouts": 8, "optim.micro_batch": 2, "sft.steps": 2}
-    done = run(tmp_path / "work", **changes, steps=1)
-    assert done.returncode == 0, done.stderr
-    assert rows(tmp_path / "work")[-1]["rollouts_total"] == 16
-    (groups,) = rows(tmp_path / "work", "groups")
-    assert sum(groups["counts"]) == 16
-    # Eight outcomes each beside Jeffreys' prior: (successes + 1/2) / 9.
-    assert all((9 * rate - 0.5) % 1 == pytest.approx(0, abs=1e-4) for rate in groups["belief"])
-    assert groups["belief"] != [0.5] * 4
+def test_scouts_tell_the_rates_and_change_nothing_else(tmp_path):
+    """Uniform budgets do not ask for rates, so a run with scouts must be the run without them."""
+    changes = {"alloc.rule": "uniform", "alloc.budget": 16, "optim.micro_batch": 2, "sft.steps": 2, "steps": 2}
+    for name, scouts in (("without", 0), ("with", 8)):
+        done = run(tmp_path / name, **changes, **{"alloc.scouts": scouts})
+        assert done.returncode == 0, done.stderr
+
+    def learnt(name):
+        drop = ("seconds", "tokens_per_second", "compiles")
+        return [{k: v for k, v in row.items() if not k.startswith(drop)} for row in rows(tmp_path / name)]
+
+    assert learnt("with") == learnt("without")
+    for group in rows(tmp_path / "with", "groups"):
+        successes = 9 * np.array(group["belief"]) - 0.5  # of eight, beside Jeffreys' prior
+        np.testing.assert_allclose(successes, successes.round(), atol=1e-4)
 
 
 def test_eval_measures_a_finished_run(finished):

@@ -33,10 +33,10 @@ def knapsack_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: in
 def knapsack_log_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
     """The knapsack with progress measured in log p: a mixed group is worth 1 - p instead of p (1-p)^2.
 
-    An update that moves the logit of p by a little moves p by p (1-p) times as much and log p by 1 - p. So moving a
-    prompt from 1% to 2% counts as much as moving one from 20% to 40%: both halve the rollouts until the next
+    A mixed group is taken to move the logit of p by as much everywhere, which moves log p by 1 - p as much. So moving
+    a prompt from 1% to 2% counts as much as moving one from 20% to 40%: both halve the rollouts until the next
     success. The paper's value spends little where successes are rare, so what a policy seldom does
-    right may be unlearnt before it is found.
+    right may be unlearnt before it is found. Chosen among the powers of p and 1 - p in docs/results.md.
     """
     alpha, beta = posterior(belief)
     return _solve(log_gains_beta(alpha, beta, n_min, n_max, powers=(0, 1)), budget, n_min)

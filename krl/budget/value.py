@@ -184,7 +184,7 @@ def log_gains_beta(
         E[g(n)] = [B(a+i+n, b+k+1) + B(a+i+1, b+k+n)] / B(a, b),
 
     and as a mixture of functions that fall in n it falls in n too. The paper's value is i = 1, k = 2. With i = 0 and
-    k = 1 progress is measured in log p: an update that moves the logit of p by 1 moves log p by 1 - p.
+    k = 1 a mixed group moves the logit of p by as much everywhere, and so log p by 1 - p as much.
 
     Prompts never seen, always failed and always solved need no special case: 0 of 2 and 0 of 200 are different
     beliefs. The ratios of Beta functions are products of plain fractions, so no Gamma function is evaluated: it
@@ -193,15 +193,18 @@ def log_gains_beta(
     Args:
         alpha, beta: [M] float > 0, the parameters of each prompt's belief.
         n_min, n_max, columns: as for `log_gains`.
-        powers: i and k, static.
+        powers: i and k, static, whole numbers >= 0.
 
     Returns:
         [M, J] float32, finite; column j of row i is the gain of rollout n_min_i + j + 1.
 
     Raises:
-        ValueError: alpha or beta is not of rank 1, or the bounds are wrong as for `log_gains`.
+        ValueError: alpha or beta is not of rank 1, powers that are not whole and >= 0, or the bounds are wrong as for
+            `log_gains`.
     """
     n = _rollouts(n_min, n_max, columns, alpha=alpha, beta=beta)
+    if not all(isinstance(power, int) and power >= 0 for power in powers):
+        raise ValueError(f"powers must be whole numbers of at least 0, got {powers}; `gains_of` takes any value")
     a, b = jnp.asarray(alpha, jnp.float32), jnp.asarray(beta, jnp.float32)
     if a.shape != b.shape:
         raise ValueError(f"alpha and beta must both have shape [M], got {a.shape} and {b.shape}")
