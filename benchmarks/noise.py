@@ -57,6 +57,10 @@ def main():
     parser.add_argument("workdir", type=pathlib.Path, help="of a run of train.py")
     parser.add_argument("--batches", type=int, default=64, help="of prompts, for every rule, at least 2")
     options = parser.parse_args()
+    if options.batches < 2 or not (options.workdir / "config.json").exists():
+        parser.error(
+            f"need --batches of at least 2 and the work directory of a run, got {options.batches} and {options.workdir}"
+        )
     run = read_checkpoint(options.workdir)
     with jax.set_mesh(run.parts.mesh), run.parts.verifiers:
         target = accuracy_gradient(run, options.batches)

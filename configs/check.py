@@ -80,7 +80,9 @@ def check(
         need(isinstance(size, int) and size >= 1, "mesh.shape", "whole numbers of at least 1")
         rows *= size if name in ("data", "fsdp") else 1
     need(
-        prompts * alloc.scouts % rows == 0, "alloc.scouts", f"0, or with prompts_per_step a multiple of {rows} devices"
+        prompts * alloc.scouts % rows == 0,
+        "alloc.scouts",
+        f"such that prompts_per_step={prompts} times it is a multiple of the {rows} devices that split rows in mesh.shape",
     )
     for key in ("alloc.budget", "optim.micro_batch") + (("sft.batch_size",) if sft.steps else ()):
         need(flatten(config)[key] % rows == 0, key, f"a multiple of the {rows} devices that split rows in mesh.shape")

@@ -134,6 +134,8 @@ def test_bad_arguments_are_refused():
         budget.log_gains(jnp.ones((2, 2)), 1, 4)
     with pytest.raises(ValueError, match="n_min"):
         budget.log_gains(jnp.ones(2), 0, 4)
+    with pytest.raises(ValueError, match="whole numbers"):
+        budget.log_gains_beta(jnp.ones(2), jnp.ones(2), 1, 4, powers=(-1, 1))
     with pytest.raises(ValueError, match="unknown allocation rule 'greedy'"):
         budget.allocate("greedy", budget.init_belief(2), 8, 1, 8)
 
