@@ -1,6 +1,7 @@
 """Every way to give out rollouts, tuned alike and compared over seeds that no tuning saw.
 
-    python -m benchmarks.study --task operators --out runs/study [--jobs 2] [--budget-minutes 60]
+    python -m benchmarks.study --task operators --out runs/study [--jobs 2] [--budget-minutes 60] [--only NAME ...]
+    python -m benchmarks.study --task arithmetic --out runs/arithmetic
 
 The same command goes on where it was cut off, elsewhere too: what is done is in docs/study/{task}.jsonl.
 
@@ -29,16 +30,23 @@ from krl.run.history import STATES
 
 BASE, DOUBLE, MAIN = "uniform_256", "uniform_512", "knapsack_log_features"
 RULE, PRIOR, FIELD = "alloc.rule", "alloc.prior", "alloc.prior_field"
+TASKS: dict[str, dict[str, Any]] = {  # what the study changes in a task's config, and the field that names its groups
+    "operators": {FIELD: "operator"},
+    "arithmetic": {
+        FIELD: "digits", "prompts_per_step": 32, "alloc.budget": 256, "optim.decay_steps": 0,
+        "optim.micro_batch": 64, "eval.samples": 2,
+    },
+}  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "uniform_128": {RULE: "uniform", PRIOR: "shared", "alloc.budget": 128},
     "uniform_256": {RULE: "uniform", PRIOR: "shared"},
     "uniform_512": {RULE: "uniform", PRIOR: "shared", "alloc.budget": 512},
     "uniform_1024": {RULE: "uniform", PRIOR: "shared", "alloc.budget": 1024},
     "knapsack_log_features": {RULE: "knapsack_log", PRIOR: "features"},
-    "knapsack_log_groups": {RULE: "knapsack_log", PRIOR: "groups", FIELD: "operator"},
+    "knapsack_log_groups": {RULE: "knapsack_log", PRIOR: "groups"},
     "knapsack_log_shared": {RULE: "knapsack_log", PRIOR: "shared"},
     "knapsack_features": {RULE: "knapsack", PRIOR: "features"},
-    "knapsack_groups": {RULE: "knapsack", PRIOR: "groups", FIELD: "operator"},
+    "knapsack_groups": {RULE: "knapsack", PRIOR: "groups"},
     "knapsack_shared": {RULE: "knapsack", PRIOR: "shared"},
     "knapsack_paper": {RULE: "knapsack_paper", PRIOR: "shared"},
     "vip_features": {RULE: "vip", PRIOR: "features"},
@@ -62,7 +70,7 @@ MakeJob = Callable[[str, float, int], Job]  # (setting, learning rate, seed)
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=("operators",), default="operators")
+    parser.add_argument("--task", choices=tuple(TASKS), default="operators")
     parser.add_argument("--only", nargs="+", choices=tuple(SETTINGS), metavar="NAME", help=f"settings, beside {BASE}")
     parser.add_argument("--seeds", type=int, nargs=2, default=(100, 111), metavar=("FIRST", "LAST"))
     options, changes = runs.parse(parser)
@@ -95,7 +103,10 @@ def main():
 
 def make_job(task: str, changes: dict, name: str, rate: float, seed: int) -> Job:
     """The run of a setting with a learning rate."""
-    return Job(task, name, changes | SETTINGS[name] | {"optim.learning_rate": rate, "seed": seed})
+    settings = TASKS[task] | changes | SETTINGS[name] | {"optim.learning_rate": rate, "seed": seed}
+    if settings[PRIOR] != "groups":
+        del settings[FIELD]
+    return Job(task, name, settings)
 
 
 def rate_grid(score: Callable[[float], float | None]) -> list[float]:
@@ -181,7 +192,7 @@ def prior_by_value(found: Found) -> str:
         gains = {
             SETTINGS[name][PRIOR]: paired(found, name, "accuracy")
             for name in found
-            if SETTINGS[name][RULE] == rule and set(SETTINGS[name]) <= {RULE, PRIOR, FIELD} and name != BASE
+            if SETTINGS[name][RULE] == rule and set(SETTINGS[name]) <= {RULE, PRIOR} and name != BASE
         }
         cells = [
             f"{gains[prior].mean:+.3f} +- {gains[prior].error:.3f}" if prior in gains and gains[prior].n > 1 else ""

@@ -4,6 +4,7 @@ import os
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -11,7 +12,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Programs that a file's tests start share what XLA compiled; nothing outside the file does."""
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path_factory.mktemp("compiled"))
+    """A file's tests and the programs they start share what XLA compiled; nothing outside the file does."""
+    directory = str(tmp_path_factory.mktemp("compiled"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
+    jax.config.update("jax_compilation_cache_dir", directory)
+    compilation_cache.reset_cache()  # jax asks once whether there is one
     yield
     del os.environ["JAX_COMPILATION_CACHE_DIR"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()

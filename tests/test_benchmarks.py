@@ -1,6 +1,7 @@
 """The benchmarks' statistics, rows and order of runs, against hand-worked values and a train.py of a few lines."""
 
 import argparse
+import importlib
 import json
 import math
 import time
@@ -10,6 +11,9 @@ import pytest
 
 from benchmarks import elasticity, noise, runs, study
 from benchmarks.runs import Job
+from configs.check import check
+from krl import budget
+from krl.tasks import SOURCES, TEMPLATES
 
 TRAIN = """
 import json, pathlib, sys
@@ -210,6 +214,17 @@ def test_values_and_priors_are_told_apart():
     assert "| knapsack | +0.100 +- 0.000 |  | +0.200 +- 0.000 |" in table
     assert "| vip |  |  | -0.100 +- 0.000 |" in table
     assert len(table) == 6  # neither the oracle nor other budgets are of it
+
+
+@pytest.mark.parametrize("task", study.TASKS)
+def test_every_setting_of_the_study_can_run(task):
+    names = {"rules": budget.RULES, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES}
+    for name in study.SETTINGS:
+        changes = study.make_job(task, {}, name, 1e-3, 0).changes
+        config = importlib.import_module(f"configs.{task}").get_config()
+        config.update_from_flattened_dict(changes)
+        check(config, **names)
+        assert (config.alloc.prior == "groups") == (study.FIELD in changes)
 
 
 def test_the_study_tunes_and_resumes(options, monkeypatch, capsys):

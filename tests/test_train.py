@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +13,7 @@ from absl import flags
 
 from configs import arithmetic
 from eval import measure
-from tests.command_line import ROOT, TINY, command, environment, rows, run
+from tests.command_line import ROOT, TINY, command, environment, rows, run, run_here
 from train import train
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -28,9 +27,9 @@ def learnt(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of four steps from start to end."""
+    """A run of four steps from start to end, with its warm start beside it."""
     workdir = tmp_path_factory.mktemp("run") / "work"
-    done = run(workdir)
+    done = run(workdir, **{"sft.dir": workdir.with_name("sft")})
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 
@@ -70,27 +69,25 @@ def test_steps_compile_nothing_after_the_first_two(finished):
     assert compiles[1] == compiles[-1]
 
 
-def test_a_finished_run_is_not_trained_again(finished):
+def test_a_finished_run_is_not_trained_again(finished, capsys):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_bytes()
-    again = run(workdir)
-    assert again.returncode == 0, again.stderr
-    assert "fine-tuning" not in again.stdout
+    assert run_here(workdir) == rows(workdir)[-1]
+    assert "fine-tuning" not in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, capsys):
     workdir = tmp_path / "work"
-    assert run(workdir, steps=2).returncode == 0
-    more = run(workdir, steps=4)
-    assert more.returncode == 0, more.stderr
-    assert "continuing from step 2" in more.stdout
+    run_here(workdir, steps=2)
+    run_here(workdir, steps=4)
+    assert "continuing from step 2" in capsys.readouterr().out
     assert learnt(workdir) == learnt(finished[0])
     assert rows(workdir, "evaluations") == rows(finished[0], "evaluations")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
+def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number, capsys):
     workdir = tmp_path / "work"
     changes = {"steps": 2000, "eval.every": 0, "checkpoint.every": 2000}
     process = subprocess.Popen(
@@ -105,8 +102,8 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number):
     assert "stopped after step" in output
     assert "Traceback" not in errors
     stopped = rows(workdir)[-1]["step"]
-    more = run(workdir, **(changes | {"steps": stopped + 1}))
-    assert f"continuing from step {stopped}" in more.stdout
+    run_here(workdir, **(changes | {"steps": stopped + 1}))
+    assert f"continuing from step {stopped}" in capsys.readouterr().out
     assert [row["step"] for row in rows(workdir)] == list(range(1, stopped + 2))
 
 
@@ -120,21 +117,16 @@ def test_a_killed_run_continues_from_its_last_checkpoint(finished, tmp_path):
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert run(workdir).returncode == 0
+    run_here(workdir)
     assert learnt(workdir) == learnt(finished[0])
 
 
-def test_two_devices_equal_one(finished, tmp_path):
+def test_two_devices_equal_one(finished, tmp_path, capsys):
     workdir = tmp_path / "work"
-    two = subprocess.run(
-        [sys.executable, "-c", "import sys, jax; jax.config.update('jax_num_cpu_devices', 2); import runpy; "
-         "sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')",
-         *command(workdir, **{"mesh.shape": "2,"})[1:]],
-        cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert two.returncode == 0, two.stderr
-    assert "'data': 2" in two.stdout
-    first, second = rows(finished[0])[1], rows(workdir)[1]
+    warm = str(finished[0].with_name("sft"))
+    run_here(workdir, **{"mesh.shape": (2,), "steps": 1, "eval.every": 0, "sft.dir": warm})
+    assert "'data': 2" in capsys.readouterr().out
+    first, second = rows(finished[0])[1], rows(workdir)[-1]
     for name in ("reward_mean", "loss", "grad_norm", "entropy"):
         np.testing.assert_allclose(second[name], first[name], atol=1e-3)
 
@@ -148,10 +140,8 @@ def test_updates_that_are_not_finite_stop_the_run(tmp_path):
 
 
 def test_a_fine_tuning_that_is_not_finite_stops_the_run(tmp_path):
-    bad = run(tmp_path / "work", **{"sft.learning_rate": 1e30, "max_bad_updates": 2, "sft.steps": 20})
-    assert bad.returncode != 0
-    assert "lower config.sft.learning_rate" in bad.stderr
-    assert "Traceback" not in bad.stderr
+    with pytest.raises(FloatingPointError, match=r"lower config.sft.learning_rate"):
+        run_here(tmp_path / "work", **{"sft.learning_rate": 1e30, "max_bad_updates": 2, "sft.steps": 20})
 
 
 @pytest.mark.parametrize(
@@ -160,17 +150,29 @@ def test_a_fine_tuning_that_is_not_finite_stops_the_run(tmp_path):
         ({"alloc.rulez": "uniform"}, "unknown config key"),
         ({"steps": "many"}, "config.steps"),
         ({"alloc.budget": 6}, "config.alloc.budget=6 must be between 8"),
-        ({"mesh.shape": "64,", "alloc.budget": 64, "alloc.n_max": 16}, "config.optim.micro_batch=4 must be a multiple of the 64"),
-        ({"data.max_prompt_tokens": 1}, "raise config.data.max_prompt_tokens"),
-        ({"data.source": "dataset", "data.prompt_field": "q", "data.answer_field": "a", "data.path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_one_line_before_any_compilation(tmp_path, changes, message):
     refused = run(tmp_path / "work", **changes)
     assert refused.returncode != 0
     assert message in refused.stderr
     lines = [line for line in refused.stderr.splitlines() if "TPU" not in line and "xla_bridge" not in line]
     assert len(lines) == 1, refused.stderr
+    assert not (tmp_path / "work" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh.shape": (8,), "alloc.budget": 64, "alloc.n_max": 16}, "config.optim.micro_batch=4 must be a multiple of the 8"),
+        ({"data.max_prompt_tokens": 1}, "raise config.data.max_prompt_tokens"),
+        ({"data.source": "dataset", "data.prompt_field": "q", "data.answer_field": "a", "data.path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_anything_is_kept(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message) as refused:
+        run_here(tmp_path / "work", **changes)
+    assert "\n" not in str(refused.value)
     assert not (tmp_path / "work" / "checkpoints").exists()
 
 
@@ -201,7 +203,7 @@ def test_a_missing_config_file_is_one_line(tmp_path):
     assert "Traceback" not in refused.stderr
 
 
-def test_real_rows_go_through_the_whole_path(tmp_path):
+def test_real_rows_go_through_the_whole_path(tmp_path, capsys):
     """GSM8K's own form, from a local file, with held-out rows and a rule of the other kind."""
     questions = [
         {"question": f"Tom has {a} apples and gets {b} more. How many has he?", "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>\n#### {a + b}"}
@@ -210,14 +212,13 @@ def test_real_rows_go_through_the_whole_path(tmp_path):
     ]  # fmt: skip
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in questions))
-    done = run(
+    run_here(
         tmp_path / "work", config="gsm8k", **{
-            "data.path": file, "alloc.rule": "uniform", "eval.prompts": 6, "data.max_prompt_tokens": 64,
+            "data.path": str(file), "alloc.rule": "uniform", "eval.prompts": 6, "data.max_prompt_tokens": 64,
             "sample.max_new_tokens": 24, "policy.num_layers": 1, "tokenizer.vocab_size": 400, "steps": 2,
         },
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "30 training prompts" in done.stdout
+    assert "30 training prompts" in capsys.readouterr().out
     assert "eval/accuracy" in rows(tmp_path / "work")[-1]
 
 
@@ -225,8 +226,7 @@ def test_real_rows_go_through_the_whole_path(tmp_path):
 def test_other_rules_train(tmp_path, rule, total):
     """A rule with a pilot, also when the pilot is all there is."""
     changes = {"alloc.rule": rule, "alloc.budget": total, "optim.micro_batch": 2, "sft.steps": 2, "steps": 2}
-    done = run(tmp_path / "work", **changes)
-    assert done.returncode == 0, done.stderr
+    run_here(tmp_path / "work", **changes)
     logged = rows(tmp_path / "work")
     assert [row["rollouts_total"] for row in logged] == [0, total, 2 * total]
     groups = rows(tmp_path / "work", "groups")
@@ -238,14 +238,8 @@ def test_scouts_tell_the_rates_and_change_nothing_else(tmp_path):
     """Uniform budgets do not ask for rates, so a run with scouts must be the run without them."""
     changes = {"alloc.rule": "uniform", "alloc.budget": 16, "optim.micro_batch": 2, "sft.steps": 2, "steps": 2}
     for name, scouts in (("without", 0), ("with", 8)):
-        done = run(tmp_path / name, **changes, **{"alloc.scouts": scouts})
-        assert done.returncode == 0, done.stderr
-
-    def learnt(name):
-        drop = ("seconds", "tokens_per_second", "compiles")
-        return [{k: v for k, v in row.items() if not k.startswith(drop)} for row in rows(tmp_path / name)]
-
-    assert learnt("with") == learnt("without")
+        run_here(tmp_path / name, **changes, **{"alloc.scouts": scouts})
+    assert learnt(tmp_path / "with") == learnt(tmp_path / "without")
     for group in rows(tmp_path / "with", "groups"):
         successes = 9 * np.array(group["belief"]) - 0.5  # of eight, beside Jeffreys' prior
         np.testing.assert_allclose(successes, successes.round(), atol=1e-4)
