@@ -62,7 +62,7 @@ RATES, EXTENSIONS = (3e-4, 6e-4, 1.2e-3, 2.4e-3), 2
 TUNING_SEEDS = (0, 1, 2)
 DRAWN = {
     BASE: "#7f7f7f", DOUBLE: "#2f2f2f", "knapsack_paper": "#edae49", "vip_features": "#d1495b",
-    "knapsack_features": "#8d6fc0", MAIN: "#00798c",
+    "knapsack_features": "#8d6fc0", MAIN: "#00798c", "inverse_sqrt_features": "#2e7d32",
 }  # fmt: skip
 
 MakeJob = Callable[[str, float, int], Job]  # (setting, learning rate, seed)
