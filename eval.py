@@ -79,7 +79,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
     print(f"krl: measuring {identity}, {config.eval.samples} samples of each task")
     generate = functools.partial(
         rollout.generate, policy_config, max_new_tokens=config.sample.max_new_tokens, eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id, temperature=config.eval.temperature, top_p=config.eval.top_p,
+        pad_id=tokenizer.pad_id, num_slots=config.sample.slots or None, temperature=config.eval.temperature, top_p=config.eval.top_p,
     )  # fmt: skip
     settings = {
         "policy": identity, "temperature": config.eval.temperature, "top_p": config.eval.top_p,

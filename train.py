@@ -159,7 +159,7 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     place = functools.partial(jax.device_put, device=named_sharding(parts.mesh))
     generate = functools.partial(
         rollout.generate, parts.policy_config, max_new_tokens=config.sample.max_new_tokens,
-        eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
+        eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, num_slots=config.sample.slots or None,
     )  # fmt: skip
     score = functools.partial(score_rollouts, tokenizer, parts.verifiers.score)
     allocate = functools.partial(budget.allocate, alloc.rule, n_min=alloc.n_min, n_max=alloc.n_max)

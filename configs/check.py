@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from ml_collections import ConfigDict
 
 # Keys that may change when a run continues from its checkpoint.
-FREE_KEYS = ("steps", "max_bad_updates", "eval.every", "checkpoint.every", "checkpoint.keep", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "optim.micro_batch", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
+FREE_KEYS = ("steps", "max_bad_updates", "eval.every", "checkpoint.every", "checkpoint.keep", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "optim.micro_batch", "sample.slots", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
 
 
 def flatten(config: ConfigDict) -> dict:
@@ -128,7 +128,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "alloc.scouts", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
-    "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
+    "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "sample.slots", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
     "eval.every", "eval.prompts", "eval.temperature", "loss.clip_high", "loss.advantage_clip", "loss.importance_cap",
     "loss.kl_coefficient", "verify.workers",
 )  # fmt: skip

@@ -11,5 +11,6 @@ from configs import qwen2_5_math_7b
 def get_config() -> ConfigDict:
     """What differs from the 7B run."""
     config = qwen2_5_math_7b.get_config()
+    config.sample.slots = 128  # 116 GB of keys and values over the mesh
     config.data.template = "boxed"  # a base model that has seen no chats
     return config

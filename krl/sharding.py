@@ -106,8 +106,12 @@ def batch_devices(mesh: Mesh) -> int:
 
 
 def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Ask the compiler to lay an array out by the rules on the mesh of `jax.set_mesh`, if one is set."""
+    """Ask the compiler to lay an array out by the rules on the mesh of `jax.set_mesh`, if one is set.
+
+    Inside `jax.shard_map` only the axes that it leaves to the compiler count.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    axes = tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
+    if not axes:
         return array
-    return jax.lax.with_sharding_constraint(array, partition_spec(logical_axes, mesh.axis_names))
+    return jax.lax.with_sharding_constraint(array, partition_spec(logical_axes, axes))

@@ -67,8 +67,10 @@ def test_long_rows_go_block_by_block(packed, monkeypatch):
     np.testing.assert_allclose(attend(query, key, value), whole, atol=1e-6)
     seen = np.tril(np.ones((50, 50), bool)) & (np.arange(50)[:, None] - np.arange(50) < 11)
     seen = seen if segments is None else seen & (segments[:, :, None] == segments[:, None, :])
-    masked = attention.attend_masked(query, key, value, jnp.array(seen).reshape(-1, 50, 50), scale=0.3, softcap=2.0)
-    np.testing.assert_allclose(masked, whole, atol=1e-6)
+    stored = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    seen = jnp.broadcast_to(jnp.array(seen), (2, 50, 50))
+    cached = attention.attend_cached(query, *stored, seen, scale=0.3, softcap=2.0)
+    np.testing.assert_allclose(cached, whole, atol=1e-6)
     blocked = jax.grad(total, argnums=(0, 1, 2))(query, key, value)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), blocked, gradients)
 

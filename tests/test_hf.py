@@ -65,9 +65,10 @@ def test_packed_sequences_do_not_see_each_other(family):
 def test_logits_through_the_cache_equal_those_of_transformers(family):
     config, params, sequences, logits, _ = checkpoint(family)
     tokens, mask = padded(sequences, "left")
-    cache = policy.init_cache(config, 3, 30)
+    positions = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1)
+    cache, layers = policy.init_cache(config, 3, 30), policy.for_decoding(config, params)
     for begin, end in ((0, 19), (19, 25), (25, 26)):
-        got, cache = policy.decode(config, params, tokens[:, begin:end], mask[:, begin:end], cache)
+        got, cache = policy.decode(config, layers, tokens[:, begin:end], positions[:, begin:end], cache, begin)
         for row, expected in enumerate(logits):
             np.testing.assert_allclose(got[row], expected[end - 27], atol=1e-4)
 

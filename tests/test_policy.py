@@ -75,13 +75,15 @@ def test_decoding_with_the_cache_equals_the_whole_sequence():
     tokens = jnp.concatenate([prompts.tokens, more], axis=1)
     mask = jnp.concatenate([prompts.mask, jnp.ones_like(more, bool)], axis=1)
     whole = policy.apply(tiny.CONFIG, params, tokens, mask)
-    cache = policy.init_cache(tiny.CONFIG, 4, tokens.shape[1] + 2)
-    logits, cache = policy.decode(tiny.CONFIG, params, prompts.tokens, prompts.mask, cache)
+    positions = jnp.where(mask, jnp.cumsum(mask, axis=1) - 1, -1)
+    cache, layers = policy.init_cache(tiny.CONFIG, 4, tokens.shape[1] + 2), policy.for_decoding(tiny.CONFIG, params)
+    logits, cache = policy.decode(tiny.CONFIG, layers, prompts.tokens, positions[:, :5], cache, 0)
     np.testing.assert_allclose(logits, whole[:, 4], atol=1e-4)
-    for step in range(3):
-        logits, cache = policy.decode(tiny.CONFIG, params, more[:, step : step + 1], jnp.ones((4, 1), bool), cache)
+    for step, column in enumerate((9, 5, 7)):  # in any order, with a gap
+        at = slice(5 + step, 6 + step)
+        logits, cache = policy.decode(tiny.CONFIG, layers, tokens[:, at], positions[:, at], cache, column)
         np.testing.assert_allclose(logits, whole[:, 5 + step], atol=1e-4)
-    assert int(cache.used) == tokens.shape[1]
+    assert (cache.positions[:, [6, 8]] == -1).all()
 
 
 @pytest.mark.parametrize("chunk", [2, 3, 128])

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from krl import policy, rollout
 from krl.rollout import sampler
+from krl.rollout.tokens import draw_tokens
+from krl.sharding import make_mesh, named_sharding, tree_sharding
 from krl.types import Prompts
 from tests import tiny
 
@@ -64,6 +66,95 @@ def test_samples_do_not_depend_on_the_other_prompts_or_the_rows():
     assert not np.array_equal(sample([2, 3, 4, 1], seed=1).tokens, everything.tokens[:10])
 
 
+@pytest.mark.parametrize("slots", [1, 2, 5, 8, 13, 70])
+def test_few_slots_give_what_a_slot_for_every_rollout_gives(slots):
+    """Lengths differ, so slots end and are filled at all times, and columns are used again many times over."""
+    counts, expected = [30, 0, 25, 14], jnp.array([2.0, 1.0, 6.0, 3.0])
+    whole = sample(counts, num_rollouts=70, num_slots=70)
+    few = sample(counts, num_rollouts=70, num_slots=slots, expected_tokens=expected)
+    assert len(set(np.asarray(whole.lengths).tolist())) > 4
+    for name in ("prompt_index", "sample_index", "mask", "tokens", "lengths", "finished"):
+        np.testing.assert_array_equal(getattr(few, name), getattr(whole, name), err_msg=name)
+    np.testing.assert_allclose(few.logps, whole.logps, atol=1e-4)
+
+
+def test_slots_that_nothing_waits_for_are_given_up(monkeypatch):
+    whole = sample([30, 20, 25, 14], num_slots=89, max_new_tokens=12)
+    monkeypatch.setattr(sampler, "_FEWEST", 2)
+    sampler._generate.clear_cache()
+    shrunk = sample([30, 20, 25, 14], num_slots=89, max_new_tokens=12)
+    sampler._generate.clear_cache()
+    np.testing.assert_array_equal(shrunk.tokens, whole.tokens)
+    np.testing.assert_array_equal(shrunk.lengths, whole.lengths)
+
+
+def test_prompts_in_parts_are_the_prompts_at_once(monkeypatch):
+    whole = sample([3, 1, 2, 4])
+    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 12)  # three of the four prompts
+    sampler._generate.clear_cache()
+    parts = sample([3, 1, 2, 4])
+    sampler._generate.clear_cache()
+    np.testing.assert_array_equal(parts.tokens, whole.tokens)
+    np.testing.assert_allclose(parts.logps, whole.logps, atol=1e-4)
+
+
+def test_prompts_of_one_token():
+    prompts = tiny.prompts(lengths=(1, 1))
+    got = sample([2, 3], prompts=prompts, temperature=0.0)
+    first = policy.apply(tiny.CONFIG, tiny.params(), prompts.tokens)[:, 0].argmax(-1)
+    np.testing.assert_array_equal(got.tokens[:, 0], np.asarray(first)[[0, 0, 1, 1, 1]])
+
+
+@pytest.mark.parametrize(("shape", "names"), [((8,), ("data",)), ((2, 2, 2), ("data", "fsdp", "model"))])
+def test_devices_with_queues_of_their_own_give_what_one_gives(shape, names):
+    """19 rollouts and 6 slots, which no number of devices divides."""
+    counts = [9, 0, 7, 3]
+    alone = sample(counts, num_slots=19)
+    mesh = make_mesh(shape, names)
+    with jax.set_mesh(mesh):
+        axes = tree_sharding(mesh, policy.param_axes(tiny.CONFIG), jax.eval_shape(tiny.params))
+        spread = rollout.generate(
+            tiny.CONFIG, jax.device_put(tiny.params(), axes), jax.device_put(tiny.prompts(), named_sharding(mesh)),
+            jnp.array(counts), jax.random.key(0), max_new_tokens=6, eos_ids=tiny.EOS, num_slots=6,
+        )  # fmt: skip
+    np.testing.assert_array_equal(spread.tokens, alone.tokens)
+    np.testing.assert_array_equal(spread.lengths, alone.lengths)
+    np.testing.assert_allclose(spread.logps, alone.logps, atol=1e-4)
+
+
+def test_memory_is_that_of_the_slots():
+    """Eight times the rollouts add what they leave behind, and no caches."""
+
+    def temporaries(rollouts):
+        sizes = policy.PolicyConfig(vocab_size=16, num_layers=2, head_size=64)
+        shapes = jax.eval_shape(lambda: policy.init(sizes, jax.random.key(0)))
+        arguments = shapes, tiny.prompts(), jnp.array([2, 2, 2, 2]), jax.random.key(0), 1.0, 0, jnp.ones(4)
+        lowered = sampler._generate.lower(sizes, *arguments, 64, tiny.EOS, 0, rollouts, 16, 1.0)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    a_slot = 2 * 2 * 2 * 64 * (4 + 64) * 4
+    assert temporaries(512) - temporaries(64) < 448 * a_slot / 20
+
+
+def test_tokens_are_drawn_as_the_logits_say():
+    logits = jnp.array(np.random.default_rng(0).normal(size=1000) * 3, jnp.float32)
+    logits = logits.at[:40].set(-jnp.inf)  # a whole block that cannot be
+    uniform = (jnp.arange(100_000) + 0.5) / 100_000
+    token, logp = draw_tokens(jnp.tile(logits, (len(uniform), 1)), uniform, temperature=1.0, top_p=1.0)
+    probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
+    shares = np.bincount(token, minlength=1000) / len(uniform)
+    np.testing.assert_allclose(shares, probabilities, atol=3e-5)  # the inverse of evenly spaced numbers
+    np.testing.assert_allclose(logp, np.log(probabilities[np.asarray(token)]), atol=1e-4)
+    assert (shares[:40] == 0).all()
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_random_numbers_are_possible_tokens(uniform):
+    logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf], [-200.0, -jnp.inf, 3.0, -jnp.inf, -200.0]])
+    token, _ = draw_tokens(logits, jnp.full(2, uniform), temperature=1.0, top_p=1.0)
+    assert token.tolist() == [1 if uniform == 0 else 3, 2]
+
+
 def test_a_second_round_draws_the_samples_after_the_first():
     at_once, first, second = sample([3, 4, 2, 3]), sample([2, 2, 2, 2]), sample([1, 2, 0, 1], first_sample=2)
     rounds = [(r.prompt_index, r.sample_index, r.tokens) for r in (first, second)]
@@ -87,6 +178,11 @@ def test_padding_rows_are_empty():
     assert got.lengths[3:].tolist() == [0] * 5
     assert (got.tokens[3:] == 0).all()
     assert not got.finished[3:].any()
+
+
+def test_no_rollouts_are_no_rows():
+    got = sample([0, 0, 0, 0])
+    assert (got.tokens.shape, got.logps.shape, got.lengths.shape) == ((0, 6), (0, 6), (0,))
 
 
 def test_temperature_zero_takes_the_most_likely_token():
@@ -123,6 +219,8 @@ def test_bad_counts_are_refused():
         sample([1, 2])
     with pytest.raises(ValueError, match="sum to 4"):
         sample([1, 1, 1, 1], num_rollouts=3)
+    with pytest.raises(ValueError, match="num_slots"):
+        sample([1, 1, 1, 1], num_slots=0)
 
 
 def test_nucleus_sampling_draws_from_the_likeliest_tokens_only():

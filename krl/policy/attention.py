@@ -77,23 +77,34 @@ def _on_nvidia() -> str:
     return "cudnn" if cuda and float(device.compute_capability) >= 8 else "xla"
 
 
-def attend_masked(
-    query: jax.Array, key: jax.Array, value: jax.Array, visible: jax.Array, *, scale: float, softcap: float = 0.0
+def attend_cached(
+    query: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, *, scale: float, softcap: float = 0.0
 ) -> jax.Array:
-    """Attention under any mask, by XLA; what reads a key/value cache.
+    """Attention to a key/value cache, by XLA, which reads it as it lies there: transposed copies would cost more.
 
     Args:
         query: [B, T, H, Q].
-        key, value: [B, C, K, Q].
-        visible: [B or 1, T, C] bool, True where a query may see a key.
+        keys, values: [B, K, C, Q].
+        visible: [B, T, C] bool, True where a query may see a key.
         scale, softcap: as for `attend_rows`.
 
     Returns:
         [B, T, H, Q]; an average of all values where a query sees nothing.
     """
+    kv_heads = keys.shape[1]
 
     def attend(query, visible):
-        return _attend(query, key, value, visible, scale, softcap)
+        rows, length, heads, size = query.shape
+        grouped = query.reshape(rows, length, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
+        grouped = grouped.reshape(rows, kv_heads, -1, size)
+        logits = jnp.einsum("bknq,bkcq->bknc", grouped, keys, preferred_element_type=jnp.float32) * scale
+        logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+        logits = logits.reshape(rows, kv_heads, -1, length, keys.shape[2])
+        logits = jnp.where(visible[:, None, None], logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype).reshape(rows, kv_heads, -1, keys.shape[2])
+        mixed = jnp.einsum("bknc,bkcq->bknq", weights, values)
+        mixed = mixed.reshape(rows, kv_heads, -1, length, size)
+        return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, size)
 
     return _in_blocks(attend, query, visible)
 

@@ -2,8 +2,8 @@
 
 One module covers Llama 2 and 3, Qwen 2, 2.5 and 3, and the text models of Gemma 2 and 3: pre-norm
 blocks with RMS norms, rotary positions, grouped-query attention and a gated unit, and what these
-families add to it as options of `PolicyConfig`. Layers are scanned. Parameters are float32 and compute
-runs in `PolicyConfig.dtype`; norms, softmax, rotations and log-probabilities are float32.
+families add to it as options of `PolicyConfig`. Layers are scanned over whole rows and unrolled over a
+cache. Parameters are float32 and compute runs in `PolicyConfig.dtype`; norms, softmax, rotations and log-probabilities are float32.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from krl.policy.attention import KERNELS, attend_masked, attend_rows
+from krl.policy.attention import KERNELS, attend_cached, attend_rows
 from krl.policy.scores import token_scores
 from krl.sharding import constrain
 
@@ -106,12 +106,14 @@ class PolicyConfig:
 
 
 class Cache(struct.PyTreeNode):
-    """Keys and values of the tokens seen so far; every row has used the same number of columns."""
+    """Keys and values of tokens read before, and where in its sequence each of them stands.
 
-    keys: jax.Array  # [L, B, C, K, Q] in the compute dtype
-    values: jax.Array  # [L, B, C, K, Q]
-    mask: jax.Array  # [B, C] bool, True where a real token was written
-    used: jax.Array  # [] int32, columns written
+    Every layer has arrays of its own: a slice of one array for all layers would be copied at every step.
+    """
+
+    keys: tuple[jax.Array, ...]  # L arrays [B, K, C, Q] in the compute dtype
+    values: tuple[jax.Array, ...]  # the same
+    positions: jax.Array  # [B, C] int32, -1 where a column holds nothing
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -152,43 +154,72 @@ def apply(
 
 
 def init_cache(config: PolicyConfig, rows: int, columns: int) -> Cache:
-    """An empty cache for B = rows sequences of up to C = columns tokens, padding counted."""
-    shape = (config.num_layers, rows, columns, config.num_kv_heads, config.head_size)
-    return Cache(
-        keys=jnp.zeros(shape, config.dtype),
-        values=jnp.zeros(shape, config.dtype),
-        mask=jnp.zeros((rows, columns), bool),
-        used=jnp.int32(0),
-    )
+    """An empty cache for B = rows sequences of up to C = columns tokens each."""
+    shape = (rows, config.num_kv_heads, columns, config.head_size)
+    empty = tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers))
+    return Cache(keys=empty, values=empty, positions=jnp.full((rows, columns), -1, jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def decode(
-    config: PolicyConfig, params: dict, tokens: jax.Array, mask: jax.Array, cache: Cache
-) -> tuple[jax.Array, Cache]:
-    """Read T more tokens of every row and predict the one after.
+def for_decoding(config: PolicyConfig, params: dict) -> dict:
+    """Parameters as `decode` reads them: in the compute dtype, but for norms, and apart for each layer.
 
     Args:
         config: the decoder's sizes.
         params: from `init` or `krl.policy.load_hf`.
+    """
+
+    def cast(leaf):
+        return leaf if leaf.ndim == 1 else leaf.astype(config.dtype)
+
+    layers = tuple(
+        jax.tree.map(lambda leaf, layer=layer: cast(leaf[layer]), params["blocks"])
+        for layer in range(config.num_layers)
+    )
+    return jax.tree.map(cast, {name: part for name, part in params.items() if name != "blocks"}) | {"blocks": layers}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def decode(
+    config: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, cache: Cache, column: jax.Array | int
+) -> tuple[jax.Array, Cache]:
+    """Read T more tokens of every row and predict the one after.
+
+    A token sees those of its row that the cache holds up to its own position, in whatever columns.
+
+    Args:
+        config: the decoder's sizes.
+        params: from `for_decoding`.
         tokens: [B, T] int32; a whole prompt (prefill) or one token (a decode step).
-        mask: [B, T] bool, True on real tokens; the last column is the one that predicts. With the
-            columns before, a row's real tokens lie together.
-        cache: with at least T free columns.
+        positions: [B, T] int32, where each token stands in its row's sequence; -1 for padding.
+        cache: what came before.
+        column: [] int32, the first of the T columns that are written, the same for all rows.
 
     Returns:
-        (logits [B, V] float32 after the last column, the cache with T more columns used).
+        (logits [B, V] float32 after the last token, the cache with it); undefined after padding.
     """
-    written = jax.lax.dynamic_update_slice(cache.mask, mask, (0, cache.used))
-    seen = cache.mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
-    positions = jnp.maximum(seen + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-    behind = cache.used + jnp.arange(tokens.shape[1])[:, None] - jnp.arange(cache.mask.shape[1])
-    visible = (behind >= 0) & written[:, None, :]
-    hidden, keys, values = _decoder(
-        config, params, tokens, positions, None, cache.keys, cache.values, cache.used, visible, behind
-    )
-    cache = Cache(keys=keys, values=values, mask=written, used=cache.used + tokens.shape[1])
+    hidden, cache = read(config, params, tokens, positions, cache, column)
     return _logits(config, params, hidden[:, -1]), cache
+
+
+def read(
+    config: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, cache: Cache, column: jax.Array | int
+) -> tuple[jax.Array, Cache]:
+    """`decode` without its prediction: (hidden states [B, T, E], the cache)."""
+    held = jax.lax.dynamic_update_slice(cache.positions, positions, (0, column))
+    behind = positions[:, :, None] - held[:, None, :]
+    visible = (behind >= 0) & (held >= 0)[:, None, :]
+    recent = visible & (behind < config.window)
+    x: Any = _embed(config, params["embedding"], tokens)
+    written: list[Any] = []
+    for layer, block in enumerate(params["blocks"]):
+        slides = bool(config.sliding) and config.sliding[layer]
+        stored = (cache.keys[layer], cache.values[layer], column, recent if slides else visible)
+        applied: Any = Block(config).apply({"params": block}, x, slides, positions, None, stored)
+        x, columns = applied
+        written.append(columns)
+    hidden: Any = Norm(config).apply({"params": params["final_norm"]}, x)
+    keys, values = zip(*written, strict=True)
+    return hidden, Cache(keys=keys, values=values, positions=held)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "start", "chunk", "entropy"))
@@ -251,17 +282,22 @@ def _hidden(config: PolicyConfig, params: dict, tokens: jax.Array, mask: jax.Arr
     if segments is not None:
         first = jnp.diff(segments, axis=1, prepend=-1) != 0
         positions = columns - jax.lax.cummax(jnp.where(first, columns, 0), axis=1)
-        return _decoder(config, params, tokens, positions, segments)[0], lambda hidden: hidden
+        return _decoder(config, params, tokens, positions, segments), lambda hidden: hidden
     if mask is None:
-        return _decoder(config, params, tokens, columns)[0], lambda hidden: hidden
+        return _decoder(config, params, tokens, columns), lambda hidden: hidden
     # A row that starts in column 0 needs no mask but the causal one, which every kernel has.
     roll = jax.vmap(functools.partial(jnp.roll, axis=0))
     starts = jnp.argmax(mask, axis=1)
-    return _decoder(config, params, roll(tokens, -starts), columns)[0], lambda hidden: roll(hidden, starts)
+    return _decoder(config, params, roll(tokens, -starts), columns), lambda hidden: roll(hidden, starts)
 
 
 def _decoder(config: PolicyConfig, params: dict, *inputs) -> Any:
     return Decoder(config).apply({"params": params}, *inputs)
+
+
+def _embed(config: PolicyConfig, embedding: jax.Array, tokens: jax.Array) -> jax.Array:
+    x = embedding[tokens].astype(config.dtype)
+    return x * jnp.asarray(config.embed_size**0.5, config.dtype) if config.scale_embedding else x
 
 
 def _head(config: PolicyConfig, params: dict) -> jax.Array:
@@ -320,25 +356,23 @@ class Norm(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer; the carry holds the residual stream and, when decoding, the whole cache."""
+    """One decoder layer, over whole rows or over what a cache holds."""
 
     config: PolicyConfig
 
     @nn.compact
-    def __call__(self, carry, layer, slides, positions, segments, used, visible, behind):
+    def __call__(self, x, slides, positions, segments, stored: Any = None):
+        """(x, None), or (x, (keys, values)) with stored = (keys, values, column to write, visible [B, T, C])."""
         c = self.config
-        x, keys, values = carry
         query, key, value = self._heads(Norm(c, name="attention_norm")(x), slides, positions)
-        if keys is None:
+        if stored is None:
             mixed = self._attend(query, key, value, slides, segments)
         else:
-            # The cache rides in the carry so that each layer writes its columns in place.
-            keys = jax.lax.dynamic_update_slice(keys, key[None], (layer, 0, used, 0, 0))
-            values = jax.lax.dynamic_update_slice(values, value[None], (layer, 0, used, 0, 0))
-            recent = (behind < c.window) | ~slides
-            mixed = attend_masked(
-                query, keys[layer], values[layer], visible & recent, scale=self._scale(), softcap=c.attention_softcap
-            )
+            keys, values, column, visible = stored
+            keys = jax.lax.dynamic_update_slice(keys, key.swapaxes(1, 2), (0, 0, column, 0))
+            values = jax.lax.dynamic_update_slice(values, value.swapaxes(1, 2), (0, 0, column, 0))
+            mixed = attend_cached(query, keys, values, visible, scale=self._scale(), softcap=c.attention_softcap)
+            stored = (keys, values)
         shape = (c.num_heads, c.head_size, c.embed_size)
         output = self._weight("output", shape, ("heads", "head", "embed"), c.num_heads * c.head_size)
         attended = jnp.einsum("bthq,hqe->bte", mixed, output)
@@ -348,7 +382,7 @@ class Block(nn.Module):
         fed = self._mlp(Norm(c, name="mlp_norm")(x))
         if c.post_norms:
             fed = Norm(c, name="mlp_post_norm")(fed)
-        return (constrain(x + fed, "batch", "length", None), keys, values), None
+        return constrain(x + fed, "batch", "length", None), stored
 
     def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int) -> jax.Array:
         initial = nn.initializers.truncated_normal(inputs**-0.5) if inputs else nn.initializers.zeros
@@ -401,7 +435,7 @@ class Decoder(nn.Module):
     config: PolicyConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, segments: Any = None, keys: Any = None, values: Any = None, *cached):
+    def __call__(self, tokens, positions, segments: Any = None):
         c = self.config
         initial = nn.with_logical_partitioning(nn.initializers.normal(c.embed_size**-0.5), ("vocab", "embed"))
         embedding: Any = self.param("embedding", initial, (c.vocab_size, c.embed_size))
@@ -413,18 +447,12 @@ class Decoder(nn.Module):
             nn.remat(Block, prevent_cse=False, policy=policy) if policy else Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, *(nn.broadcast,) * 5),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.num_layers,
             unroll=c.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x = embedding[tokens].astype(c.dtype)
-        if c.scale_embedding:
-            x = x * jnp.asarray(c.embed_size**0.5, c.dtype)
-        carry = (constrain(x, "batch", "length", None), keys, values)
-        layers, slides = jnp.arange(c.num_layers), jnp.array(c.sliding or (False,) * c.num_layers)
-        used, visible, behind = cached or (None, None, None)
-        (x, keys, values), _ = blocks(c, name="blocks")(
-            carry, layers, slides, positions, segments, used, visible, behind
-        )
-        return Norm(c, name="final_norm")(x), keys, values
+        x = constrain(_embed(c, embedding, tokens), "batch", "length", None)
+        slides = jnp.array(c.sliding or (False,) * c.num_layers)
+        x, _ = blocks(c, name="blocks")(x, slides, positions, segments)
+        return Norm(c, name="final_norm")(x)
