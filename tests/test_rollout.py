@@ -224,24 +224,27 @@ def test_bad_counts_are_refused():
 
 
 def test_nucleus_sampling_draws_from_the_likeliest_tokens_only():
-    params, prompts = tiny.params(), tiny.prompts(lengths=(3,))
+    logits = jnp.array(np.random.default_rng(1).normal(size=16), jnp.float32)
+    uniform = (jnp.arange(4000) + 0.5) / 4000
 
     def draw(top_p):
-        return rollout.generate(
-            tiny.CONFIG, params, prompts, jnp.array([4000]), jax.random.key(0), max_new_tokens=1, eos_ids=(), temperature=5.0, top_p=top_p
-        )  # fmt: skip
+        return draw_tokens(jnp.tile(5 * logits, (4000, 1)), uniform, temperature=5.0, top_p=top_p)
 
-    logits = policy.apply(tiny.CONFIG, params, prompts.tokens)[0, -1] / 5.0
     probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
     order = np.argsort(-probabilities)
     kept = order[: np.searchsorted(np.cumsum(probabilities[order]), 0.7) + 1]
     expected = np.where(np.isin(np.arange(16), kept), probabilities, 0) / probabilities[kept].sum()
-    rollouts = draw(0.7)
-    drawn = np.bincount(rollouts.tokens[:, 0], minlength=16) / 4000
+    token, logp = draw(0.7)
+    drawn = np.bincount(token, minlength=16) / 4000
     assert 1 < len(kept) < 16
     assert (drawn[expected == 0] == 0).all()
-    np.testing.assert_allclose(drawn, expected, atol=0.03)
-    np.testing.assert_allclose(rollouts.logps[:, 0], np.log(expected[rollouts.tokens[:, 0]]), atol=1e-4)
-    assert (draw(1e-6).tokens == order[0]).all()
+    np.testing.assert_allclose(drawn, expected, atol=1e-3)
+    np.testing.assert_allclose(logp, np.log(expected[np.asarray(token)]), atol=1e-4)
+    assert (draw(1e-6)[0] == order[0]).all()
+
+
+def test_top_p_reaches_the_sampler():
+    likeliest = sample([2, 2, 2, 2], temperature=0.0)
+    np.testing.assert_array_equal(sample([2, 2, 2, 2], top_p=1e-6).tokens, likeliest.tokens)
     with pytest.raises(ValueError, match="top_p"):
-        draw(0.0)
+        sample([1, 1, 1, 1], top_p=0.0)
