@@ -151,6 +151,7 @@ class Run:
 
 
 inform, learn_prior = jax.jit(budget.inform), jax.jit(budget.learn_prior)
+mean_tokens = jax.jit(budget.mean_tokens)
 
 
 def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, reference: dict | None) -> Run:
@@ -316,7 +317,9 @@ def spend_budget(
 
     def draw(counts, clock=clock, **options):
         with clock.phase("rollout"):
-            rollouts = run.generate(params, prompts, counts, key, temperature=config.sample.temperature, **options)
+            rollouts = run.generate(
+                params, prompts, counts, key, temperature=config.sample.temperature, expected_tokens=lengths, **options
+            )
             jax.block_until_ready(rollouts)
         with clock.phase("verify"):
             return rollouts, *run.score(rollouts, tasks.prompts, tasks.answers)
@@ -325,7 +328,7 @@ def spend_budget(
         index, mask, lengths = rollouts.prompt_index, rollouts.mask, rollouts.lengths
         return budget.observe(known, jnp.arange(num_prompts), outcomes, index, mask, lengths=lengths)
 
-    scouts = config.alloc.scouts
+    lengths, scouts = mean_tokens(known), config.alloc.scouts
     if scouts:  # their samples are numbered after those that count, and neither they nor their time do
         every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock()
         seen = draw(every, free, num_rollouts=num_prompts * scouts, first_sample=config.alloc.n_max)

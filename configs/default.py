@@ -141,7 +141,7 @@ def _add_policy(config: ConfigDict) -> None:
     config.sample = ConfigDict()
     config.sample.max_new_tokens = 7  # T
     config.sample.temperature = 1.0  # of training rollouts, > 0
-    config.sample.slots = 0  # rollouts decoded at a time, which is what memory is for; 0 for all, on a CPU for a few
+    config.sample.slots = 0  # S, rollouts decoded at a time, whose caches take memory; 0 for all, on a CPU for a few
 
     config.loss = ConfigDict()
     config.loss.scale_by_std = True  # divide advantages by the group's standard deviation

@@ -4,7 +4,7 @@ import math
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Mesh axes a run may use: "data" splits rows, "fsdp" splits rows and parameters, "model" splits
 # heads, hidden units and the vocabulary. An axis that the mesh lacks splits nothing.
@@ -100,7 +100,7 @@ def tree_sharding(mesh: Mesh, axes: dict, shapes: dict) -> dict:
     return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))
 
 
-def batch_devices(mesh: Mesh) -> int:
+def batch_devices(mesh: Mesh | AbstractMesh) -> int:
     """How many parts the "batch" axis is split into."""
     return math.prod(mesh.shape[name] for name in RULES["batch"] if name in mesh.axis_names)
 

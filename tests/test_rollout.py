@@ -78,6 +78,14 @@ def test_few_slots_give_what_a_slot_for_every_rollout_gives(slots):
     np.testing.assert_allclose(few.logps, whole.logps, atol=1e-4)
 
 
+def test_the_longest_begin_first_and_devices_get_equal_shares():
+    expected, mask = jnp.array([3.0, 9.0, 1.0, 7.0, 5.0, 0.0, 0.0]), jnp.arange(7) < 5
+    assert sampler._deal(expected, mask, 1).tolist() == [1, 3, 4, 0, 2, 5, 6]
+    assert sampler._deal(expected, mask, 2).tolist() == [1, 4, 2, 6, 3, 0, 5, 7]  # 7 is no row
+    odd = jnp.array([jnp.nan, 2.0, jnp.inf, -jnp.inf, 5.0, 0.0, 0.0])
+    assert sampler._deal(odd, mask, 1).tolist()[5:] == [5, 6]  # rollouts come before the rest whatever is expected
+
+
 def test_slots_that_nothing_waits_for_are_given_up(monkeypatch):
     whole = sample([30, 20, 25, 14], num_slots=89, max_new_tokens=12)
     monkeypatch.setattr(sampler, "_FEWEST", 2)

@@ -57,6 +57,7 @@ def test_shipped_configs_pass_their_check(module):
         ({"sample.temperature": 0.0}, "config.sample.temperature=0.0 must be above 0"),
         ({"arithmetic.num_train": 10}, "config.arithmetic.num_train=10 must be at least prompts_per_step=64"),
         ({"seed": -1}, "config.seed=-1 must be at least 0"),
+        ({"sample.slots": -1}, "config.sample.slots=-1 must be at least 0"),
     ],
 )
 def test_impossible_configs_are_refused_by_key_and_fix(changes, message):

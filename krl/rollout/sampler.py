@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from krl import policy
 from krl.rollout.slots import make_slots
 from krl.rollout.tokens import draw_tokens
-from krl.sharding import RULES, constrain
+from krl.sharding import RULES, batch_devices, constrain
 from krl.types import Prompts, Rollouts
 
 PREFILL_TOKENS = 16384  # prompt tokens that go through the policy at a time
@@ -59,8 +59,8 @@ def generate(
         eos_ids: tokens that end a response; they are part of it.
         pad_id: written after the end.
         num_rollouts: R, the number of rows; needed when counts are traced, else their sum.
-        num_slots: S, rollouts that are decoded at a time, on all devices together; static. None for R, on a CPU
-            for what its own cache holds.
+        num_slots: S, rollouts that are decoded at a time, on all devices together; static. None for R; on a CPU
+            for what CPU_CACHE holds, 8 at least.
         expected_tokens: [M] float32, expected response lengths; the longest begin first, so that few slots wait
             for the last one, and the devices get equal shares. None if nothing is known.
         temperature: the logits are divided by it; 0 takes the most likely token.
@@ -128,8 +128,9 @@ def _generate(
     if not num_rollouts:
         none = jnp.zeros((0, max_new_tokens))
         return Rollouts(prompt_index, sample_index, mask, none.astype(jnp.int32), none, sample_index, mask)
-    devices, batch_axes = _batch_shards()
-    order = _deal(jnp.append(expected_tokens, -jnp.inf)[prompt_index], devices)
+    mesh = jax.sharding.get_abstract_mesh()
+    devices, batch_axes = batch_devices(mesh), tuple(name for name in RULES["batch"] if name in mesh.axis_names)
+    order = _deal(jnp.append(expected_tokens, 0)[prompt_index], mask, devices)
     source = jnp.append(prompt_index, prompts.tokens.shape[0])[order]  # M where no rollout is
     sample = jnp.append(sample_index, 0)[order]
     task = jnp.append(prompts.task_ids, 0)[source]
@@ -159,23 +160,18 @@ def _generate(
     )
 
 
-def _batch_shards() -> tuple[int, tuple[str, ...]]:
-    """How many parts the mesh of `jax.set_mesh` splits rows into, and by which of its axes."""
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(name for name in RULES["batch"] if name in mesh.axis_names)
-    size = 1
-    for name in axes:
-        size *= mesh.shape[name]
-    return size, axes
-
-
-def _deal(expected: jax.Array, devices: int) -> jax.Array:
-    """An order of rows, [R] float32 expected lengths: the devices' queues one after the other, each longest first.
+def _deal(expected: jax.Array, mask: jax.Array, devices: int) -> jax.Array:
+    """An order of rows: the devices' queues one after the other, each longest first and rows without a rollout last.
 
     Rows are dealt in turn, so that the queues take equally long; where they do not come out even, the number R stands
     for no row.
+
+    Args:
+        expected: [R] float32, expected lengths.
+        mask: [R] bool, True on rollouts.
+        devices: how many queues there are.
     """
-    longest_first = jnp.argsort(-expected, stable=True).astype(jnp.int32)
+    longest_first = jnp.lexsort((-expected, ~mask)).astype(jnp.int32)
     spare = -len(expected) % devices
     padded = jnp.concatenate([longest_first, jnp.full(spare, len(expected), jnp.int32)])
     return padded.reshape(-1, devices).T.reshape(-1)
@@ -223,7 +219,7 @@ def _prefill(config: policy.PolicyConfig, layers: dict, prompts: Prompts) -> Pro
 class Slots(struct.PyTreeNode):
     """What S slots are at, and what has come out."""
 
-    row: jax.Array  # [S] int32, which row of the queue each serves, or served last; its length for none
+    row: jax.Array  # [S] int32, the row of the queue that each serves or served last; R for none
     token: jax.Array  # [S] int32, to be read next
     position: jax.Array  # [S] int32, of that token in its sequence
     count: jax.Array  # [S] int32, tokens of the response so far
@@ -231,12 +227,12 @@ class Slots(struct.PyTreeNode):
     live: jax.Array  # [S] bool
     ended: jax.Array  # [S] bool, by an end token
     uniform: jax.Array  # [S, T] float32 in [0, 1), the random numbers of its response
-    tokens: jax.Array  # [S, T] int32, the responses, token t of the step s in column s modulo T
+    tokens: jax.Array  # [S, T] int32, the responses; what step s drew is in column s modulo T
     logps: jax.Array  # [S, T] float32
     cache: policy.Cache  # P - 1 + T columns
 
 
-class Served(struct.PyTreeNode):
+class Responses(struct.PyTreeNode):
     """The responses of a queue of R rows."""
 
     tokens: jax.Array  # [R, T] int32
@@ -245,12 +241,12 @@ class Served(struct.PyTreeNode):
     finished: jax.Array  # [R] bool
 
 
-class Desk(struct.PyTreeNode):
+class State(struct.PyTreeNode):
     """The whole state of a queue that is being served."""
 
     slots: Slots
-    served: Served
-    waiting: jax.Array  # [] int32, the first row of the queue that has no slot yet
+    responses: Responses
+    next_row: jax.Array  # [] int32, the first row of the queue that has no slot yet
     step: jax.Array  # [] int32
 
 
@@ -282,30 +278,30 @@ def _serve(
     def anywhere(flag):  # devices take equally many steps, since they compute together where a mesh splits the model
         return jax.lax.pmax(flag.astype(jnp.int32), batch_axes) > 0 if batch_axes else flag
 
-    def waits(desk):
-        return anywhere(desk.waiting < num_waiting)
+    def waits(state):
+        return anywhere(state.next_row < num_waiting)
 
-    def can_refill(desk):
-        left = num_waiting - desk.waiting
-        return anywhere((left > 0) & ((~desk.slots.live).sum() >= jnp.minimum(at_once, left)))
+    def can_refill(state):
+        left = num_waiting - state.next_row
+        return anywhere((left > 0) & ((~state.slots.live).sum() >= jnp.minimum(at_once, left)))
 
-    def refill_and_decode(desk):
-        desk = _refill(desk, prompts, source, keys, at_once)
-        return jax.lax.while_loop(lambda desk: waits(desk) & ~can_refill(desk), step, desk)
+    def refill_and_decode(state):
+        state = _refill(state, prompts, source, keys, at_once)
+        return jax.lax.while_loop(lambda state: waits(state) & ~can_refill(state), step, state)
 
-    desk = _open(config, prompts, len(source), num_slots, max_new_tokens, pad_id)
-    desk = jax.lax.while_loop(waits, refill_and_decode, desk)
+    state = _idle(config, prompts, len(source), num_slots, max_new_tokens, pad_id)
+    state = jax.lax.while_loop(waits, refill_and_decode, state)
     while num_slots:  # nothing waits any more: go on with ever fewer slots, then until the last one ends
         fewer = num_slots // _SHRINK if num_slots // _SHRINK >= _FEWEST else 0
-        crowded = functools.partial(lambda most, desk: anywhere(desk.slots.live.sum() > most), fewer)
-        desk = jax.lax.while_loop(crowded, step, desk)
-        desk = _shrink(desk, fewer)
+        crowded = functools.partial(lambda most, state: anywhere(state.slots.live.sum() > most), fewer)
+        state = jax.lax.while_loop(crowded, step, state)
+        state = _shrink(state, fewer)
         num_slots = fewer
-    served = desk.served
-    return served.tokens, served.logps, served.lengths, served.finished
+    responses = state.responses
+    return responses.tokens, responses.logps, responses.lengths, responses.finished
 
 
-def _open(config, prompts: PromptCache, num_rows: int, num_slots: int, max_new_tokens: int, pad_id: int) -> Desk:
+def _idle(config, prompts: PromptCache, num_rows: int, num_slots: int, max_new_tokens: int, pad_id: int) -> State:
     """Idle slots, and nothing served."""
     columns = prompts.cache.positions.shape[1] + max_new_tokens
     zeros, no = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, bool)
@@ -315,13 +311,13 @@ def _open(config, prompts: PromptCache, num_rows: int, num_slots: int, max_new_t
         tokens=jnp.zeros((num_slots, max_new_tokens), jnp.int32), logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
         cache=policy.init_cache(config, num_slots, columns),
     )  # fmt: skip
-    served = Served(
+    responses = Responses(
         tokens=jnp.full((num_rows, max_new_tokens), pad_id, jnp.int32),
         logps=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
         lengths=jnp.zeros(num_rows, jnp.int32),
         finished=jnp.zeros(num_rows, bool),
     )
-    return Desk(slots=slots, served=served, waiting=jnp.int32(0), step=jnp.int32(0))
+    return State(slots=slots, responses=responses, next_row=jnp.int32(0), step=jnp.int32(0))
 
 
 def _uniform(keys: jax.Array, length: int) -> jax.Array:
@@ -330,9 +326,9 @@ def _uniform(keys: jax.Array, length: int) -> jax.Array:
     return jax.vmap(lambda key: jax.vmap(lambda at: jax.random.uniform(jax.random.fold_in(key, at)))(number))(keys)
 
 
-def _step(config, layers, draw, ends, desk: Desk) -> Desk:
+def _step(config, layers, draw, ends, state: State) -> State:
     """One more token in every live slot."""
-    slots, turn = desk.slots, desk.step % desk.slots.tokens.shape[1]
+    slots, turn = state.slots, state.step % state.slots.tokens.shape[1]
     column = slots.cache.positions.shape[1] - slots.tokens.shape[1] + turn
     position = jnp.where(slots.live, slots.position, -1)
     logits, cache = policy.decode(config, layers, slots.token[:, None], position[:, None], slots.cache, column)
@@ -354,12 +350,12 @@ def _step(config, layers, draw, ends, desk: Desk) -> Desk:
         logps=note(slots.logps, logp),
         cache=cache,
     )
-    return desk.replace(slots=slots, step=desk.step + 1)
+    return state.replace(slots=slots, step=state.step + 1)
 
 
-def _hand_out(desk: Desk, chosen: jax.Array, row: jax.Array) -> Served:
+def _hand_out(state: State, chosen: jax.Array, row: jax.Array) -> Responses:
     """The responses of some slots written to their rows; beyond the queue's end nothing is written."""
-    slots, served = desk.slots, desk.served
+    slots, responses = state.slots, state.responses
     order = jnp.arange(slots.tokens.shape[1])
     columns = (slots.start[chosen][:, None] + order) % len(order)
     real = order < slots.count[chosen][:, None]
@@ -369,20 +365,20 @@ def _hand_out(desk: Desk, chosen: jax.Array, row: jax.Array) -> Served:
             jnp.where(real, jnp.take_along_axis(part[chosen], columns, axis=1), whole[row]), mode="drop"
         )
 
-    return Served(
-        tokens=written(served.tokens, slots.tokens),
-        logps=written(served.logps, slots.logps),
-        lengths=served.lengths.at[row].set(slots.count[chosen], mode="drop"),
-        finished=served.finished.at[row].set(slots.ended[chosen], mode="drop"),
+    return Responses(
+        tokens=written(responses.tokens, slots.tokens),
+        logps=written(responses.logps, slots.logps),
+        lengths=responses.lengths.at[row].set(slots.count[chosen], mode="drop"),
+        finished=responses.finished.at[row].set(slots.ended[chosen], mode="drop"),
     )
 
 
-def _refill(desk: Desk, prompts: PromptCache, source: jax.Array, keys: jax.Array, at_once: int) -> Desk:
+def _refill(state: State, prompts: PromptCache, source: jax.Array, keys: jax.Array, at_once: int) -> State:
     """Hand out what up to at_once idle slots have done, and give them the next rows of the queue."""
-    slots, num_slots, num_rows = desk.slots, len(desk.slots.row), len(source)
+    slots, num_slots, num_rows = state.slots, len(state.slots.row), len(source)
     chosen = jnp.nonzero(~slots.live, size=at_once, fill_value=num_slots)[0]
-    served = _hand_out(desk, chosen, slots.row.at[chosen].get(mode="fill", fill_value=num_rows))
-    row = jnp.where(chosen < num_slots, desk.waiting + jnp.cumsum(chosen < num_slots) - 1, num_rows)
+    responses = _hand_out(state, chosen, slots.row.at[chosen].get(mode="fill", fill_value=num_rows))
+    row = jnp.where(chosen < num_slots, state.next_row + jnp.cumsum(chosen < num_slots) - 1, num_rows)
     prompt = source.at[row].get(mode="fill", fill_value=len(prompts.last))
     given = prompt < len(prompts.last)
     row, prompt = jnp.where(given, row, num_rows), jnp.where(given, prompt, 0)
@@ -404,21 +400,23 @@ def _refill(desk: Desk, prompts: PromptCache, source: jax.Array, keys: jax.Array
         token=put(slots.token, prompts.last[prompt]),
         position=put(slots.position, prompts.lengths[prompt] - 1),
         count=put(slots.count, 0),
-        start=put(slots.start, desk.step),
+        start=put(slots.start, state.step),
         live=put(slots.live, given),
         ended=put(slots.ended, False),
         uniform=put(slots.uniform, _uniform(keys[jnp.minimum(row, num_rows - 1)], slots.tokens.shape[1])),
         cache=cache,
     )
-    return Desk(slots=slots, served=served, waiting=desk.waiting + given.sum(dtype=jnp.int32), step=desk.step)
+    return State(
+        slots=slots, responses=responses, next_row=state.next_row + given.sum(dtype=jnp.int32), step=state.step
+    )
 
 
-def _shrink(desk: Desk, num_slots: int) -> Desk:
+def _shrink(state: State, num_slots: int) -> State:
     """Hand out what idle slots have done, and keep the live ones, num_slots at most."""
-    slots, num_rows = desk.slots, len(desk.served.lengths)
-    served = _hand_out(desk, jnp.arange(len(slots.row)), jnp.where(slots.live, num_rows, slots.row))
+    slots, num_rows = state.slots, len(state.responses.lengths)
+    responses = _hand_out(state, jnp.arange(len(slots.row)), jnp.where(slots.live, num_rows, slots.row))
     kept = jnp.nonzero(slots.live, size=num_slots, fill_value=0)[0]
     there = jnp.arange(num_slots) < slots.live.sum()
     slots = jax.tree.map(lambda leaf: leaf[kept], slots)
     slots = slots.replace(live=there, row=jnp.where(there, slots.row, num_rows))
-    return desk.replace(slots=slots, served=served)
+    return state.replace(slots=slots, responses=responses)
