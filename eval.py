@@ -24,15 +24,15 @@ from rich.console import Console
 
 from configs.check import FREE_KEYS, check, flatten
 from configs.flags import define_flags, one_line_errors, parse_flags
-from krl import budget, policy, rollout
+from krl import policy, rollout
 from krl.policy.tokenizer import load_tokenizer
 from krl.run.benchmark import evaluate_set
 from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir, write_json
 from krl.run.estimates import table
 from krl.run.metrics import progress
-from krl.run.setup import abstract_params, encode, find_policy, load_task_sets, make_verifiers
+from krl.run.setup import NAMES, abstract_params, encode, find_policy, load_task_sets, make_verifiers
 from krl.sharding import make_mesh, named_sharding
-from krl.tasks import SOURCES, TEMPLATES, TaskSet, load_named
+from krl.tasks import SOURCES, TaskSet, load_named
 from krl.tasks.verify import answer_key
 
 # The form in which two answers vote together, by the reward that compares them.
@@ -63,7 +63,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
     """
     # ---------------------------------------------------------------- what to measure
     workdir = pathlib.Path(workdir)
-    check(config, rules=budget.RULES, priors=budget.PRIORS, templates=TEMPLATES, sources=SOURCES)
+    check(config, **NAMES)
     has_run = (workdir / "config.json").exists()
     open_place(workdir, config, has_run=has_run)
     mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))

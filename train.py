@@ -33,10 +33,17 @@ from krl.run import report
 from krl.run.checkpoint import Checkpoints, stop_on_signal
 from krl.run.evaluate import evaluate, score_rollouts
 from krl.run.metrics import CompileCounter, MetricsLog, PhaseClock, progress, read_rows, step_metrics
-from krl.run.setup import Setup, set_up, start_params
-from krl.run.update import abstract_state, init_state, make_optimizer, policy_update, skipped_updates
+from krl.run.setup import NAMES, Setup, set_up, start_params
+from krl.run.update import (
+    abstract_state,
+    for_this_backend,
+    init_state,
+    make_optimizer,
+    policy_update,
+    skipped_updates,
+)
 from krl.sharding import named_sharding
-from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, step_task_ids
+from krl.tasks import EncodedTasks, step_task_ids
 from krl.types import Prompts, Rollouts, TrainState
 
 
@@ -62,7 +69,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
     """
     # ---------------------------------------------------------------- refuse what cannot work
     workdir = pathlib.Path(workdir)
-    check(config, rules=budget.RULES, priors=budget.PRIORS, templates=TEMPLATES, sources=SOURCES)
+    check(config, **NAMES)
     parts = set_up(config, workdir, flatten(config), FREE_KEYS)
     size = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
     print(
@@ -156,7 +163,7 @@ mean_tokens = jax.jit(budget.mean_tokens)
 
 def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, reference: dict | None) -> Run:
     """Bind the functions of a step to their part of the config."""
-    tokenizer, alloc, loss, alike = parts.tokenizer, config.alloc, config.loss, config.loss.average == "prompts"
+    tokenizer, alloc, loss = parts.tokenizer, config.alloc, config.loss
     place = functools.partial(jax.device_put, device=named_sharding(parts.mesh))
     generate = functools.partial(
         rollout.generate, parts.policy_config, max_new_tokens=config.sample.max_new_tokens,
@@ -166,17 +173,24 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     allocate = functools.partial(budget.allocate, alloc.rule, n_min=alloc.n_min, n_max=alloc.n_max)
 
     def advantages(rewards: jax.Array, rollouts: Rollouts) -> jax.Array:
-        groups, num_prompts = (rollouts.prompt_index, rollouts.mask), config.prompts_per_step
-        clip = loss.advantage_clip or math.inf
-        values = learn.group_advantages(rewards, *groups, num_prompts, scale_by_std=loss.scale_by_std, clip=clip)
-        return learn.weigh_prompts_alike(values, rollouts.lengths, *groups, num_prompts) if alike else values
+        groups = (rollouts.prompt_index, rollouts.mask, config.prompts_per_step)
+        lengths, longest = rollouts.lengths, config.sample.max_new_tokens
+        if loss.overlong_tokens:
+            rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
+        values = learn.group_advantages(
+            rewards, *groups, scale_by_std=loss.scale_by_std, leave_one_out=loss.leave_one_out,
+            clip=loss.advantage_clip or math.inf,
+        )  # fmt: skip
+        values = jnp.where(rollouts.finished, values, 0.0) if loss.mask_truncated else values
+        return values * learn.token_weights(loss.average, lengths, *groups, longest)
 
-    update_policy = functools.partial(
+    update_policy = for_this_backend(
         policy_update, parts.policy_config, optimizer,
-        num_updates=config.optim.updates_per_step, micro_batch=config.optim.micro_batch,
-        temperature=config.sample.temperature, clip_low=loss.clip_low, clip_high=loss.clip_high,
-        dual_clip=loss.dual_clip, importance_cap=loss.importance_cap, kl_coefficient=loss.kl_coefficient,
-        reference=reference,
+        num_updates=config.optim.updates_per_step, micro_tokens=config.optim.micro_tokens, packed=config.optim.packed,
+        temperature=config.sample.temperature, surrogate=loss.surrogate, clip_low=loss.clip_low,
+        clip_high=loss.clip_high, dual_clip=loss.dual_clip, importance_cap=loss.importance_cap,
+        kl_coefficient=loss.kl_coefficient, kl_estimator=loss.kl_estimator,
+        entropy_coefficient=loss.entropy_coefficient,
     )  # fmt: skip
     update_belief = functools.partial(budget.update, fit_discounts=alloc.fit_discounts)
     measure = functools.partial(
@@ -186,7 +200,7 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     )  # fmt: skip
     return Run(
         config=config, tasks=parts.train, features=parts.features, place=place, generate=generate, score=score,
-        allocate=jax.jit(allocate), advantages=jax.jit(advantages), update_policy=update_policy,
+        allocate=jax.jit(allocate), advantages=jax.jit(advantages), update_policy=functools.partial(update_policy, reference=reference),
         update_belief=jax.jit(update_belief, donate_argnums=0), measure=measure,
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ equal, from the same warm starts. The elasticity is what the second R rollouts o
 """
 
 import argparse
-import math
 import pathlib
 from collections.abc import Mapping
 
@@ -24,16 +23,15 @@ def main():
     config = read_config(task, changes)
     rollouts = int(config["alloc.budget"])
     budgets = [rollouts // 2, rollouts, 2 * rollouts, 4 * rollouts]
-    jobs = {(seed, budget): job(task, config, changes, seed, budget) for seed in options.seeds for budget in budgets}
+    jobs = {(seed, budget): job(task, changes, seed, budget) for seed in options.seeds for budget in budgets}
     run_all(list(jobs.values()), options)
     rows = read_results(options.results)
     print(report({at: rows[job.key()]["accuracy"] for at, job in jobs.items() if job.key() in rows}, budgets))
 
 
-def job(task: str, config: dict, changes: dict, seed: int, budget: int) -> Job:
-    """A run with uniform budgets; rollouts go through the model in as large parts as divide them."""
-    part = math.gcd(int(config["optim.micro_batch"]), budget // int(config["optim.updates_per_step"]))
-    uniform = {"alloc.rule": "uniform", "alloc.prior": "shared", "alloc.budget": budget, "optim.micro_batch": part}
+def job(task: str, changes: dict, seed: int, budget: int) -> Job:
+    """A run with uniform budgets."""
+    uniform = {"alloc.rule": "uniform", "alloc.prior": "shared", "alloc.budget": budget}
     return Job(task, f"uniform_{budget}", changes | uniform | {"seed": seed})
 
 

@@ -147,8 +147,8 @@ def measure(run: Checkpoint, rule: str, budget_size: int, batches: int, target: 
         clip = config.loss.advantage_clip or math.inf
         advantages = learn.group_advantages(rewards, *groups, scale_by_std=config.loss.scale_by_std, clip=clip)
         effective.append(float((advantages != 0).mean()))
-        if config.loss.average == "prompts":
-            advantages = learn.weigh_prompts_alike(advantages, rollouts.lengths, *groups)
+        longest = config.sample.max_new_tokens
+        advantages = advantages * learn.token_weights(config.loss.average, rollouts.lengths, *groups, longest)
         found.append(np.asarray(gradient(run.parts.policy_config, run.params, prompts, rollouts, advantages, config.sample.temperature)))  # fmt: skip
     pairs = np.array(found, np.float64).reshape(batches, 2, -1)
     split = split_noise(pairs, target)

@@ -34,7 +34,7 @@ TASKS: dict[str, dict[str, Any]] = {  # what the study changes in a task's confi
     "operators": {FIELD: "operator"},
     "arithmetic": {
         FIELD: "digits", "prompts_per_step": 32, "alloc.budget": 256, "optim.decay_steps": 0,
-        "optim.micro_batch": 64, "eval.samples": 2,
+        "eval.samples": 2,
     },
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {

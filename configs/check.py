@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from ml_collections import ConfigDict
 
 # Keys that may change when a run continues from its checkpoint.
-FREE_KEYS = ("steps", "max_bad_updates", "eval.every", "checkpoint.every", "checkpoint.keep", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "optim.micro_batch", "sample.slots", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
+FREE_KEYS = ("steps", "max_bad_updates", "eval.every", "checkpoint.every", "checkpoint.keep", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "optim.micro_tokens", "optim.packed", "sample.slots", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
 
 
 def flatten(config: ConfigDict) -> dict:
@@ -20,8 +20,9 @@ def flatten(config: ConfigDict) -> dict:
 
 
 def check(
-    config: ConfigDict, *, rules: Iterable[str], priors: Iterable[str], templates: Iterable[str], sources: Iterable[str]
-) -> None:
+    config: ConfigDict, *, rules: Iterable[str], priors: Iterable[str], templates: Iterable[str],
+    sources: Iterable[str], averages: Iterable[str], surrogates: Iterable[str], kl_estimators: Iterable[str],
+) -> None:  # fmt: skip
     """Check every value and combination.
 
     Args:
@@ -30,6 +31,7 @@ def check(
         priors: the names of priors besides "shared".
         templates: the names of prompt templates.
         sources: the names of known data sets.
+        averages, surrogates, kl_estimators: the names that the loss knows.
 
     Raises:
         ValueError: names the key, what it is, and what it must be.
@@ -57,7 +59,10 @@ def check(
     sft = config.sft
     need(not sft.path or bool(sft.completion_field), "sft.completion_field", "the field of sft.path with completions")
     need(config.policy.dtype in ("float32", "bfloat16"), "policy.dtype", "'float32' or 'bfloat16'")
-    need(config.loss.average in ("tokens", "prompts"), "loss.average", "'tokens' or 'prompts'")
+    for key, known in (("average", averages), ("surrogate", surrogates), ("kl_estimator", kl_estimators)):
+        need(config.loss[key] in known, f"loss.{key}", f"one of {sorted(known)}")
+    longest = config.sample.max_new_tokens
+    need(config.loss.overlong_tokens <= longest, "loss.overlong_tokens", f"at most sample.max_new_tokens={longest}")
     need(config.loss.dual_clip > 1, "loss.dual_clip", "above 1")
 
     need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
@@ -69,11 +74,6 @@ def check(
     )
     updates = optim.updates_per_step
     need(alloc.budget % updates == 0, "alloc.budget", f"a multiple of optim.updates_per_step={updates}")
-    need(
-        (alloc.budget // updates) % optim.micro_batch == 0,
-        "optim.micro_batch",
-        f"a divisor of {alloc.budget // updates} (alloc.budget / optim.updates_per_step)",
-    )
     need(len(mesh.shape) == len(mesh.axis_names), "mesh.shape", f"as long as mesh.axis_names={mesh.axis_names}")
     rows = 1
     for size, name in zip(mesh.shape, mesh.axis_names, strict=True):
@@ -84,7 +84,7 @@ def check(
         "alloc.scouts",
         f"such that prompts_per_step={prompts} times it is a multiple of the {rows} devices that split rows in mesh.shape",
     )
-    for key in ("alloc.budget", "optim.micro_batch") + (("sft.batch_size",) if sft.steps else ()):
+    for key in ("alloc.budget", "sft.batch_size") if sft.steps else ("alloc.budget",):
         need(flatten(config)[key] % rows == 0, key, f"a multiple of the {rows} devices that split rows in mesh.shape")
     _check_data(config, need, templates=templates, sources=sources)
 
@@ -121,7 +121,7 @@ def _check_data(
 
 _AT_LEAST_ONE = (
     "prompts_per_step", "max_bad_updates", "alloc.n_min", "alloc.prior_width", "data.max_prompt_tokens", "arithmetic.num_train",
-    "arithmetic.num_test", "operators.num_operators", "operators.num_train", "operators.num_test", "sample.max_new_tokens", "optim.updates_per_step", "optim.micro_batch", "eval.samples",
+    "arithmetic.num_test", "operators.num_operators", "operators.num_train", "operators.num_test", "sample.max_new_tokens", "optim.updates_per_step", "optim.micro_tokens", "eval.samples",
     "checkpoint.every", "checkpoint.keep", "tokenizer.vocab_size", "policy.embed_size", "policy.num_layers",
     "policy.num_heads", "policy.num_kv_heads", "policy.head_size", "policy.mlp_size", "policy.unroll", "sft.batch_size",
     "sft.save_every", "verify.items_per_worker",
@@ -130,7 +130,7 @@ _NOT_NEGATIVE = (
     "seed", "steps", "alloc.scouts", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
     "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "sample.slots", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
     "eval.every", "eval.prompts", "eval.temperature", "loss.clip_high", "loss.advantage_clip", "loss.importance_cap",
-    "loss.kl_coefficient", "verify.workers",
+    "loss.kl_coefficient", "loss.entropy_coefficient", "loss.overlong_tokens", "verify.workers",
 )  # fmt: skip
 _POSITIVE = (
     "sample.temperature", "optim.learning_rate", "optim.grad_clip", "sft.learning_rate", "verify.item_seconds",

@@ -145,13 +145,19 @@ def _add_policy(config: ConfigDict) -> None:
 
     config.loss = ConfigDict()
     config.loss.scale_by_std = True  # divide advantages by the group's standard deviation
+    config.loss.leave_one_out = False  # compare a rollout with the mean of its prompt's others (RLOO)
     config.loss.advantage_clip = 0.0  # largest size of an advantage, 0 for no bound
-    config.loss.average = "prompts"  # surrogate: mean over "tokens", or over "prompts" of each one's token mean
+    config.loss.overlong_tokens = 0  # before the limit, over which a response loses up to 1 of its reward; 0 for none
+    config.loss.mask_truncated = False  # responses that were cut off have no gradient
+    config.loss.average = "prompts"  # of the surrogate: "tokens", "sequences", "prompts" or "constant" (Dr. GRPO)
+    config.loss.surrogate = "ppo"  # or "gspo", the ratio of whole responses, or "cispo", weights without gradient
     config.loss.clip_low = 0.2  # how far the probability ratio may fall below 1
     config.loss.clip_high = 0.28  # and rise above 1
     config.loss.dual_clip = 10.0  # bound on the ratio of rollouts with a negative advantage
     config.loss.importance_cap = 0.0  # largest weight of a token for what the sampler computed, 0 trusts the sampler
     config.loss.kl_coefficient = 0.0  # of the penalty for leaving the first policy, per nat; 0 computes none
+    config.loss.kl_estimator = "k3"  # of that divergence: "k1", "k2" or "k3"
+    config.loss.entropy_coefficient = 0.0  # of the bonus for entropy, per nat; 0 computes none
 
     config.optim = ConfigDict()
     config.optim.learning_rate = 4e-4
@@ -162,4 +168,5 @@ def _add_policy(config: ConfigDict) -> None:
     config.optim.weight_decay = 0.0
     config.optim.grad_clip = 1.0  # largest global gradient norm
     config.optim.updates_per_step = 2  # optimiser updates per step, on equal shares of the rollouts
-    config.optim.micro_batch = 128  # rollouts that go through the model at once
+    config.optim.micro_tokens = 2048  # tokens that go through the model at once, on all devices together
+    config.optim.packed = True  # several rollouts to a row; False where the attention kernel has no segments (cuDNN)

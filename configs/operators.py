@@ -28,7 +28,6 @@ def get_config() -> ConfigDict:
     config.optim.learning_rate = 1.2e-3
     config.optim.decay_steps = 0
     config.optim.updates_per_step = 1
-    config.optim.micro_batch = 64
     config.eval.prompts = 2048
     config.eval.samples = 2
     config.eval.temperature = 1.0

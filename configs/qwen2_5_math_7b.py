@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
     config.optim.decay_steps = 0
     config.optim.beta2 = 0.999
     config.optim.updates_per_step = 8  # of 256 rollouts each
-    config.optim.micro_batch = 16
+    config.optim.micro_tokens = 98304  # 16 rows
 
     config.eval.every = 0  # eval.py measures checkpoints
     config.eval.prompts = 0

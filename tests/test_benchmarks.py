@@ -12,8 +12,7 @@ import pytest
 from benchmarks import elasticity, noise, runs, study
 from benchmarks.runs import Job
 from configs.check import check
-from krl import budget
-from krl.tasks import SOURCES, TEMPLATES
+from krl.run.setup import NAMES
 
 TRAIN = """
 import json, pathlib, sys
@@ -218,12 +217,11 @@ def test_values_and_priors_are_told_apart():
 
 @pytest.mark.parametrize("task", study.TASKS)
 def test_every_setting_of_the_study_can_run(task):
-    names = {"rules": budget.RULES, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES}
     for name in study.SETTINGS:
         changes = study.make_job(task, {}, name, 1e-3, 0).changes
         config = importlib.import_module(f"configs.{task}").get_config()
         config.update_from_flattened_dict(changes)
-        check(config, **names)
+        check(config, **NAMES)
         assert (config.alloc.prior == "groups") == (study.FIELD in changes)
 
 

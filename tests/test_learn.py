@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krl.learn import group_advantages, mixed_groups, policy_loss, weigh_prompts_alike
+from krl.learn import (
+    KL_ESTIMATORS,
+    SURROGATES,
+    group_advantages,
+    mixed_groups,
+    overlong_penalty,
+    policy_loss,
+    token_weights,
+)
 
 
 def advantages_by_loops(rewards, index, mask, scale):
@@ -57,18 +65,35 @@ def test_permuting_rollouts_permutes_advantages():
     np.testing.assert_allclose(shuffled, np.asarray(straight)[order], rtol=1e-5, atol=1e-6)
 
 
-def test_prompts_alike_make_the_token_mean_a_mean_over_prompts():
+AVERAGES = {
+    "tokens": lambda sums, lengths, index: sums.sum() / lengths.sum(),
+    "sequences": lambda sums, lengths, index: (sums / lengths).mean(),
+    "prompts": lambda sums, lengths, index: np.mean([sums[index == i].sum() / lengths[index == i].sum() for i in (0, 1, 3)]),
+    "constant": lambda sums, lengths, index: sums.sum() / (13 * 9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+def test_weights_make_the_token_mean_another_mean(average):
     rng = np.random.default_rng(3)
     index, lengths = np.repeat([0, 1, 3], [2, 7, 4]), rng.integers(1, 9, 13)
-    advantages, per_token = rng.normal(size=13), rng.normal(size=13)  # any loss that is linear in the advantage
+    losses = [rng.normal(size=length) for length in lengths]  # of any surrogate, proportional to the advantage
+    sums = np.array([loss.sum() for loss in losses])
     mask = jnp.append(jnp.ones(13, bool), False)
-    weighed = weigh_prompts_alike(
-        jnp.append(jnp.asarray(advantages, jnp.float32), jnp.nan), jnp.append(lengths, 9), jnp.append(index, 1), mask, 5
+    weights = token_weights(average, jnp.append(lengths, 9), jnp.append(index, 1), mask, 5, 9)
+    assert weights[-1] == 0
+    token_mean = (np.asarray(weights)[:13] * sums).sum() / lengths.sum()
+    np.testing.assert_allclose(token_mean, AVERAGES[average](sums, lengths, index), rtol=1e-5)
+
+
+def test_leaving_one_out_compares_with_the_mean_of_the_others():
+    rewards, index = np.array([1.0, 0.0, 0.5, 0.2, 1.0, 0.7]), np.array([0, 0, 0, 1, 1, 2])
+    mask = jnp.ones(6, bool)
+    got = group_advantages(
+        jnp.asarray(rewards, jnp.float32), jnp.array(index), mask, 3, scale_by_std=False, leave_one_out=True
     )
-    assert weighed[-1] == 0
-    token_mean = (np.asarray(weighed)[:13] * per_token * lengths).sum() / lengths.sum()
-    each = [((advantages * per_token * lengths)[index == i].sum() / lengths[index == i].sum()) for i in (0, 1, 3)]
-    np.testing.assert_allclose(token_mean, np.mean(each), rtol=1e-5)
+    expected = [1 - 0.25, 0 - 0.75, 0.5 - 0.5, 0.2 - 1.0, 1.0 - 0.2, 0.0]
+    np.testing.assert_allclose(got, expected, atol=1e-6)
 
 
 def test_advantages_refuse_other_shapes():
@@ -165,3 +190,96 @@ def test_the_penalty_is_the_k3_estimate_and_reaches_tokens_without_advantage():
 
     assert float(total(logps)) == pytest.approx(0.1 * (0.5 - np.log(0.5) - 1), rel=1e-5)
     np.testing.assert_allclose(jax.grad(total)(logps), [[0.1 * (1 - 0.5), 0.0]], rtol=1e-5)
+
+
+def loss_by_loops(
+    logps, old, advantages, mask, sequences, surrogate, sampler=None, reference=None, estimator="k3", entropies=None
+):
+    """Every token by itself, in float64, with clips 0.2, 0.28 and 3, a cap of 2, and coefficients 0.1 and 0.2."""
+    total = 0.0
+    for b, t in zip(*np.nonzero(mask), strict=True):
+        advantage = advantages[b, t]
+        ratio = np.exp(logps[b, t] - old[b, t])
+        if surrogate == "gspo":
+            mine = mask & (sequences == sequences[b, t])
+            ratio = np.prod(np.exp(logps[mine] - old[mine])) ** (1 / mine.sum())
+        if surrogate == "cispo":
+            loss = -min(ratio, 1.28) * advantage * logps[b, t]
+        else:
+            loss = -min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
+            loss = min(loss, 3.0 * -advantage) if advantage < 0 else loss
+        if sampler is not None:
+            loss *= min(np.exp(old[b, t] - sampler[b, t]), 2.0)
+        if reference is not None:
+            d = reference[b, t] - logps[b, t]
+            loss += 0.1 * {"k1": -d, "k2": d * d / 2, "k3": np.exp(d) - 1 - d}[estimator]
+        if entropies is not None:
+            loss -= 0.2 * entropies[b, t]
+        total += loss
+    return total
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_loss_of_packed_rows_is_that_of_loops_and_its_gradient_that_of_finite_differences(surrogate, estimator):
+    rng = np.random.default_rng(len(surrogate) + len(estimator))
+    sequences = np.array([[0, 0, 0, 3, 3, 3, 3], [7, 7, 9, 9, 9, 9, 9], [14] * 7])
+    mask = rng.random((3, 7)) < 0.8
+    logps, old, sampler, reference = rng.uniform(-3, -0.1, (4, 3, 7))
+    advantages = np.array([1.5, -0.7, 0.0, 2.0, -1.0])[np.unique(sequences, return_inverse=True)[1].reshape(3, 7)]
+    entropies = rng.random((3, 7))
+
+    def loss(logps):
+        return policy_loss(
+            logps, jnp.array(old), jnp.array(advantages), jnp.array(mask), surrogate=surrogate, dual_clip=3.0,
+            sequences=jnp.array(sequences), sampler_logps=jnp.array(sampler), reference_logps=jnp.array(reference),
+            kl_coefficient=0.1, kl_estimator=estimator, entropies=jnp.array(entropies), entropy_coefficient=0.2,
+        )[0]  # fmt: skip
+
+    def by_loops(logps):
+        return loss_by_loops(
+            logps, old, advantages, mask, sequences, surrogate, sampler, reference, estimator, entropies
+        )
+
+    with jax.enable_x64(True):
+        (total, count), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.array(logps))
+        assert count == mask.sum()
+        np.testing.assert_allclose(total, by_loops(logps), rtol=1e-5)
+    for b, t in np.ndindex(3, 7):
+        step = np.zeros((3, 7))
+        step[b, t] = 1e-6
+        if surrogate == "cispo":  # the factor has no gradient: hold it still
+            factor = np.minimum(np.exp(logps - old), 1.28) * np.minimum(np.exp(old - sampler), 2.0) * advantages
+            slope = -factor[b, t] * mask[b, t]
+
+            def held(moved):
+                still = 0 * advantages
+                return loss_by_loops(moved, moved, still, mask, sequences, "ppo", sampler, reference, estimator)
+
+            slope += (held(logps + step) - held(logps - step)) / 2e-6
+        else:
+            slope = (by_loops(logps + step) - by_loops(logps - step)) / 2e-6
+        assert gradient[b, t] == pytest.approx(slope, abs=1e-4)
+
+
+def test_rows_of_one_rollout_need_no_sequence_numbers():
+    rng = np.random.default_rng(1)
+    logps, old = jnp.asarray(rng.uniform(-3, -0.1, (2, 3, 5)), jnp.float32)
+    advantages, mask = jnp.array([1.0, -1.0, 0.5]), jnp.arange(5) < jnp.array([[5], [2], [0]])
+    plain, _ = policy_loss(logps, old, advantages, mask, surrogate="gspo")
+    numbered, _ = policy_loss(
+        logps, old, advantages, mask, surrogate="gspo", sequences=jnp.full((3, 5), 4) * jnp.arange(3)[:, None]
+    )
+    by_token, _ = policy_loss(logps, old, jnp.repeat(advantages[:, None], 5, axis=1), mask, surrogate="gspo")
+    assert float(plain[0]) == pytest.approx(float(numbered[0]), rel=1e-6)
+    assert float(plain[0]) == pytest.approx(float(by_token[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"surrogate": "trpo"}, {"kl_estimator": "k9"}])
+def test_unknown_names_are_refused(wrong):
+    with pytest.raises(ValueError, match="must be one of"):
+        loss_of(0.0, 1.0, **wrong)
+
+
+def test_a_buffer_of_the_whole_limit_penalises_every_token():
+    assert overlong_penalty(jnp.array([0, 1, 4]), 4, 4).tolist() == [0.0, 0.25, 1.0]

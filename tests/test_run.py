@@ -11,23 +11,23 @@ import pytest
 
 from configs import arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b
 from configs.check import FREE_KEYS, check, flatten
-from krl import budget, learn
+from krl import learn
 from krl.run.checkpoint import Checkpoints, claim_workdir, open_workdir, stop_on_signal, write_json
 from krl.run.metrics import CompileCounter, MetricsLog, format_seconds, gini, read_rows, step_metrics
+from krl.run.setup import NAMES
 from krl.run.sft import encode_pairs
 from krl.sharding import make_mesh, named_sharding
-from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, TaskSet
+from krl.tasks import EncodedTasks, TaskSet
 from krl.types import Rollouts
 from tests import tiny
 
-CHOICES = {"rules": budget.RULES, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES}
 CONFIGS = [arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b]
 
 
 @pytest.mark.parametrize("module", CONFIGS)
 def test_shipped_configs_pass_their_check(module):
     config = module.get_config()
-    check(config, **CHOICES)
+    check(config, **NAMES)
     assert set(FREE_KEYS) <= set(flatten(config))
 
 
@@ -40,7 +40,14 @@ def test_shipped_configs_pass_their_check(module):
         ({"alloc.n_min": 200}, "config.alloc.n_min=200 must be at most alloc.n_max=128"),
         ({"alloc.rule": "greedy"}, "config.alloc.rule='greedy' must be one of"),
         ({"alloc.discount": 1.5}, "config.alloc.discount=1.5 must be between 0 and 1"),
-        ({"optim.micro_batch": 100}, "config.optim.micro_batch=100 must be a divisor"),
+        ({"optim.micro_tokens": 0}, "config.optim.micro_tokens=0 must be at least 1"),
+        (
+            {"loss.average": "batch"},
+            "config.loss.average='batch' must be one of",
+        ),
+        ({"loss.surrogate": "ppg"}, "config.loss.surrogate='ppg' must be one of"),
+        ({"loss.kl_estimator": "k4"}, "config.loss.kl_estimator='k4' must be one of"),
+        ({"loss.overlong_tokens": 8}, "config.loss.overlong_tokens=8 must be at most sample.max_new_tokens=7"),
         ({"optim.updates_per_step": 3}, "config.alloc.budget=512 must be a multiple of optim.updates_per_step=3"),
         ({"mesh.shape": (3,)}, "config.alloc.budget=512 must be a multiple of the 3 devices"),
         ({"mesh.shape": (2, 2)}, "config.mesh.shape=.* must be as long as"),
@@ -64,7 +71,7 @@ def test_impossible_configs_are_refused_by_key_and_fix(changes, message):
     config = arithmetic.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message) as error:
-        check(config, **CHOICES)
+        check(config, **NAMES)
     assert "\n" not in str(error.value)
 
 

@@ -8,7 +8,15 @@ import pytest
 
 from krl import policy
 from krl.learn import policy_loss
-from krl.run.update import init_state, make_optimizer, policy_update, skipped_updates, supervised_update
+from krl.run.pack import pack
+from krl.run.update import (
+    for_this_backend,
+    init_state,
+    make_optimizer,
+    policy_update,
+    skipped_updates,
+    supervised_update,
+)
 from krl.sharding import make_mesh, named_sharding, tree_sharding
 from tests import tiny
 
@@ -23,6 +31,7 @@ OPTIONS = {
 }
 CLIPS = {"clip_low": 0.2, "clip_high": 0.28, "dual_clip": 10.0}
 OPTIMIZER = make_optimizer(**OPTIONS)
+ROW_TOKENS = 9  # P + T
 INDEX = np.repeat(np.arange(5), [5, 3, 4, 2, 2])  # the last two rows are padding
 ADVANTAGES = np.random.default_rng(3).normal(size=16) * (np.arange(16) % 3 > 0) * (INDEX < 4)
 
@@ -31,16 +40,20 @@ def fresh_state():
     return init_state(tiny.CONFIG, OPTIMIZER, tiny.params())
 
 
-def step(state=None, *, num_updates=1, micro_batch=4, advantages=ADVANTAGES, seed=0, **options):
+def step(state=None, *, num_updates=1, micro_rows=4, advantages=ADVANTAGES, seed=0, **options):
     return policy_update(
         tiny.CONFIG, OPTIMIZER, fresh_state() if state is None else state, tiny.prompts(), tiny.rollouts(INDEX),
         jnp.asarray(advantages, jnp.float32), jax.random.key(seed),
-        num_updates=num_updates, micro_batch=micro_batch, temperature=1.0, **CLIPS, **options,
+        num_updates=num_updates, micro_tokens=micro_rows * ROW_TOKENS, temperature=1.0, **CLIPS, **options,
     )  # fmt: skip
 
 
 def assert_close(a, b, atol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=atol), a, b)
+
+
+def floats(metrics):
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def test_update_is_the_gradient_of_the_token_mean_over_all_rollouts():
@@ -66,16 +79,73 @@ def test_update_is_the_gradient_of_the_token_mean_over_all_rollouts():
     assert_close(state.params, optax.apply_updates(tiny.params(), updates), atol=2e-4)
 
 
-def test_micro_batches_change_nothing():
-    whole, metrics = step(micro_batch=16)
-    parts, same = step(micro_batch=2)
+def test_micro_rowses_change_nothing():
+    whole, metrics = step(micro_rows=16)
+    parts, same = step(micro_rows=2)
     assert_close(parts.params, whole.params, atol=1e-4)
     assert_close(same, metrics, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"importance_cap": 2.0, "kl_coefficient": 0.1, "entropy_coefficient": 0.05}, {"surrogate": "gspo"}]
+)
+def test_packed_rows_give_the_gradient_of_padded_rows_and_of_one_rollout_at_a_time(options):
+    reference = jax.tree.map(lambda leaf: 0.9 * leaf, tiny.params()) if "kl_coefficient" in options else None
+    packed, metrics = step(**options, reference=reference, num_updates=2, micro_rows=2)
+    padded, same = step(**options, reference=reference, num_updates=2, micro_rows=16, packed=False)
+    assert_close(packed.params, padded.params, atol=1e-4)
+    assert floats(metrics) == pytest.approx(floats(same), rel=1e-4, abs=1e-5)
+    single, same = step(**options, reference=reference, num_updates=2, micro_rows=1, packed=False)
+    assert_close(single.params, padded.params, atol=1e-4)
+    assert floats(metrics) == pytest.approx(floats(same), rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[9] * 7, [1] * 7, [0] * 7, [5, 4, 0, 9, 3, 3, 3], [6, 6, 6, 6, 6, 6, 3]])
+def test_packing_holds_every_token_once_and_in_order(lengths):
+    packed = pack(jnp.array(lengths), 8, 9)
+    held = set(
+        zip(packed.sequence[packed.sequence >= 0].tolist(), packed.position[packed.sequence >= 0].tolist(), strict=True)
+    )
+    assert held == {(s, p) for s, length in enumerate(lengths) for p in range(length)}
+    assert int((packed.sequence >= 0).sum()) == sum(lengths)
+    rows = int(packed.num_rows)
+    assert (packed.sequence[:rows] >= 0).any(axis=1).all()
+    assert (packed.sequence[rows:] < 0).all()
+    assert rows <= 11 / 9 * -(-sum(lengths) // 9) + 1 or max(lengths) * 2 > 9
+    for row in np.asarray(packed.sequence):  # a sequence lies together
+        changes = [s for s, before in zip(row, [-2, *row[:-1]], strict=True) if s != before]
+        assert len(changes) == len(set(changes))
+
+
+def test_an_entropy_bonus_is_the_mean_entropy_of_the_response_tokens():
+    prompts, rollouts = tiny.prompts(), tiny.rollouts(INDEX)
+    real = np.arange(4)[None, :] < np.asarray(rollouts.lengths)[:, None]
+    source = np.minimum(INDEX, 3)
+    tokens = jnp.concatenate([prompts.tokens[source], rollouts.tokens], axis=1)
+    mask = jnp.concatenate([prompts.mask[source], jnp.array(real)], axis=1)
+    logits = jax.nn.log_softmax(policy.apply(tiny.CONFIG, tiny.params(), tokens, mask))[:, 4:-1]
+    entropy = -(jnp.exp(logits) * logits).sum(axis=-1)
+    _, plain = step()
+    _, metrics = step(entropy_coefficient=0.3)
+    expected = float(plain["loss"]) - 0.3 * float(entropy[real].mean())
+    assert float(metrics["loss"]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_what_is_fastest_here_computes_the_same():
+    plain, metrics = step()
+    fast = for_this_backend(
+        policy_update, tiny.CONFIG, OPTIMIZER, num_updates=1, micro_tokens=4 * ROW_TOKENS, temperature=1.0, **CLIPS
+    )
+    state, same = fast(
+        fresh_state(), tiny.prompts(), tiny.rollouts(INDEX), jnp.asarray(ADVANTAGES, jnp.float32), jax.random.key(0)
+    )
+    assert_close(state.params, plain.params, atol=1e-4)
+    assert_close(same, metrics, atol=1e-5)
+
+
 def test_the_key_decides_which_rollouts_share_an_update():
-    first, _ = step(num_updates=2, micro_batch=4, seed=0)
-    second, _ = step(num_updates=2, micro_batch=4, seed=1)
+    first, _ = step(num_updates=2, micro_rows=4, seed=0)
+    second, _ = step(num_updates=2, micro_rows=4, seed=1)
     different = jax.tree.map(lambda a, b: float(abs(a - b).max()), first.params, second.params)
     assert max(jax.tree.leaves(different)) > 1e-4
 
@@ -88,9 +158,9 @@ def test_rollouts_without_advantage_are_not_run():
     assert len(idle) >= 4
     got, metrics = policy_update(
         tiny.CONFIG, OPTIMIZER, fresh_state(), tiny.prompts(), poisoned, jnp.asarray(ADVANTAGES, jnp.float32),
-        jax.random.key(0), num_updates=1, micro_batch=1, temperature=1.0, **CLIPS,
+        jax.random.key(0), num_updates=1, micro_tokens=ROW_TOKENS, temperature=1.0, **CLIPS,
     )  # fmt: skip
-    assert_close(got.params, step(micro_batch=1)[0].params, atol=1e-6)
+    assert_close(got.params, step(micro_rows=1)[0].params, atol=1e-6)
     assert np.isfinite(float(metrics["loss"]))
 
 
@@ -124,7 +194,7 @@ def test_eight_devices_equal_one(shape, names):
         if "model" in names:
             assert not state.params["blocks"]["gate"].sharding.is_fully_replicated
             assert not state.opt_state.inner_state[1][0].mu["blocks"]["gate"].sharding.is_fully_replicated
-        spread, same = step(state, micro_batch=8)
+        spread, same = step(state, micro_rows=8)
     assert_close(spread.params, alone.params, atol=2e-4)
     assert_close(same, metrics, atol=1e-4)
 
@@ -147,11 +217,13 @@ def test_supervised_update_is_cross_entropy_on_the_targets():
     logits = policy.apply(tiny.CONFIG, tiny.params(), prompts.tokens, prompts.mask)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits[:, -3:-1], prompts.tokens[:, -2:]).mean()
     state, metrics = supervised_update(
-        tiny.CONFIG, OPTIMIZER, fresh_state(), prompts.tokens, prompts.mask, jnp.array(target)
+        tiny.CONFIG, OPTIMIZER, fresh_state(), prompts.tokens, prompts.mask, jnp.array(target), micro_tokens=10
     )
     assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
     for _ in range(5):
-        state, later = supervised_update(tiny.CONFIG, OPTIMIZER, state, prompts.tokens, prompts.mask, jnp.array(target))
+        state, later = supervised_update(
+            tiny.CONFIG, OPTIMIZER, state, prompts.tokens, prompts.mask, jnp.array(target), micro_tokens=10
+        )
     assert float(later["loss"]) < float(metrics["loss"])
 
 
@@ -197,7 +269,7 @@ def test_importance_weights_come_from_log_probabilities_computed_again():
     assert float(metrics["loss"]) == pytest.approx(float(value), abs=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
     assert 0 < float(metrics["importance_capped_fraction"]) < 1
-    _, parts = step(importance_cap=2.0, micro_batch=1)
+    _, parts = step(importance_cap=2.0, micro_rows=1)
     assert_close(parts, metrics, atol=1e-4)
 
 

@@ -1,6 +1,15 @@
 """From rewards to gradients: pure jnp, no model, no input or output."""
 
-from krl.learn.advantage import group_advantages, mixed_groups, weigh_prompts_alike
-from krl.learn.loss import policy_loss
+from krl.learn.advantage import AVERAGES, group_advantages, mixed_groups, token_weights
+from krl.learn.loss import KL_ESTIMATORS, SURROGATES, overlong_penalty, policy_loss
 
-__all__ = ["group_advantages", "mixed_groups", "policy_loss", "weigh_prompts_alike"]
+__all__ = [
+    "AVERAGES",
+    "KL_ESTIMATORS",
+    "SURROGATES",
+    "group_advantages",
+    "mixed_groups",
+    "overlong_penalty",
+    "policy_loss",
+    "token_weights",
+]

@@ -30,6 +30,7 @@ def group_advantages(
     num_prompts: int,
     *,
     scale_by_std: bool = True,
+    leave_one_out: bool = False,
     epsilon: float = 1e-6,
     clip: float = math.inf,
 ) -> jax.Array:
@@ -38,7 +39,8 @@ def group_advantages(
         A_j = (r_j - mean) / (std + epsilon)
 
     over the N rollouts of the same prompt, with the sample standard deviation (N - 1 in the
-    denominator), as the common implementations have it. Groups may have any sizes.
+    denominator), as the common implementations have it. Groups may have any sizes. With leave_one_out the
+    mean is that of the prompt's other rollouts (RLOO), which makes r_j - mean larger by N / (N - 1).
 
     Args:
         rewards: [R] float32.
@@ -46,6 +48,7 @@ def group_advantages(
         mask: [R] bool, False on padding rows.
         num_prompts: M, static.
         scale_by_std: False leaves out the division (Dr. GRPO, Liu et al., arXiv 2503.20783).
+        leave_one_out: compare a rollout with the mean of the others alone.
         epsilon: added to the standard deviation, in units of reward.
         clip: the largest size of an advantage.
 
@@ -56,7 +59,8 @@ def group_advantages(
         ValueError: rewards, prompt_index and mask are not all of shape [R].
 
     References:
-        Shao et al., "DeepSeekMath", arXiv 2402.03300, section 4.1.
+        Shao et al., "DeepSeekMath", arXiv 2402.03300, section 4.1; Ahmadian et al., "Back to Basics", arXiv
+        2402.14740, section 2.2 (leave-one-out).
 
     >>> group_advantages(jnp.array([1.0, 0.0, 1.0]), jnp.array([0, 0, 1]), jnp.ones(3, bool), 2).round(3).tolist()
     [0.7070000171661377, -0.7070000171661377, 0.0]
@@ -68,6 +72,8 @@ def group_advantages(
     index = jnp.where(mask, prompt_index, num_prompts)
     count, mean, squares = segment_moments(rewards, index, num_prompts)
     advantages = rewards - jnp.append(mean, 0.0)[index]
+    if leave_one_out:
+        advantages = advantages * jnp.append(divide(count, count - 1), 0.0)[index]
     if scale_by_std:
         std = jnp.sqrt(divide(squares, count - 1))
         advantages = divide(advantages, jnp.append(std + epsilon, 1.0)[index])
@@ -75,31 +81,59 @@ def group_advantages(
     return jnp.where(jnp.append(mixed, False)[index], jnp.clip(advantages, -clip, clip), 0.0)
 
 
-def weigh_prompts_alike(
-    advantages: jax.Array, lengths: jax.Array, prompt_index: jax.Array, mask: jax.Array, num_prompts: int
+def token_weights(
+    average: str, lengths: jax.Array, prompt_index: jax.Array, mask: jax.Array, num_prompts: int, max_tokens: int
 ) -> jax.Array:
-    """Advantages with which every prompt has the same share of a loss that is averaged over all tokens.
+    """What an advantage is to be multiplied by, so that a mean over all the tokens of a step is another mean.
 
-        A_j (tokens of the step / M) / (tokens of j's prompt)
+    A mean over all tokens gives a prompt the more weight the more rollouts and tokens it has, so that a budget changes
+    what is maximised. Surrogates are proportional to the advantage, so weights on it give these means of the token
+    losses l, of R rollouts of M prompts:
 
-    A mean over all tokens gives a prompt the more weight the more rollouts it has, so that a budget changes what is
-    maximised. With these weights it is the mean over prompts of each one's own token mean, whatever the
-    counts: a budget then decides how well a prompt's gradient is known, and not how much it counts.
+        "tokens"     sum l / tokens of the step
+        "sequences"  the mean over rollouts of each one's token mean
+        "prompts"    the mean over prompts of each one's token mean, whatever its count: a budget then decides how
+                     well a prompt's gradient is known, and not how much it counts
+        "constant"   sum l / (R T): a token counts the same in every step, and a long answer more than a short one
 
     Args:
-        advantages: [R] float32.
+        average: a key of AVERAGES.
         lengths: [R] int32, response tokens.
         prompt_index: [R] int32 in [0, M), any value on padding rows.
         mask: [R] bool, False on padding rows.
         num_prompts: M, static; prompts without a token take no share.
+        max_tokens: T.
 
     Returns:
         [R] float32, 0 on padding rows.
 
-    >>> weigh_prompts_alike(jnp.ones(3), jnp.array([5, 5, 5]), jnp.array([0, 0, 1]), jnp.ones(3, bool), 2).tolist()
+    Raises:
+        ValueError: an unknown average.
+
+    References:
+        Shao et al., arXiv 2402.03300, equation 3 ("sequences"); Yu et al., "DAPO", arXiv 2503.14476, equation 8
+        ("tokens"); Liu et al., "Understanding R1-Zero-Like Training", arXiv 2503.20783, section 3.2 ("constant").
+
+    >>> lengths, index, mask = jnp.array([5, 5, 5]), jnp.array([0, 0, 1]), jnp.ones(3, bool)
+    >>> token_weights("prompts", lengths, index, mask, 2, 8).tolist()
     [0.75, 0.75, 1.5]
     """
+    if average not in AVERAGES:
+        raise ValueError(f"average {average!r} must be one of {sorted(AVERAGES)}")
+    lengths = jnp.where(mask, lengths, 0).astype(jnp.float32)
     index = jnp.where(mask, prompt_index, num_prompts)
-    tokens = segment_sum(jnp.where(mask, lengths, 0).astype(jnp.float32), index, num_prompts)
-    share = divide(tokens.sum(), (tokens > 0).sum())
-    return jnp.where(mask, advantages * jnp.append(divide(share, tokens), 0.0)[index], 0.0)
+    share = AVERAGES[average](lengths, index, mask, num_prompts, max_tokens)
+    return jnp.where(mask, share * lengths.sum(), 0.0)
+
+
+def _prompts_alike(lengths, index, mask, num_prompts, max_tokens):
+    tokens = segment_sum(lengths, index, num_prompts)
+    return jnp.append(divide(1.0, tokens * (tokens > 0).sum()), 0.0)[index]
+
+
+AVERAGES = {  # what a token of each rollout counts in a loss that is a sum, [R]
+    "tokens": lambda lengths, *_: divide(1.0, lengths.sum()),
+    "sequences": lambda lengths, index, mask, *_: divide(1.0, lengths * mask.sum()),
+    "prompts": _prompts_alike,
+    "constant": lambda lengths, index, mask, num_prompts, max_tokens: divide(1.0, mask.sum() * max_tokens),
+}

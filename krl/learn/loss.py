@@ -1,9 +1,11 @@
-"""The clipped policy-gradient surrogate."""
+"""The policy-gradient loss: PPO's clipped surrogate and its relatives."""
 
 import jax
 import jax.numpy as jnp
 
-from krl.masked import masked_sum
+from krl.masked import divide, masked_sum
+
+_FARTHEST = 20.0  # beyond exp(20) a ratio carries no information; the bound keeps inf out of 0 * inf gradients
 
 
 def policy_loss(
@@ -12,79 +14,151 @@ def policy_loss(
     advantages: jax.Array,
     mask: jax.Array,
     *,
+    surrogate: str = "ppo",
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     dual_clip: float = 10.0,
+    sequences: jax.Array | None = None,
     sampler_logps: jax.Array | None = None,
     importance_cap: float = 2.0,
     reference_logps: jax.Array | None = None,
     kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
+    entropies: jax.Array | None = None,
+    entropy_coefficient: float = 0.0,
 ) -> tuple[tuple[jax.Array, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]:
-    """PPO's clipped surrogate for every token, with an asymmetric clip and a dual clip.
+    """The loss of every token, by the ratio w = exp(logp - old_logp) and the advantage A of the token's rollout.
 
-    With the ratio w = exp(logp - old_logp) and the advantage A of the token's rollout, a token's loss is
+        "ppo"    -min(w A, clip(w, 1 - clip_low, 1 + clip_high) A),   and at most  dual_clip |A|  where A < 0
+        "gspo"   the same, with the geometric mean of its rollout's ratios in place of w
+        "cispo"  -min(w, 1 + clip_high) A logp,   where the factor before logp has no gradient
 
-        -min(w A, clip(w, 1 - clip_low, 1 + clip_high) A),    and at most  dual_clip |A|  where A < 0.
+    Where the sampler computes other log-probabilities than the learner for the same parameters, each token's loss is
+    multiplied by min(exp(old_logp - sampler_logp), importance_cap), before any sum. A kl_coefficient above 0 adds that
+    many times an estimate of the divergence from the reference, with d = reference_logp - logp:
 
-    Where the sampler computes other log-probabilities than the learner for the same parameters, each
-    token's loss is multiplied by min(exp(old_logp - sampler_logp), importance_cap), before any sum. A
-    coefficient above 0 adds kl_coefficient (e^d - d - 1), d = reference_logp - logp, to every token.
+        "k1"  -d        "k2"  d^2 / 2        "k3"  e^d - d - 1
+
+    and an entropy_coefficient takes off so many times the entropy. In expectation over sampled tokens the gradient of
+    "k1" is zero and that of "k2" is the divergence's.
 
     Args:
         logps: [B, T] float32, nats, of the policy being trained; gradients flow through it.
         old_logps: [B, T] float32, nats, of the policy that sampled, as the learner computes them.
-        advantages: [B] float32.
+        advantages: [B] float32, or [B, T] where rows hold several rollouts.
         mask: [B, T] bool, True on response tokens.
+        surrogate: a key of SURROGATES.
         clip_low, clip_high: how far the ratio may move below and above 1.
         dual_clip: bound on the ratio that counts against a bad rollout, > 1.
+        sequences: [B, T] int32 in [0, B T), the rollout of each token where rows hold several; None for one a row.
         sampler_logps: [B, T] float32, nats, as the sampler computed them; None if old_logps are those.
         importance_cap: the largest weight of a token for the difference, > 0.
         reference_logps: [B, T] float32, nats, of the policy to stay close to; None without a penalty.
         kl_coefficient: weight of that penalty, per nat.
+        kl_estimator: a key of KL_ESTIMATORS.
+        entropies: [B, T] float32, nats, of the distributions that the tokens were drawn from; None without a bonus.
+        entropy_coefficient: weight of that bonus, per nat.
 
     Returns:
         ((loss sum, token count), metrics): metrics map a name to a (sum, count) pair; `ratio_max` is a
         (maximum, count) pair.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or an unknown surrogate or estimator.
 
     References:
         Schulman et al., "PPO", arXiv 1707.06347, equation 7; Yu et al., "DAPO", arXiv 2503.14476,
-        equation 8 (asymmetric clip); Ye et al., arXiv 1912.09729, section 3.4 (dual clip); Yao et al., "Your
+        equation 8 (asymmetric clip); Ye et al., arXiv 1912.09729, section 3.4 (dual clip); Zheng et al., "GSPO", arXiv
+        2507.18071, equations 5 and 7; MiniMax, "MiniMax-M1", arXiv 2506.13585, equation 4 (CISPO); Yao et al., "Your
         efficient RL framework secretly brings you off-policy RL training", 2025 (truncated importance
-        weight); Schulman, "Approximating KL divergence", 2020 (the estimator "k3").
+        weight); Schulman, "Approximating KL divergence", 2020 (the estimators).
     """
-    if not logps.ndim == 2 or not logps.shape == old_logps.shape == mask.shape or advantages.shape != logps.shape[:1]:
+    fits = advantages.shape in (logps.shape, logps.shape[:1])
+    if not logps.ndim == 2 or not logps.shape == old_logps.shape == mask.shape or not fits:
         raise ValueError(
-            "logps, old_logps and mask must be [B, T] and advantages [B], got "
+            "logps, old_logps and mask must be [B, T] and advantages [B] or [B, T], got "
             f"{logps.shape}, {old_logps.shape}, {mask.shape} and {advantages.shape}"
         )
-    # Beyond exp(20) a ratio carries no information; the bound keeps inf out of 0 * inf gradients.
-    ratio = jnp.exp(jnp.clip(jnp.where(mask, logps - old_logps, 0.0), -20.0, 20.0))
-    advantage = advantages[:, None]
-    clipped_ratio = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    loss = jnp.maximum(-ratio * advantage, -clipped_ratio * advantage)
-    loss = jnp.where(advantage < 0, jnp.minimum(loss, -dual_clip * advantage), loss)
+    for name, given, known in (("surrogate", surrogate, SURROGATES), ("kl_estimator", kl_estimator, KL_ESTIMATORS)):
+        if given not in known:
+            raise ValueError(f"{name} {given!r} must be one of {sorted(known)}")
+    advantage = advantages[:, None] if advantages.ndim == 1 else advantages
+    log_ratio = jnp.where(mask, logps - old_logps, 0.0)
+    if surrogate == "gspo":
+        log_ratio = _sequence_mean(log_ratio, mask, sequences)
+    ratio = jnp.exp(jnp.clip(log_ratio, -_FARTHEST, _FARTHEST))
+    loss = SURROGATES[surrogate](ratio, jnp.where(mask, logps, 0.0), advantage, clip_low, clip_high, dual_clip)
     active = mask & (advantage != 0)
-    metrics = {}
+    metrics = _ratio_metrics(ratio, advantage, active, clip_low, clip_high, dual_clip)
     if sampler_logps is not None:
         apart = jnp.where(mask, jax.lax.stop_gradient(old_logps) - sampler_logps, 0.0)
-        weight = jnp.exp(jnp.clip(apart, -20.0, 20.0))
+        weight = jnp.exp(jnp.clip(apart, -_FARTHEST, _FARTHEST))
         loss = loss * jnp.minimum(weight, importance_cap)
         metrics["importance_mean"] = masked_sum(jnp.minimum(weight, importance_cap), active)
         metrics["importance_capped_fraction"] = masked_sum(weight > importance_cap, active)
     if reference_logps is not None:
-        behind = jnp.clip(jnp.where(mask, reference_logps - logps, 0.0), -20.0, 20.0)
-        divergence = jnp.exp(behind) - behind - 1
+        behind = jnp.clip(jnp.where(mask, reference_logps - logps, 0.0), -_FARTHEST, _FARTHEST)
+        divergence = KL_ESTIMATORS[kl_estimator](behind)
         loss = loss + kl_coefficient * divergence
         metrics["kl"] = masked_sum(divergence, mask)
-    metrics |= _ratio_metrics(ratio, advantage, active, clip_low, clip_high, dual_clip)
+    if entropies is not None:
+        loss = loss - entropy_coefficient * jnp.where(mask, entropies, 0.0)
     return masked_sum(loss, mask), metrics
 
 
+def _clipped(ratio, logps, advantage, clip_low, clip_high, dual_clip):
+    clipped_ratio = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    loss = jnp.maximum(-ratio * advantage, -clipped_ratio * advantage)
+    return jnp.where(advantage < 0, jnp.minimum(loss, -dual_clip * advantage), loss)
+
+
+def _weighted_likelihood(ratio, logps, advantage, clip_low, clip_high, dual_clip):
+    return -jax.lax.stop_gradient(jnp.minimum(ratio, 1 + clip_high)) * advantage * logps
+
+
+SURROGATES = {"ppo": _clipped, "gspo": _clipped, "cispo": _weighted_likelihood}
+
+KL_ESTIMATORS = {
+    "k1": lambda behind: -behind,
+    "k2": lambda behind: behind**2 / 2,
+    "k3": lambda behind: jnp.exp(behind) - behind - 1,
+}
+
+
+def overlong_penalty(lengths: jax.Array, max_tokens: int, buffer: int) -> jax.Array:
+    """What is taken off the reward of a response that comes close to the limit.
+
+    Nothing up to max_tokens - buffer tokens, then rising linearly to 1 at max_tokens.
+
+    Args:
+        lengths: [R] int32, response tokens.
+        max_tokens: T.
+        buffer: tokens, 1 to T.
+
+    Returns:
+        [R] float32 in [0, 1].
+
+    References:
+        Yu et al., "DAPO", arXiv 2503.14476, equation 13 (soft overlong punishment).
+
+    >>> overlong_penalty(jnp.array([5, 8, 9, 10]), 10, 2).tolist()
+    [0.0, 0.0, 0.5, 1.0]
+    """
+    return jnp.clip((lengths - (max_tokens - buffer)) / buffer, 0.0, 1.0)
+
+
+def _sequence_mean(values, mask, sequences):
+    """Each token's rollout's mean over the tokens under a mask, [B, T]; 0 outside."""
+    if sequences is None:
+        sequences = jnp.broadcast_to(jnp.arange(values.shape[0])[:, None], values.shape)
+    index, size = jnp.where(mask, sequences, values.size), values.size + 1
+    total = jnp.zeros(size).at[index].add(jnp.where(mask, values, 0.0))
+    count = jnp.zeros(size).at[index].add(mask.astype(jnp.float32))
+    return jnp.where(mask, divide(total, count)[index], 0.0)
+
+
 def _ratio_metrics(ratio, advantage, active, clip_low, clip_high, dual_clip):
-    """(sum, count) pairs of the ratios [B, T] where active [B, T], given the advantages [B, 1]; see docs/metrics.md."""
+    """(sum, count) pairs of the ratios [B, T] where active [B, T], given the advantages; see docs/metrics.md."""
     return {
         "clip_low_fraction": masked_sum((ratio < 1 - clip_low) & (advantage < 0), active),
         "clip_high_fraction": masked_sum((ratio > 1 + clip_high) & (advantage > 0), active),

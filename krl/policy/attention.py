@@ -59,13 +59,15 @@ def attend_rows(
             query, key, value, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
         )
     columns = jnp.arange(query.shape[1])
+    keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
 
     def attend(query, query_columns, query_segments):
         behind = query_columns[:, :, None] - columns
         visible = (behind >= 0) & (behind < window) if window else behind >= 0
         if segments is not None:
             visible = visible & (query_segments[:, :, None] == segments[:, None, :])
-        return _attend(query, key, value, visible, scale, softcap)
+        bias = jax.lax.optimization_barrier(_bias(visible))  # else it is made again for every head
+        return _attend(query, keys, values, bias, scale, softcap)
 
     return _in_blocks(attend, query, columns[None], segments)
 
@@ -91,34 +93,29 @@ def attend_cached(
     Returns:
         [B, T, H, Q]; an average of all values where a query sees nothing.
     """
-    kv_heads = keys.shape[1]
 
     def attend(query, visible):
-        rows, length, heads, size = query.shape
-        grouped = query.reshape(rows, length, kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
-        grouped = grouped.reshape(rows, kv_heads, -1, size)
-        logits = jnp.einsum("bknq,bkcq->bknc", grouped, keys, preferred_element_type=jnp.float32) * scale
-        logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
-        logits = logits.reshape(rows, kv_heads, -1, length, keys.shape[2])
-        logits = jnp.where(visible[:, None, None], logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype).reshape(rows, kv_heads, -1, keys.shape[2])
-        mixed = jnp.einsum("bknc,bkcq->bknq", weights, values)
-        mixed = mixed.reshape(rows, kv_heads, -1, length, size)
-        return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, size)
+        return _attend(query, keys, values, _bias(visible), scale, softcap)
 
     return _in_blocks(attend, query, visible)
 
 
-def _attend(query, key, value, visible, scale, softcap):
-    if not softcap:
-        return jax.nn.dot_product_attention(query, key, value, mask=visible[:, None], scale=scale)
+def _bias(visible: jax.Array) -> jax.Array:
+    """What is added to attention logits: nothing where a key is visible, else so much that it has no weight."""
+    return jnp.where(visible, 0.0, -1e30)
+
+
+def _attend(query, keys, values, bias, scale, softcap):
+    """[B, T, H, Q] queries, [B, K, C, Q] keys and values, [B or 1, T, C] float32 bias; the heads of a key lie together."""
     rows, length, heads, size = query.shape
-    grouped = query.reshape(rows, length, key.shape[2], -1, size)
-    logits = jnp.einsum("btkgq,bckq->bkgtc", grouped, key, preferred_element_type=jnp.float32) * scale
-    logits = softcap * jnp.tanh(logits / softcap)
-    logits = jnp.where(visible[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgtc,bckq->btkgq", weights, value).reshape(rows, length, heads, size)
+    kv_heads, columns = keys.shape[1:3]
+    grouped = query.reshape(rows, length, kv_heads, -1, size).transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, size)
+    logits = jnp.einsum("bknq,bkcq->bknc", grouped, keys, preferred_element_type=jnp.float32) * scale
+    logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
+    logits = logits.reshape(rows, kv_heads, -1, length, columns) + bias[:, None, None]
+    weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype).reshape(rows, kv_heads, -1, columns)
+    mixed = jnp.einsum("bknc,bkcq->bknq", weights, values).reshape(rows, kv_heads, -1, length, size)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, size)
 
 
 def _in_blocks(attend, *arrays):

@@ -9,14 +9,14 @@ import hashlib
 import json
 import pathlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from krl import budget, policy
+from krl import budget, learn, policy
 from krl.policy.hf import check_hf
 from krl.policy.hf_config import config_json
 from krl.policy.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
@@ -24,10 +24,15 @@ from krl.run.checkpoint import claim_workdir, open_workdir, write_json
 from krl.run.metrics import progress
 from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
 from krl.sharding import make_mesh, named_sharding, tree_sharding
-from krl.tasks import SOURCES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks, step_task_ids
+from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks, step_task_ids
 from krl.tasks.arithmetic import make_ladder
 from krl.tasks.operators import make_operators
 from krl.tasks.pool import VerifierPool
+
+NAMES: dict[str, Iterable[str]] = {  # what a config may name
+    "rules": budget.RULES, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
+    "averages": learn.AVERAGES, "surrogates": learn.SURROGATES, "kl_estimators": learn.KL_ESTIMATORS,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,7 +269,7 @@ def start_params(
     with progress(config.sft.steps, 0, "fine-tuning") as show:
         params, finished = finetune(
             policy_config, params, pairs, cache, steps=config.sft.steps, batch_size=config.sft.batch_size,
-            learning_rate=config.sft.learning_rate, warmup_steps=20, decay_steps=0, seed=config.seed,
+            micro_tokens=config.optim.micro_tokens, learning_rate=config.sft.learning_rate, warmup_steps=20, decay_steps=0, seed=config.seed,
             save_every=config.sft.save_every, max_bad_updates=config.max_bad_updates, stop=stop,
             place=functools.partial(jax.device_put, device=named_sharding(mesh)),
             report=lambda step, loss: show(step, f"loss {loss:.3f}"),

@@ -11,7 +11,7 @@ import numpy as np
 from krl import policy
 from krl.policy.tokenizer import Tokenizer
 from krl.run.checkpoint import Checkpoints
-from krl.run.update import init_state, make_optimizer, skipped_updates, supervised_update
+from krl.run.update import for_this_backend, init_state, make_optimizer, skipped_updates, supervised_update
 from krl.tasks import EncodedTasks, step_task_ids
 
 # Training sequences, W rows of C columns: tokens [W, C] int32, layout [W, C] bool or int32 and target mask
@@ -140,6 +140,7 @@ def finetune(
     *,
     steps: int,
     batch_size: int,
+    micro_tokens: int,
     learning_rate: float,
     warmup_steps: int,
     decay_steps: int,
@@ -159,6 +160,7 @@ def finetune(
         directory: keeps the newest checkpoint; an interrupted training continues from it.
         steps: updates in all.
         batch_size: rows of pairs per update; each pass over the rows is a fresh permutation.
+        micro_tokens: tokens that go through the model at once.
         learning_rate, warmup_steps, decay_steps: of AdamW, see `krl.run.update.make_optimizer`.
         seed: order of the rows.
         save_every: updates between checkpoints, >= 1. It is also saved at the end and when `stop` is set.
@@ -183,6 +185,7 @@ def finetune(
         weight_decay=0.01,
         grad_clip=1.0,
     )
+    update = for_this_backend(supervised_update, config, optimizer, micro_tokens=micro_tokens)
     state = init_state(config, optimizer, params)
     with Checkpoints(directory, keep=1) as checkpoints:
         restored = checkpoints.restore({"state": state})
@@ -192,7 +195,7 @@ def finetune(
         while done < steps and not stop.is_set():
             rows = step_task_ids(len(pairs[0]), batch_size, done, seed=seed)
             batch = [place(part[rows]) for part in pairs]
-            state, metrics = supervised_update(config, optimizer, state, *batch)
+            state, metrics = update(state, *batch)
             loss = float(metrics["loss"])  # waits, so that a signal is not answered many queued steps later
             done += 1
             if done % 20 == 0 or done == steps:

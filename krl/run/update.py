@@ -1,16 +1,19 @@
-"""The optimiser steps: policy gradients over micro-batches, and supervised learning."""
+"""The optimiser steps: policy gradients and supervised learning, over micro-batches of rows packed with sequences."""
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from krl import policy
 from krl.learn import policy_loss
 from krl.masked import divide, masked_sum
-from krl.sharding import constrain
+from krl.run.pack import pack
+from krl.sharding import batch_devices, constrain
 from krl.types import Prompts, Rollouts, TrainState
 
 
@@ -40,6 +43,33 @@ def make_optimizer(
     adamw = optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay)
     never_give_in = jnp.iinfo(jnp.int32).max
     return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(grad_clip), adamw), never_give_in)
+
+
+_CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}  # all products to YNNPACK
+
+
+@functools.cache
+def for_this_backend(update: Callable, *arguments: Any, **options: Any) -> Callable:
+    """An update compiled with what is fastest where it runs; donates its state.
+
+    On a CPU matrix products go to the library that computes them fastest; elsewhere nothing is special.
+
+    Args:
+        update: `policy_update` or `supervised_update`.
+        arguments, options: what stays the same from step to step, hashable; the state and what follows are left.
+    """
+    on_cpu = jax.default_backend() == "cpu" and _accepted(_CPU_OPTIONS)
+    bound = functools.partial(update, *arguments, **options)
+    return jax.jit(bound, donate_argnums=0, compiler_options=_CPU_OPTIONS if on_cpu else None)
+
+
+def _accepted(options: dict[str, str]) -> bool:
+    """Whether this version of XLA knows these options, which are experimental."""
+    try:
+        jax.jit(jnp.negative, compiler_options=options)(0.0)
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def init_state(config: policy.PolicyConfig, optimizer: optax.GradientTransformation, params: dict) -> TrainState:
@@ -83,8 +113,8 @@ def skipped_updates(state: TrainState) -> tuple[int, int]:
 @functools.partial(
     jax.jit,
     static_argnames=(
-        "config", "optimizer", "num_updates", "micro_batch", "clip_low", "clip_high", "dual_clip", "importance_cap",
-        "kl_coefficient",
+        "config", "optimizer", "num_updates", "micro_tokens", "packed", "surrogate", "clip_low", "clip_high",
+        "dual_clip", "importance_cap", "kl_coefficient", "kl_estimator", "entropy_coefficient",
     ),
     donate_argnames=("state",),
 )  # fmt: skip
@@ -98,20 +128,27 @@ def policy_update(
     key: jax.Array,
     *,
     num_updates: int,
-    micro_batch: int,
+    micro_tokens: int,
+    packed: bool = True,
     temperature: jax.Array | float,
+    surrogate: str = "ppo",
     clip_low: float,
     clip_high: float,
     dual_clip: float,
     importance_cap: float = 0.0,
     kl_coefficient: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy_coefficient: float = 0.0,
     reference: dict | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One pass over a step's rollouts in num_updates optimiser updates, each the token mean of its share.
+    """One pass over a step's rollouts in num_updates optimiser updates, each on its share of them.
 
-    Rollouts whose advantage is zero have no gradient: they count in the token mean and are never run
-    through the model, unless a penalty gives them one. That makes the number of micro-batches data, not
-    a new compilation.
+    Prompts and responses lie packed in rows of P + T columns, so that computation follows real tokens. Rollouts whose
+    advantage is zero have no gradient: they count in the mean and are never run through the model, unless a penalty
+    or bonus gives them one. That makes the number of micro-batches data, not a new compilation.
+
+    The loss is a mean over the tokens of the whole step, whatever the shares: an update minimises num_updates times
+    its share's part of it.
 
     Args:
         config: the policy's sizes.
@@ -119,110 +156,198 @@ def policy_update(
         state: donated.
         prompts: M prompts.
         rollouts: R rollouts of them.
-        advantages: [R] float32, 0 on padding rows.
+        advantages: [R] float32, 0 on padding rows; what `krl.learn.token_weights` makes of them is another mean.
         key: shuffles the rollouts over the updates; consumed.
         num_updates: divides R.
-        micro_batch: rollouts that go through the model at once; divides R / num_updates.
+        micro_tokens: tokens that go through the model at once, in whole rows, as many on every device.
+        packed: False gives every rollout a row of its own; the gradient is the same.
         temperature: what the rollouts were sampled with.
-        clip_low, clip_high, dual_clip: see `krl.learn.policy_loss`.
+        surrogate, clip_low, clip_high, dual_clip: see `krl.learn.policy_loss`.
         importance_cap: above 0, log-probabilities are computed again before the first update, ratios are
             taken to those, and tokens are weighted for what the sampler computed; 0 trusts the sampler.
         kl_coefficient: of the penalty for leaving the reference; 0 needs none and computes none.
+        kl_estimator: see `krl.learn.policy_loss`.
+        entropy_coefficient: of the bonus for entropy; 0 computes none.
         reference: the parameters to stay close to.
 
     Returns:
         (new state, metrics: float32 scalars). `loss` and `grad_norm` are means over the updates; the
         ratio and clip metrics are means over the tokens of the rollouts that were run.
     """
-    num_rollouts = advantages.shape[0]
-    shuffled = jax.random.permutation(key, num_rollouts)
-    shares = shuffled.reshape(num_updates, num_rollouts // num_updates)
+    run = rollouts.mask & ((advantages != 0) | bool(kl_coefficient or entropy_coefficient))
+    shares = jax.random.permutation(key, advantages.shape[0]).reshape(num_updates, -1)
+    rows, num_rows, micro_rows = _rows(prompts, rollouts, run, shares, micro_tokens, packed)
     loss: Callable = functools.partial(
-        policy_loss, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coefficient=kl_coefficient
-    )
-    idle = ~rollouts.mask if kl_coefficient else advantages == 0
-    logps_of = functools.partial(_rollout_logps, config, prompts=prompts, rollouts=rollouts, temperature=temperature)
-    score = functools.partial(_rescore, logps_of, rollouts=rollouts, idle=idle, micro_batch=micro_batch)
-    known = {"old_logps": rollouts.logps}
+        policy_loss, surrogate=surrogate, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+        kl_coefficient=kl_coefficient, kl_estimator=kl_estimator, entropy_coefficient=entropy_coefficient,
+    )  # fmt: skip
+    scores_of = functools.partial(_scores, config, temperature=temperature, packed=packed)
+    columns_of = functools.partial(_columns, prompts, rollouts, advantages)
+
+    def score(params: dict) -> jax.Array:
+        run_part = lambda part: scores_of(params, columns_of(part), entropy=False)[0]  # noqa: E731
+        return jax.lax.map(lambda share: _map_rows(run_part, share[0], share[1], micro_rows), (rows, num_rows))
+
+    known = {}
     if importance_cap:
-        known = {"old_logps": score(state.params), "sampler_logps": rollouts.logps}
+        known["old_logps"] = score(state.params)
         loss = functools.partial(loss, importance_cap=importance_cap)
-    if kl_coefficient:
+    if reference is not None and kl_coefficient:
         known["reference_logps"] = score(reference)
 
-    def loss_of(params: dict, rows: jax.Array):
-        logps, response = logps_of(params, rows)
-        compared = {name: values[rows] for name, values in known.items()}
-        (loss_sum, _), metrics = loss(logps=logps, advantages=advantages[rows], mask=response, **compared)
+    def loss_of(params: dict, part):
+        place, known = part
+        columns = columns_of(place)
+        logps, entropies = scores_of(params, columns, entropy=bool(entropy_coefficient))
+        sampled = {"sampler_logps" if importance_cap else "old_logps": columns.logps}
+        (loss_sum, _), metrics = loss(
+            logps=logps, advantages=columns.advantages, mask=columns.response,
+            sequences=columns.sequences, entropies=entropies, **sampled, **known,
+        )  # fmt: skip
         return loss_sum, metrics
 
-    def update(state: TrainState, rows: jax.Array):
-        (loss_sum, metrics), grads = _accumulate(loss_of, state.params, rows, idle[rows], micro_batch)
-        tokens_in_share = jnp.where(rollouts.mask[rows], rollouts.lengths[rows], 0).sum(dtype=jnp.float32)
+    tokens_in_share = jnp.where(rollouts.mask, rollouts.lengths, 0).sum(dtype=jnp.float32) / num_updates
+
+    def update(state: TrainState, share):
+        rows, num_rows, known = share
+        (loss_sum, metrics), grads = _accumulate(loss_of, state.params, (rows, known), num_rows, micro_rows)
         state, grad_norm = apply_gradients(config, optimizer, state, grads, loss_sum, tokens_in_share)
         return state, (divide(loss_sum, tokens_in_share), grad_norm, metrics)
 
-    state, (losses, grad_norms, metrics) = jax.lax.scan(update, state, shares)
+    state, (losses, grad_norms, metrics) = jax.lax.scan(update, state, (rows, num_rows, known))
     largest = metrics.pop("ratio_max")[0].max()
     means = {name: divide(total.sum(), count.sum()) for name, (total, count) in metrics.items()}
     return state, means | {"loss": losses.mean(), "grad_norm": grad_norms.mean(), "ratio_max": largest}
 
 
-def _accumulate(loss_of, params, rows, idle, micro_batch):
-    """((loss sum, metrics), gradients) of loss_of(params, rows) over the rows that are not idle, [b] bool."""
-    rows = rows[jnp.argsort(idle, stable=True)]
+# ---------------------------------------------------------------- from rollouts to rows
+
+
+class Place(struct.PyTreeNode):
+    """Which token of which rollout stands in each column of W rows."""
+
+    rollout: jax.Array  # [W, C] int32 in [0, R); -1 where a column is padding
+    position: jax.Array  # [W, C] int32, of the token in its prompt and response; undefined on padding
+
+
+class Columns(struct.PyTreeNode):
+    """The tokens of W rows and what the loss knows of each; all arrays are [W, C]."""
+
+    tokens: jax.Array  # int32
+    segments: jax.Array  # int32, the rollout's number from 1 on, 0 on padding
+    sequences: jax.Array  # int32 in [0, W C), a number for each rollout
+    response: jax.Array  # bool, True on response tokens
+    logps: jax.Array  # float32, the sampler's
+    advantages: jax.Array  # float32
+
+
+def _rows(prompts, rollouts, run, shares, micro_tokens, packed) -> tuple[Place, jax.Array, int]:
+    """Where the rollouts to run, [R] bool, stand in the rows of each of U shares, [U, R / U] int32.
+
+    Returns:
+        (place with leaves [U, W, C], num_rows [U] int32 of each share that hold rollouts, rows of a micro-batch).
+    """
+    row_tokens = prompts.tokens.shape[1] + rollouts.tokens.shape[1]
+    micro_rows = rows_at_once(micro_tokens, row_tokens, shares.shape[1])
+    size = -(-shares.shape[1] // micro_rows) * micro_rows
+    taken = _prompt_lengths(prompts)[_prompt_of(prompts, rollouts)] + rollouts.lengths
+    taken = jnp.where(run, taken if packed else row_tokens, 0)
+    places = jax.vmap(lambda share: pack(taken[share], size, row_tokens))(shares)
+    rollout = jax.vmap(lambda share, sequence: jnp.where(sequence >= 0, share[sequence], -1))(shares, places.sequence)
+    return Place(rollout, places.position), places.num_rows, micro_rows
+
+
+def rows_at_once(micro_tokens: int, row_tokens: int, num_rows: int) -> int:
+    """Rows of row_tokens columns in a micro-batch: equally many for every device of the mesh, one at least."""
+    devices = batch_devices(jax.sharding.get_abstract_mesh())
+    most = -(-num_rows // devices)
+    return devices * max(1, min(micro_tokens // (row_tokens * devices), most))
+
+
+def _prompt_of(prompts: Prompts, rollouts: Rollouts) -> jax.Array:
+    """The prompt of each rollout, [R] int32; any on padding rows."""
+    return jnp.minimum(rollouts.prompt_index, prompts.tokens.shape[0] - 1)
+
+
+def _prompt_lengths(prompts: Prompts) -> jax.Array:
+    return jnp.asarray(prompts.mask).sum(axis=1, dtype=jnp.int32)
+
+
+def _columns(prompts, rollouts, advantages, place: Place) -> Columns:
+    """Fill the columns of some rows."""
+    which = jnp.maximum(place.rollout, 0)
+    prompt = _prompt_of(prompts, rollouts)[which]
+    padding = prompts.tokens.shape[1] - _prompt_lengths(prompts)[prompt]
+    column = padding + place.position  # in the padded layout of prompts and responses
+    time = column - prompts.tokens.shape[1]
+    real = (place.rollout >= 0) & (time < rollouts.lengths[which])
+    asked, answered = jnp.asarray(prompts.tokens).at[prompt, column], rollouts.tokens.at[which, jnp.maximum(time, 0)]
+    begin = jnp.arange(place.position.size).reshape(place.position.shape) - place.position
+    return Columns(
+        tokens=jnp.where(time < 0, asked.get(mode="clip"), answered.get(mode="clip")),
+        segments=jnp.where(real, which + 1, 0),
+        sequences=begin,
+        response=real & (time >= 0) & (place.position > 0),
+        logps=rollouts.logps.at[which, jnp.maximum(time, 0)].get(mode="clip"),
+        advantages=advantages[which],
+    )
+
+
+def _scores(config, params, columns: Columns, *, temperature, packed, entropy):
+    """Log-probabilities [W, C] of the tokens of some rows, 0 for the first of each, and entropies or None."""
+    tokens, segments = constrain(columns.tokens, "batch", "length"), constrain(columns.segments, "batch", "length")
+    layout = {"segments": segments} if packed else {"mask": segments > 0}
+    temperature = jnp.where(temperature > 0, temperature, 1)
+    scores = policy.token_logps(config, params, tokens, **layout, temperature=temperature, entropy=entropy)
+    logps, entropies = (jnp.pad(part, ((0, 0), (1, 0))) for part in (scores if entropy else (scores, scores)))
+    return logps, entropies if entropy else None
+
+
+# ---------------------------------------------------------------- micro-batches
+
+
+def _accumulate(loss_of, params, rows, num_rows, micro_rows):
+    """((loss sum, metrics), gradients) of loss_of(params, some rows) over the first num_rows of a tree of [W, ...]."""
     run = jax.value_and_grad(loss_of, has_aux=True)
 
     def one(index, total):
-        chosen = jax.lax.dynamic_slice(rows, (index * micro_batch,), (micro_batch,))
-        return _add_metrics(total, run(params, chosen))
+        return _add_metrics(total, run(params, _part(rows, index, micro_rows)))
 
-    nothing = jax.eval_shape(run, params, rows[:micro_batch])
+    nothing = jax.eval_shape(run, params, _part(rows, 0, micro_rows))
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing)
-    return jax.lax.fori_loop(0, _batches(idle, micro_batch), one, nothing)
+    return jax.lax.fori_loop(0, _batches(num_rows, micro_rows), one, nothing)
 
 
-def _batches(idle, micro_batch):
-    """How many micro-batches hold the rows that are not idle."""
-    return (jnp.sum(~idle) + micro_batch - 1) // micro_batch
+def _map_rows(function, rows, num_rows, micro_rows):
+    """function(some rows), [micro_rows, C], for the first num_rows of a tree of [W, ...]; 0 for the others, [W, C]."""
+
+    def one(index, whole):
+        return jax.lax.dynamic_update_slice_in_dim(
+            whole, function(_part(rows, index, micro_rows)), index * micro_rows, 0
+        )
+
+    like = jax.tree.leaves(rows)[0]
+    return jax.lax.fori_loop(0, _batches(num_rows, micro_rows), one, jnp.zeros(like.shape, jnp.float32))
 
 
-def _rollout_logps(config, params, rows, *, prompts, rollouts, temperature):
-    """Log-probabilities [b, T] of the responses in some rows, [b] int32, and where they are real, [b, T] bool."""
-    source = jnp.minimum(rollouts.prompt_index[rows], prompts.tokens.shape[0] - 1)
-    response_mask = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[rows][:, None]
-    tokens = jnp.concatenate([prompts.tokens[source], rollouts.tokens[rows]], axis=1)
-    mask = jnp.concatenate([prompts.mask[source], response_mask], axis=1)
-    tokens, mask = constrain(tokens, "batch", "length"), constrain(mask, "batch", "length")
-    logps = policy.token_logps(
-        config,
-        params,
-        tokens,
-        mask,
-        start=prompts.tokens.shape[1],
-        temperature=jnp.where(temperature > 0, temperature, 1),
-    )
-    return logps, response_mask
+def _part(rows: Any, index: jax.Array | int, micro_rows: int) -> Any:
+    """A micro-batch of a tree of [W, ...]."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index * micro_rows, micro_rows), rows)
 
 
-def _rescore(logps_of, params, *, rollouts, idle, micro_batch):
-    """Log-probabilities [R, T] of the rollouts that are not idle, [R] bool; 0 for the others."""
-    order = jnp.argsort(idle, stable=True)
-
-    def one(index, logps):
-        rows = jax.lax.dynamic_slice(order, (index * micro_batch,), (micro_batch,))
-        return logps.at[rows].set(logps_of(params, rows)[0])
-
-    return jax.lax.fori_loop(0, _batches(idle, micro_batch), one, jnp.zeros_like(rollouts.logps))
+def _batches(num_rows, micro_rows):
+    """How many micro-batches hold the rows."""
+    return (num_rows + micro_rows - 1) // micro_rows
 
 
 def _add_metrics(total, more):
     """Sum two ((loss, metrics), grads) trees; a maximum stays a maximum."""
     summed = jax.tree.map(jnp.add, total, more)
     (_, metrics), _ = summed
-    (_, before), _ = total
-    (_, after), _ = more
-    metrics["ratio_max"] = (jnp.maximum(before["ratio_max"][0], after["ratio_max"][0]), metrics["ratio_max"][1])
+    if "ratio_max" in metrics:
+        (_, before), _ = total
+        (_, after), _ = more
+        metrics["ratio_max"] = (jnp.maximum(before["ratio_max"][0], after["ratio_max"][0]), metrics["ratio_max"][1])
     return summed
 
 
@@ -248,7 +373,7 @@ def apply_gradients(
     return _lay_out(config, optimizer, new), optax.tree.norm(grads)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimizer"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "optimizer", "micro_tokens"), donate_argnames=("state",))
 def supervised_update(
     config: policy.PolicyConfig,
     optimizer: optax.GradientTransformation,
@@ -256,6 +381,8 @@ def supervised_update(
     tokens: jax.Array,
     layout: jax.Array,
     target_mask: jax.Array,
+    *,
+    micro_tokens: int,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One step of next-token cross-entropy on the target tokens, as a token mean.
 
@@ -265,18 +392,27 @@ def supervised_update(
         layout: [B, T], which tokens belong together: bool, the mask of rows that hold one sequence each, or
             int32, the segments of packed rows. `krl.policy.apply` tells of both.
         target_mask: [B, T] bool, True on the tokens to learn; the first of a sequence is never learnt.
+        micro_tokens: tokens that go through the model at once, in whole rows, as many on every device.
 
     Returns:
         (new state, {"loss", "grad_norm"}: float32 scalars, nats per token).
     """
-    tokens, layout = constrain(tokens, "batch", "length"), constrain(layout, "batch", "length")
-    mask, segments = (layout, None) if layout.dtype == bool else (None, layout)
-    follows = (layout[:, 1:] == layout[:, :-1]) & (layout[:, 1:] != 0)  # the token before is of the same sequence
+    micro_rows = rows_at_once(micro_tokens, tokens.shape[1], tokens.shape[0])
+    more = -tokens.shape[0] % micro_rows
+    rows = [jnp.pad(part, ((0, more), (0, 0))) for part in (tokens, layout, target_mask)]
 
-    def loss(params):
+    def loss_of(params, part):
+        tokens, layout, target_mask = (constrain(part, "batch", "length") for part in part)
+        mask, segments = (layout, None) if layout.dtype == bool else (None, layout)
         logps = policy.token_logps(config, params, tokens, mask, segments)
-        return masked_sum(-logps, target_mask[:, 1:] & follows)
+        return masked_sum(-logps, target_mask[:, 1:] & _follows(layout))[0], {}
 
-    (loss_sum, count), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    (loss_sum, _), grads = _accumulate(loss_of, state.params, rows, tokens.shape[0], micro_rows)
+    count = (target_mask[:, 1:] & _follows(layout)).sum(dtype=jnp.float32)
     state, grad_norm = apply_gradients(config, optimizer, state, grads, loss_sum, count)
     return state, {"loss": divide(loss_sum, count), "grad_norm": grad_norm}
+
+
+def _follows(layout: jax.Array) -> jax.Array:
+    """Where the token before is of the same sequence, [B, T - 1] bool."""
+    return (layout[:, 1:] == layout[:, :-1]) & (layout[:, 1:] != 0)
