@@ -29,8 +29,8 @@ from krl.policy.tokenizer import load_tokenizer
 from krl.run.benchmark import evaluate_set
 from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir, write_json
 from krl.run.estimates import table
-from krl.run.metrics import progress
-from krl.run.setup import NAMES, abstract_params, encode, find_policy, load_task_sets, make_verifiers
+from krl.run.metrics import keep_compilations, progress
+from krl.run.setup import NAMES, abstract_params, encode, find_policy, find_slots, load_task_sets, make_verifiers
 from krl.sharding import make_mesh, named_sharding
 from krl.tasks import SOURCES, TaskSet, load_named
 from krl.tasks.verify import answer_key
@@ -45,6 +45,7 @@ VOTES: dict[str, Callable[[str], str | None]] = {
 def main(_):
     """The command line."""
     with one_line_errors("eval.py"):
+        keep_compilations()
         measure(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
@@ -79,7 +80,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
     print(f"krl: measuring {identity}, {config.eval.samples} samples of each task")
     generate = functools.partial(
         rollout.generate, policy_config, max_new_tokens=config.sample.max_new_tokens, eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id, num_slots=config.sample.slots or None, temperature=config.eval.temperature, top_p=config.eval.top_p,
+        pad_id=tokenizer.pad_id, num_slots=find_slots(config, policy_config, mesh), temperature=config.eval.temperature, top_p=config.eval.top_p,
     )  # fmt: skip
     settings = {
         "policy": identity, "temperature": config.eval.temperature, "top_p": config.eval.top_p,

@@ -32,8 +32,17 @@ from krl import budget, learn, rollout
 from krl.run import report
 from krl.run.checkpoint import Checkpoints, stop_on_signal
 from krl.run.evaluate import evaluate, score_rollouts
-from krl.run.metrics import CompileCounter, MetricsLog, PhaseClock, progress, read_rows, step_metrics
-from krl.run.setup import NAMES, Setup, set_up, start_params
+from krl.run.metrics import (
+    CompileCounter,
+    MetricsLog,
+    PhaseClock,
+    keep_compilations,
+    profile,
+    progress,
+    read_rows,
+    step_metrics,
+)
+from krl.run.setup import NAMES, Setup, find_slots, set_up, start_params
 from krl.run.update import (
     abstract_state,
     for_this_backend,
@@ -50,6 +59,7 @@ from krl.types import Prompts, Rollouts, TrainState
 def main(_):
     """The command line."""
     with one_line_errors("train.py"):
+        keep_compilations()
         train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
@@ -93,7 +103,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
         run = make_run(config, parts, optimizer, reference)
 
         # ------------------------------------------------------------ the loop
-        with MetricsLog(workdir, first_step=first) as log, progress(config.steps, first, config.alloc.rule) as show:
+        with (
+            MetricsLog(workdir, first_step=first) as log,
+            progress(config.steps, first, config.alloc.rule) as show,
+            profile(workdir / "profile", begin=first + 2, steps=config.profile.steps) as record,
+        ):
             if first == 0 and config.eval.every:
                 metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
                 log.write(0, metrics)
@@ -102,6 +116,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
                 checkpoints.save(0, saved(learner))
             step = first
             while step < config.steps and not stop.is_set():
+                record(step)
                 learner, metrics, groups = take_step(run, learner, step)
                 step += 1
                 metrics["compiles"] = compiles.count
@@ -148,7 +163,7 @@ class Run:
     tasks: EncodedTasks  # the D training prompts
     features: np.ndarray  # [D, F] int32, what their prior goes by
     place: Callable  # host arrays -> the same on every device
-    generate: Callable  # `krl.rollout.generate` of the policy
+    sample: Callable  # `krl.rollout.generate` of the policy, as training rollouts are drawn
     score: Callable  # (rollouts, questions, answers) -> (rewards [R] on the host, faults by kind)
     allocate: Callable  # (belief of M prompts, R) -> (counts [M], what the rule says of them)
     advantages: Callable  # (rewards [R], R rollouts) -> [R]
@@ -167,7 +182,11 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     place = functools.partial(jax.device_put, device=named_sharding(parts.mesh))
     generate = functools.partial(
         rollout.generate, parts.policy_config, max_new_tokens=config.sample.max_new_tokens,
-        eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, num_slots=config.sample.slots or None,
+        eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, num_slots=find_slots(config, parts.policy_config, parts.mesh),
+    )  # fmt: skip
+    sample = functools.partial(
+        generate, temperature=config.sample.temperature, top_k=config.sample.top_k, top_p=config.sample.top_p,
+        min_p=config.sample.min_p,
     )  # fmt: skip
     score = functools.partial(score_rollouts, tokenizer, parts.verifiers.score)
     allocate = functools.partial(budget.allocate, alloc.rule, n_min=alloc.n_min, n_max=alloc.n_max)
@@ -199,7 +218,7 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         num_rollouts=alloc.budget, place=place,
     )  # fmt: skip
     return Run(
-        config=config, tasks=parts.train, features=parts.features, place=place, generate=generate, score=score,
+        config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, score=score,
         allocate=jax.jit(allocate), advantages=jax.jit(advantages), update_policy=functools.partial(update_policy, reference=reference),
         update_belief=jax.jit(update_belief, donate_argnums=0), measure=measure,
     )  # fmt: skip
@@ -331,9 +350,7 @@ def spend_budget(
 
     def draw(counts, clock=clock, **options):
         with clock.phase("rollout"):
-            rollouts = run.generate(
-                params, prompts, counts, key, temperature=config.sample.temperature, expected_tokens=lengths, **options
-            )
+            rollouts = run.sample(params, prompts, counts, key, expected_tokens=lengths, **options)
             jax.block_until_ready(rollouts)
         with clock.phase("verify"):
             return rollouts, *run.score(rollouts, tasks.prompts, tasks.answers)

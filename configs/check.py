@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from ml_collections import ConfigDict
 
 # Keys that may change when a run continues from its checkpoint.
-FREE_KEYS = ("steps", "max_bad_updates", "eval.every", "checkpoint.every", "checkpoint.keep", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "optim.micro_tokens", "optim.packed", "sample.slots", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
+FREE_KEYS = ("steps", "max_bad_updates", "eval.every", "checkpoint.every", "checkpoint.keep", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "optim.micro_tokens", "optim.packed", "sample.slots", "sample.memory_gb", "profile.steps", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
 
 
 def flatten(config: ConfigDict) -> dict:
@@ -55,7 +55,8 @@ def check(
     need(
         alloc.prior != "groups" or bool(alloc.prior_field), "alloc.prior_field", "the field that names a prompt's group"
     )
-    need(0 < config.eval.top_p <= 1, "eval.top_p", "above 0 and at most 1")
+    for key in ("eval.top_p", "sample.top_p"):
+        need(0 < flatten(config)[key] <= 1, key, "above 0 and at most 1")
     sft = config.sft
     need(not sft.path or bool(sft.completion_field), "sft.completion_field", "the field of sft.path with completions")
     need(config.policy.dtype in ("float32", "bfloat16"), "policy.dtype", "'float32' or 'bfloat16'")
@@ -128,7 +129,7 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "alloc.scouts", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
-    "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "sample.slots", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
+    "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "sample.slots", "sample.memory_gb", "profile.steps", "sample.top_k", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
     "eval.every", "eval.prompts", "eval.temperature", "loss.clip_high", "loss.advantage_clip", "loss.importance_cap",
     "loss.kl_coefficient", "loss.entropy_coefficient", "loss.overlong_tokens", "verify.workers",
 )  # fmt: skip
@@ -136,4 +137,4 @@ _POSITIVE = (
     "sample.temperature", "optim.learning_rate", "optim.grad_clip", "sft.learning_rate", "verify.item_seconds",
     "verify.batch_seconds", "verify.memory_gb",
 )  # fmt: skip
-_FRACTIONS = ("alloc.discount", "alloc.discount_mixed", "loss.clip_low", "optim.beta1", "optim.beta2")
+_FRACTIONS = ("sample.min_p", "alloc.discount", "alloc.discount_mixed", "loss.clip_low", "optim.beta1", "optim.beta2")

@@ -49,6 +49,9 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = 25  # steps
     config.checkpoint.keep = 2  # newest checkpoints kept
 
+    config.profile = ConfigDict()
+    config.profile.steps = 0  # that JAX's profiler records, from the third of a start on
+
     # The device mesh; axis names are "data", "fsdp" and "model".
     config.mesh = ConfigDict()
     config.mesh.shape = (1,)  # devices along each axis
@@ -141,7 +144,11 @@ def _add_policy(config: ConfigDict) -> None:
     config.sample = ConfigDict()
     config.sample.max_new_tokens = 7  # T
     config.sample.temperature = 1.0  # of training rollouts, > 0
-    config.sample.slots = 0  # S, rollouts decoded at a time, whose caches take memory; 0 for all, on a CPU for a few
+    config.sample.top_k = 0  # training rollouts come from so many likeliest tokens; 0 for all
+    config.sample.top_p = 1.0  # and from the fewest that hold so much of the probability; 1 for all
+    config.sample.min_p = 0.0  # and from those so likely relative to the likeliest; 0 for all
+    config.sample.slots = 0  # S, rollouts decoded at a time, whose caches take memory; 0 goes by memory_gb
+    config.sample.memory_gb = 0.0  # of each device, for those caches; 0 decodes all rollouts at once, on a CPU a few
 
     config.loss = ConfigDict()
     config.loss.scale_by_std = True  # divide advantages by the group's standard deviation

@@ -41,6 +41,8 @@ class Rollouts(struct.PyTreeNode):
     logps: jax.Array  # [R, T] float32, nats, under the distribution sampled from; 0 on padding
     lengths: jax.Array  # [R] int32, response tokens with the end token counted
     finished: jax.Array  # [R] bool, False where the response was cut at T tokens
+    # [R, T] float32, nats, like logps but without top_k, top_p and min_p, as a learner computes them; None if the same
+    policy_logps: jax.Array | None = None
 
 
 class TrainState(struct.PyTreeNode):

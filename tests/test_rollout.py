@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from krl import policy, rollout
 from krl.rollout import sampler
-from krl.rollout.tokens import draw_tokens
+from krl.rollout.sampler import slot_bytes, slots_in_memory
+from krl.rollout.tokens import draw_tokens, least_logit
 from krl.sharding import make_mesh, named_sharding, tree_sharding
 from krl.types import Prompts
 from tests import tiny
@@ -137,7 +138,7 @@ def test_memory_is_that_of_the_slots():
         sizes = policy.PolicyConfig(vocab_size=16, num_layers=2, head_size=64)
         shapes = jax.eval_shape(lambda: policy.init(sizes, jax.random.key(0)))
         arguments = shapes, tiny.prompts(), jnp.array([2, 2, 2, 2]), jax.random.key(0), 1.0, 0, jnp.ones(4)
-        lowered = sampler._generate.lower(sizes, *arguments, 64, tiny.EOS, 0, rollouts, 16, 1.0)
+        lowered = sampler._generate.lower(sizes, *arguments, 64, tiny.EOS, 0, rollouts, 16, (0, 1.0, 0.0))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     a_slot = 2 * 2 * 2 * 64 * (4 + 64) * 4
@@ -148,18 +149,19 @@ def test_tokens_are_drawn_as_the_logits_say():
     logits = jnp.array(np.random.default_rng(0).normal(size=1000) * 3, jnp.float32)
     logits = logits.at[:40].set(-jnp.inf)  # a whole block that cannot be
     uniform = (jnp.arange(100_000) + 0.5) / 100_000
-    token, logp = draw_tokens(jnp.tile(logits, (len(uniform), 1)), uniform, temperature=1.0, top_p=1.0)
+    token, logp, whole = draw_tokens(jnp.tile(logits, (len(uniform), 1)), uniform, temperature=1.0)
     probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
     shares = np.bincount(token, minlength=1000) / len(uniform)
     np.testing.assert_allclose(shares, probabilities, atol=3e-5)  # the inverse of evenly spaced numbers
     np.testing.assert_allclose(logp, np.log(probabilities[np.asarray(token)]), atol=1e-4)
     assert (shares[:40] == 0).all()
+    np.testing.assert_array_equal(logp, whole)
 
 
 @pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
 def test_the_ends_of_the_random_numbers_are_possible_tokens(uniform):
     logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf], [-200.0, -jnp.inf, 3.0, -jnp.inf, -200.0]])
-    token, _ = draw_tokens(logits, jnp.full(2, uniform), temperature=1.0, top_p=1.0)
+    token, *_ = draw_tokens(logits, jnp.full(2, uniform), temperature=1.0)
     assert token.tolist() == [1 if uniform == 0 else 3, 2]
 
 
@@ -242,13 +244,60 @@ def test_nucleus_sampling_draws_from_the_likeliest_tokens_only():
     order = np.argsort(-probabilities)
     kept = order[: np.searchsorted(np.cumsum(probabilities[order]), 0.7) + 1]
     expected = np.where(np.isin(np.arange(16), kept), probabilities, 0) / probabilities[kept].sum()
-    token, logp = draw(0.7)
+    token, logp, whole = draw(0.7)
     drawn = np.bincount(token, minlength=16) / 4000
     assert 1 < len(kept) < 16
     assert (drawn[expected == 0] == 0).all()
     np.testing.assert_allclose(drawn, expected, atol=1e-3)
     np.testing.assert_allclose(logp, np.log(expected[np.asarray(token)]), atol=1e-4)
+    np.testing.assert_allclose(whole, np.log(probabilities[np.asarray(token)]), atol=1e-4)
     assert (draw(1e-6)[0] == order[0]).all()
+
+
+def kept_by_sorting(logits, top_k, top_p, min_p):
+    """Which tokens are left, by the definitions, one limit after the other; no two logits are equal."""
+    left = np.argsort(-logits)
+    left = left[: top_k or None]
+    share = np.exp(logits[left] - logits.max())
+    left = left[: np.searchsorted(np.cumsum(share) / share.sum(), top_p) + 1]
+    return {int(token) for token in left if np.exp(logits[token] - logits.max()) >= min_p}
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.sampled_from([0, 1, 3, 20, 50]), st.sampled_from([1e-6, 0.3, 0.9, 1.0]), st.sampled_from([0.0, 0.05, 1.0]))  # fmt: skip
+def test_limits_leave_what_sorting_leaves(seed, top_k, top_p, min_p):
+    rng = np.random.default_rng(seed)
+    logits = (rng.normal(size=40) * rng.choice([0.1, 3, 100]) + rng.choice([-50, 0, 50])).astype(np.float32)
+    bound = least_logit(jnp.array(logits)[None], top_k=top_k, top_p=top_p, min_p=min_p)[0, 0]
+    assert set(np.flatnonzero(logits >= bound).tolist()) == kept_by_sorting(
+        logits.astype(np.float64), top_k, top_p, min_p
+    )
+
+
+def test_a_learner_computes_the_log_probabilities_of_the_whole_distribution():
+    got = sample([4, 4, 4, 4], top_k=5, top_p=0.8, min_p=0.1, temperature=1.3)
+    prompts = tiny.prompts()
+    real = np.arange(6) < np.asarray(got.lengths)[:, None]
+    tokens = jnp.concatenate([prompts.tokens[got.prompt_index], got.tokens], axis=1)
+    mask = jnp.concatenate([prompts.mask[got.prompt_index], jnp.array(real)], axis=1)
+    logps = policy.token_logps(tiny.CONFIG, tiny.params(), tokens, mask, start=5, temperature=1.3)
+    np.testing.assert_allclose(np.asarray(got.policy_logps)[real], np.asarray(logps)[real], atol=1e-4)
+    assert (np.asarray(got.logps) >= np.asarray(got.policy_logps) - 1e-6).all()
+    assert float((got.logps - got.policy_logps).max()) > 0.1
+
+
+@pytest.mark.parametrize("limit", [{"top_k": -1}, {"min_p": 1.5}])
+def test_impossible_limits_are_refused(limit):
+    with pytest.raises(ValueError, match="top_k must be"):
+        sample([1, 1, 1, 1], **limit)
+
+
+def test_slots_fit_in_memory():
+    mesh = make_mesh((4, 2), ("data", "model"))
+    each = slot_bytes(tiny.CONFIG, 100)
+    assert each == 2 * 2 * 2 * 4 * 100 * 4  # keys and values, layers, heads, their size, tokens, bytes
+    assert slots_in_memory(tiny.CONFIG, 100, 3.5 * each / 2 / 1e9, mesh) == 12  # a device holds half of a slot's heads
+    assert slots_in_memory(tiny.CONFIG, 100, 1e-12, mesh) == 4
 
 
 def test_top_p_reaches_the_sampler():

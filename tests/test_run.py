@@ -1,6 +1,7 @@
 """What a run leaves on disk: metrics, checkpoints, claims."""
 
 import json
+import pathlib
 import signal
 import threading
 
@@ -13,7 +14,16 @@ from configs import arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distil
 from configs.check import FREE_KEYS, check, flatten
 from krl import learn
 from krl.run.checkpoint import Checkpoints, claim_workdir, open_workdir, stop_on_signal, write_json
-from krl.run.metrics import CompileCounter, MetricsLog, format_seconds, gini, read_rows, step_metrics
+from krl.run.metrics import (
+    CompileCounter,
+    MetricsLog,
+    format_seconds,
+    gini,
+    keep_compilations,
+    profile,
+    read_rows,
+    step_metrics,
+)
 from krl.run.setup import NAMES
 from krl.run.sft import encode_pairs
 from krl.sharding import make_mesh, named_sharding
@@ -260,3 +270,27 @@ def test_seconds_as_words():
 def test_tiny_prompts_are_left_padded():
     mask = np.asarray(tiny.prompts().mask)
     assert (np.diff(mask.astype(int), axis=1) >= 0).all()
+
+
+def test_the_profiler_records_the_steps_that_were_asked_for(tmp_path):
+    with profile(tmp_path / "none", begin=0, steps=0) as record:
+        record(0)
+    with profile(tmp_path / "two", begin=1, steps=2) as record:
+        for step in range(2):
+            record(step)
+            jnp.ones(3).block_until_ready()
+    assert not (tmp_path / "none").exists()
+    assert list((tmp_path / "two").rglob("*.xplane.pb"))
+
+
+def test_what_was_compiled_is_kept_below_the_users_cache_unless_jax_was_told_where(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        keep_compilations()
+        chosen = pathlib.Path(jax.config.jax_compilation_cache_dir)
+        assert chosen.parent == tmp_path / "krl" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", "elsewhere")
+        keep_compilations()
+        assert jax.config.jax_compilation_cache_dir == "elsewhere"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)

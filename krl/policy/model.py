@@ -124,7 +124,7 @@ def init(config: PolicyConfig, key: jax.Array) -> dict:
 
 def param_axes(config: PolicyConfig) -> dict:
     """The logical axis names of every parameter: the tree of `init` with PartitionSpec leaves."""
-    return nn.get_partition_spec(jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0)))
+    return nn.get_partition_spec(jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0))))
 
 
 @functools.partial(jax.jit, static_argnames="config")

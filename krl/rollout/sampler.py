@@ -7,12 +7,13 @@ that of the slots and the prompts, whatever R is.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from krl import policy
 from krl.rollout.slots import make_slots
@@ -40,7 +41,9 @@ def generate(
     num_slots: int | None = None,
     expected_tokens: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
+    top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     first_sample: jax.Array | int = 0,
 ) -> Rollouts:
     """Sample counts[i] responses to prompt i.
@@ -64,16 +67,15 @@ def generate(
         expected_tokens: [M] float32, expected response lengths; the longest begin first, so that few slots wait
             for the last one, and the devices get equal shares. None if nothing is known.
         temperature: the logits are divided by it; 0 takes the most likely token.
-        top_p: sample from the fewest tokens that hold so much of the probability (Holtzman et al.,
-            arXiv 1904.09751), static; 1 samples from all.
+        top_k, top_p, min_p: sample from the likeliest tokens only, see `krl.rollout.tokens.least_logit`; static.
         first_sample: the sample index of each prompt's first row, for a second round in the same step.
 
     Returns:
         Rollouts of R rows sorted by prompt.
 
     Raises:
-        ValueError: counts do not fit the prompts, their sum exceeds num_rollouts, there are no slots, or top_p is
-            not in (0, 1].
+        ValueError: counts do not fit the prompts, their sum exceeds num_rollouts, there are no slots, top_k is
+            below 0, top_p is not in (0, 1] or min_p is not in [0, 1].
     """
     if jnp.shape(counts) != prompts.tokens.shape[:1]:
         raise ValueError(f"counts must have shape [M] = [{prompts.tokens.shape[0]}], got {jnp.shape(counts)}")
@@ -84,6 +86,8 @@ def generate(
             raise ValueError(f"the counts sum to {total} and num_rollouts is only {num_rollouts}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    if top_k < 0 or not 0 <= min_p <= 1:
+        raise ValueError(f"top_k must be at least 0 and min_p between 0 and 1, got {top_k} and {min_p}")
     if num_rollouts is None:
         raise ValueError("num_rollouts must be given when counts are traced")
     if num_slots is None:
@@ -96,7 +100,8 @@ def generate(
         expected_tokens = jnp.ones(counts.shape, jnp.float32)
     return _generate(
         config, params, prompts, counts, key, temperature, first_sample, expected_tokens,
-        max_new_tokens, tuple(eos_ids), pad_id, num_rollouts, min(num_slots, num_rollouts), top_p,
+        max_new_tokens, tuple(eos_ids), pad_id, num_rollouts, min(num_slots, num_rollouts),
+        (top_k, top_p, min_p),
     )  # fmt: skip
 
 
@@ -104,6 +109,22 @@ def slot_bytes(config: policy.PolicyConfig, length: int) -> int:
     """Bytes of the keys and values of a slot for prompts and responses of `length` tokens together."""
     size = jnp.dtype(config.dtype).itemsize
     return 2 * config.num_layers * config.num_kv_heads * config.head_size * length * size
+
+
+def slots_in_memory(config: policy.PolicyConfig, length: int, memory_gb: float, mesh: Mesh) -> int:
+    """How many slots, on all devices together, have their keys and values in so much memory of each device.
+
+    Args:
+        config: the policy's sizes.
+        length: tokens of a prompt and a response, P + T.
+        memory_gb: of each device, GB.
+        mesh: the devices.
+
+    Returns:
+        A multiple of the devices that split rows; one each at least.
+    """
+    heads = math.prod(mesh.shape[name] for name in RULES["kv_heads"] if name in mesh.axis_names)
+    return batch_devices(mesh) * max(1, int(memory_gb * 1e9 * heads / slot_bytes(config, length)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 8, 9, 10, 11, 12, 13))
@@ -121,13 +142,13 @@ def _generate(
     pad_id,
     num_rollouts,
     num_slots,
-    top_p,
+    limits,
 ):
     prompt_index, sample_index, mask = make_slots(counts, num_rollouts)
     sample_index = jnp.where(mask, sample_index + first_sample, 0)
     if not num_rollouts:
         none = jnp.zeros((0, max_new_tokens))
-        return Rollouts(prompt_index, sample_index, mask, none.astype(jnp.int32), none, sample_index, mask)
+        return Rollouts(prompt_index, sample_index, mask, none.astype(jnp.int32), none, sample_index, mask, none)
     mesh = jax.sharding.get_abstract_mesh()
     devices, batch_axes = batch_devices(mesh), tuple(name for name in RULES["batch"] if name in mesh.axis_names)
     order = _deal(jnp.append(expected_tokens, 0)[prompt_index], mask, devices)
@@ -139,7 +160,7 @@ def _generate(
     layers = policy.for_decoding(config, params)
     serve = functools.partial(
         _serve, config, num_slots=-(-num_slots // devices), max_new_tokens=max_new_tokens, pad_id=pad_id,
-        eos_ids=eos_ids, top_p=top_p, batch_axes=batch_axes if devices > 1 else (),
+        eos_ids=eos_ids, limits=limits, batch_axes=batch_axes if devices > 1 else (),
     )  # fmt: skip
     if devices > 1:  # every device has a queue and slots of its own, and all have all prompts
         rows = PartitionSpec(batch_axes)
@@ -148,15 +169,16 @@ def _generate(
         )  # fmt: skip
     served = serve(layers, _prefill(config, layers, prompts), jnp.asarray(temperature), source, keys)
     back = jnp.argsort(order)[:num_rollouts]
-    tokens, logps, lengths, finished = (part[back] for part in served)
+    responses: Responses = jax.tree.map(lambda part: part[back], served)
     return Rollouts(
         prompt_index=prompt_index,
         sample_index=sample_index,
         mask=mask,
-        tokens=constrain(tokens, "batch", "length"),
-        logps=constrain(logps, "batch", "length"),
-        lengths=lengths,
-        finished=finished,
+        tokens=constrain(responses.tokens, "batch", "length"),
+        logps=constrain(responses.logps, "batch", "length"),
+        lengths=responses.lengths,
+        finished=responses.finished,
+        policy_logps=constrain(responses.policy_logps, "batch", "length"),
     )
 
 
@@ -229,6 +251,7 @@ class Slots(struct.PyTreeNode):
     uniform: jax.Array  # [S, T] float32 in [0, 1), the random numbers of its response
     tokens: jax.Array  # [S, T] int32, the responses; what step s drew is in column s modulo T
     logps: jax.Array  # [S, T] float32
+    policy_logps: jax.Array  # [S, T] float32
     cache: policy.Cache  # P - 1 + T columns
 
 
@@ -237,6 +260,7 @@ class Responses(struct.PyTreeNode):
 
     tokens: jax.Array  # [R, T] int32
     logps: jax.Array  # [R, T] float32
+    policy_logps: jax.Array  # [R, T] float32
     lengths: jax.Array  # [R] int32
     finished: jax.Array  # [R] bool
 
@@ -262,17 +286,14 @@ def _serve(
     max_new_tokens: int,
     pad_id: int,
     eos_ids: tuple[int, ...],
-    top_p: float,
+    limits: tuple[int, float, float],
     batch_axes: tuple[str, ...],
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Serve a queue: the prompts of its rows, [R] int32, M (at its end) where there is no rollout.
-
-    Returns:
-        (tokens [R, T], log-probabilities [R, T], lengths [R], finished [R]).
-    """
+) -> "Responses":
+    """Serve a queue: the prompts of its rows, [R] int32, M (at its end) where there is no rollout."""
     at_once = max(num_slots // 8, 1)
     num_waiting = (source < len(prompts.last)).sum(dtype=jnp.int32)
-    draw = functools.partial(draw_tokens, temperature=temperature, top_p=top_p)
+    top_k, top_p, min_p = limits
+    draw = functools.partial(draw_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     step: Callable = functools.partial(_step, config, layers, draw, jnp.array(eos_ids, jnp.int32))
 
     def anywhere(flag):  # devices take equally many steps, since they compute together where a mesh splits the model
@@ -297,8 +318,7 @@ def _serve(
         state = jax.lax.while_loop(crowded, step, state)
         state = _shrink(state, fewer)
         num_slots = fewer
-    responses = state.responses
-    return responses.tokens, responses.logps, responses.lengths, responses.finished
+    return state.responses
 
 
 def _idle(config, prompts: PromptCache, num_rows: int, num_slots: int, max_new_tokens: int, pad_id: int) -> State:
@@ -309,11 +329,13 @@ def _idle(config, prompts: PromptCache, num_rows: int, num_slots: int, max_new_t
         row=jnp.full(num_slots, num_rows, jnp.int32), token=zeros, position=zeros, count=zeros, start=zeros, live=no,
         ended=no, uniform=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
         tokens=jnp.zeros((num_slots, max_new_tokens), jnp.int32), logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
+        policy_logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
         cache=policy.init_cache(config, num_slots, columns),
     )  # fmt: skip
     responses = Responses(
         tokens=jnp.full((num_rows, max_new_tokens), pad_id, jnp.int32),
         logps=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
+        policy_logps=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
         lengths=jnp.zeros(num_rows, jnp.int32),
         finished=jnp.zeros(num_rows, bool),
     )
@@ -333,7 +355,7 @@ def _step(config, layers, draw, ends, state: State) -> State:
     position = jnp.where(slots.live, slots.position, -1)
     logits, cache = policy.decode(config, layers, slots.token[:, None], position[:, None], slots.cache, column)
     uniform = jnp.take_along_axis(slots.uniform, slots.count[:, None], axis=1)[:, 0]
-    token, logp = draw(constrain(logits, "batch", None), uniform)
+    token, logp, policy_logp = draw(constrain(logits, "batch", None), uniform)
     count, over = slots.count + slots.live, slots.live & jnp.isin(token, ends)
 
     def note(whole, new):  # a slot that idles keeps what it has until it is handed out, however long that takes
@@ -348,6 +370,7 @@ def _step(config, layers, draw, ends, state: State) -> State:
         ended=slots.ended | over,
         tokens=note(slots.tokens, token),
         logps=note(slots.logps, logp),
+        policy_logps=note(slots.policy_logps, policy_logp),
         cache=cache,
     )
     return state.replace(slots=slots, step=state.step + 1)
@@ -368,6 +391,7 @@ def _hand_out(state: State, chosen: jax.Array, row: jax.Array) -> Responses:
     return Responses(
         tokens=written(responses.tokens, slots.tokens),
         logps=written(responses.logps, slots.logps),
+        policy_logps=written(responses.policy_logps, slots.policy_logps),
         lengths=responses.lengths.at[row].set(slots.count[chosen], mode="drop"),
         finished=responses.finished.at[row].set(slots.ended[chosen], mode="drop"),
     )

@@ -1,12 +1,16 @@
 """What a step is measured by, and where the numbers go: JSON lines, TensorBoard, the screen."""
 
+import hashlib
 import json
 import math
+import os
 import pathlib
+import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,8 +101,57 @@ class PhaseClock:
     def phase(self, name: str) -> Iterator[None]:
         """Time the statements inside; they must wait for their own results."""
         began = time.perf_counter()
-        yield
+        with jax.profiler.TraceAnnotation(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+@contextmanager
+def profile(directory: pathlib.Path, *, begin: int, steps: int) -> Iterator[Callable[[int], None]]:
+    """A function to be called before each step, with the steps taken, that has JAX's profiler record some of them.
+
+    The trace is for TensorBoard or ui.perfetto.dev; the phases of a step are named in it.
+
+    Args:
+        directory: where the trace goes.
+        begin: steps taken before the first one that is recorded.
+        steps: how many are; 0 for none.
+    """
+    running = False
+
+    def before(step: int) -> None:
+        nonlocal running
+        if running and step >= begin + steps:
+            jax.profiler.stop_trace()
+            running = False
+        if steps and step == begin:
+            jax.profiler.start_trace(directory, create_perfetto_trace=True)
+            running = True
+
+    try:
+        yield before
+    finally:
+        if running:
+            jax.profiler.stop_trace()
+
+
+def keep_compilations() -> None:
+    """Keep what XLA compiles on disk, for the next start, unless JAX was told where or not to.
+
+    In $XDG_CACHE_HOME/krl, or else ~/.cache/krl, apart for each kind of processor: home directories are shared by
+    machines that do not have the same instructions.
+    """
+    settings: Any = jax.config
+    if settings.jax_compilation_cache_dir is not None or not settings.jax_enable_compilation_cache:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    told = [line for line in lines if line.startswith(("flags", "Features", "model name"))] or lines
+    kind = hashlib.blake2b("".join(sorted(set(told))).encode(), digest_size=6).hexdigest()
+    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "krl" / "compiled" / kind))
 
 
 class MetricsLog:

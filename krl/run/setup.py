@@ -20,6 +20,7 @@ from krl import budget, learn, policy
 from krl.policy.hf import check_hf
 from krl.policy.hf_config import config_json
 from krl.policy.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
+from krl.rollout import slots_in_memory
 from krl.run.checkpoint import claim_workdir, open_workdir, write_json
 from krl.run.metrics import progress
 from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
@@ -197,6 +198,14 @@ def find_policy(config: ConfigDict, tokenizer: Tokenizer, workdir: pathlib.Path)
     return policy.PolicyConfig(vocab_size=tokenizer.vocab_size, **sizes)
 
 
+def find_slots(config: ConfigDict, policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh) -> int | None:
+    """S, rollouts that are decoded at a time; None for the sampler's own choice."""
+    if config.sample.slots or not config.sample.memory_gb:
+        return config.sample.slots or None
+    length = config.data.max_prompt_tokens + config.sample.max_new_tokens
+    return slots_in_memory(policy_config, length, config.sample.memory_gb, mesh)
+
+
 def computed_by(config: ConfigDict) -> dict[str, Any]:
     """The options of a decoder that are about its computation and not its checkpoint."""
     return {name: config.policy[name] for name in ("dtype", "unroll", "remat", "attention")}
@@ -204,7 +213,7 @@ def computed_by(config: ConfigDict) -> dict[str, Any]:
 
 def abstract_params(policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh) -> dict:
     """The shapes, dtypes and shardings of a policy's parameters, for a checkpoint to be read into."""
-    shapes = jax.eval_shape(functools.partial(policy.init, policy_config), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: policy.init(policy_config, jax.random.key(0)))
     shardings = tree_sharding(mesh, policy.param_axes(policy_config), shapes)
     return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
 

@@ -237,7 +237,7 @@ class Columns(struct.PyTreeNode):
     segments: jax.Array  # int32, the rollout's number from 1 on, 0 on padding
     sequences: jax.Array  # int32 in [0, W C), a number for each rollout
     response: jax.Array  # bool, True on response tokens
-    logps: jax.Array  # float32, the sampler's
+    logps: jax.Array  # float32, the sampler's, of the whole distribution
     advantages: jax.Array  # float32
 
 
@@ -282,13 +282,14 @@ def _columns(prompts, rollouts, advantages, place: Place) -> Columns:
     time = column - prompts.tokens.shape[1]
     real = (place.rollout >= 0) & (time < rollouts.lengths[which])
     asked, answered = jnp.asarray(prompts.tokens).at[prompt, column], rollouts.tokens.at[which, jnp.maximum(time, 0)]
+    logps = rollouts.logps if rollouts.policy_logps is None else rollouts.policy_logps
     begin = jnp.arange(place.position.size).reshape(place.position.shape) - place.position
     return Columns(
         tokens=jnp.where(time < 0, asked.get(mode="clip"), answered.get(mode="clip")),
         segments=jnp.where(real, which + 1, 0),
         sequences=begin,
         response=real & (time >= 0) & (place.position > 0),
-        logps=rollouts.logps.at[which, jnp.maximum(time, 0)].get(mode="clip"),
+        logps=logps.at[which, jnp.maximum(time, 0)].get(mode="clip"),
         advantages=advantages[which],
     )
 
