@@ -1,15 +1,17 @@
 """The benchmarks' statistics, rows and order of runs, against hand-worked values and a train.py of a few lines."""
 
 import argparse
+import dataclasses
 import importlib
 import json
 import math
+import subprocess
 import time
 
 import numpy as np
 import pytest
 
-from benchmarks import elasticity, noise, runs, study
+from benchmarks import accelerator, elasticity, noise, runs, study
 from benchmarks.runs import Job
 from configs.check import check
 from krl.run.setup import NAMES
@@ -255,3 +257,17 @@ def test_the_verdict_on_elasticity():
     noisy = accuracy | {(3, 16): 0.25}  # -0.05 for the third seed
     assert elasticity.report(noisy, budgets).splitlines()[-1].startswith("no sign")
     assert elasticity.report({(1, 8): 0.5, (1, 16): 0.9}, budgets).splitlines()[-1].startswith("two seeds at least")
+
+
+def test_what_an_accelerator_is_measured_by_runs_anywhere(capsys, monkeypatch):
+    monkeypatch.setattr(
+        accelerator, "TOY", dataclasses.replace(accelerator.TOY, embed_size=8, head_size=4, mlp_size=16)
+    )
+    accelerator.main(["--toy"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["key"] for line in lines] == ["attention", "decode", "update", "update"]
+    assert lines[0]["right"]
+    assert all(line["tokens_per_second"] > 0 for line in lines[1:])
+    assert (
+        subprocess.run(["bash", "-n", "benchmarks/gpu.sh"], cwd=accelerator.__file__.rsplit("/", 2)[0]).returncode == 0
+    )

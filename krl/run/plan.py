@@ -7,6 +7,7 @@ TPUs, for which libtpu must be installed (`pip install "jax[tpu]"`) and no TPU b
 devices that are. Nothing is allocated.
 """
 
+import dataclasses
 import functools
 import math
 import time
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from configs.flags import define_flags, one_line_errors, parse_flags
 from krl import policy, rollout
+from krl.policy.attention import why_not
 from krl.rollout.sampler import slot_bytes
 from krl.run.setup import abstract_params, computed_by, find_slots
 from krl.run.update import abstract_state, make_optimizer, policy_update
@@ -51,15 +53,28 @@ def plan(config: ConfigDict, topology: str) -> dict[str, dict[str, float]]:
         ValueError: the mesh does not fit the topology or the parameters.
     """
     mesh = find_mesh(config, topology)
-    policy_config = policy.read_config(config.policy.path, **computed_by(config))
-    if topology and policy_config.attention == "auto":  # as it would choose there
-        policy_config = policy.read_config(config.policy.path, **(computed_by(config) | {"attention": "splash"}))
+    policy_config = find_sizes(config, on_tpu=bool(topology))
     with jax.set_mesh(mesh):
         params = abstract_params(policy_config, mesh)
         slots = find_slots(config, policy_config, mesh)
         held = {"rollout": compile_rollout(config, policy_config, params, mesh, slots)}
         held["update"] = compile_update(config, policy_config, params, mesh)
     return held
+
+
+def find_sizes(config: ConfigDict, *, on_tpu: bool) -> policy.PolicyConfig:
+    """The policy of a config, with the attention that "auto" would choose on the devices it is planned for."""
+    if config.policy.path:
+        found = policy.read_config(config.policy.path, **computed_by(config))
+    else:
+        sizes = {name: value for name, value in config.policy.items() if name != "path"}
+        found = policy.PolicyConfig(vocab_size=config.tokenizer.vocab_size, **sizes)
+    if not on_tpu or found.attention != "auto":
+        return found
+    length = config.data.max_prompt_tokens + config.sample.max_new_tokens
+    query: Any = jax.ShapeDtypeStruct((1, length, found.num_heads, found.head_size), found.dtype)
+    reason = why_not("splash", query, None, found.attention_softcap)
+    return dataclasses.replace(found, attention="xla" if reason else "splash")
 
 
 def find_mesh(config: ConfigDict, topology: str) -> Mesh:

@@ -1,0 +1,152 @@
+"""How near an accelerator's limits decoding and updates come, and whether its attention kernel is right.
+
+    python -m benchmarks.accelerator [--toy]
+
+Decoding: 256 slots of a random bfloat16 model of Qwen 2.5 1.5B's shape, against the time that reading its parameters and
+keys and values once a step takes at the device's bandwidth. Update: rows of 2048 tokens, packed and not, against the
+dense bfloat16 peak. Attention: the kernel that "auto" chooses against XLA's, values and gradients. Every measurement
+is one line of JSON. --toy is for any machine, with sizes that say nothing about speed.
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.runs import machine
+from krl import policy, rollout
+from krl.policy.attention import attend_rows
+from krl.run.update import for_this_backend, init_state, make_optimizer, policy_update
+from krl.types import Prompts, Rollouts
+
+LARGE = policy.PolicyConfig(
+    vocab_size=151936, embed_size=1536, num_layers=28, num_heads=12, num_kv_heads=2, head_size=128, mlp_size=8960,
+    qkv_bias=True, dtype="bfloat16", remat="dots",
+)  # fmt: skip
+TOY = policy.PolicyConfig(vocab_size=512, embed_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_size=16)
+LIMITS = {  # dense bfloat16 operations and bytes a second, by the makers' data sheets
+    "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.0e12),
+    "v5e": (197e12, 0.82e12), "v5p": (459e12, 2.77e12), "v6e": (918e12, 1.64e12),
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true")
+    options = parser.parse_args(arguments)
+    config = TOY if options.toy else LARGE
+    check_attention(config, length=64 if options.toy else 1024)
+    measure_decoding(
+        config, rows=16 if options.toy else 256, prompt=8 if options.toy else 128, new=16 if options.toy else 256
+    )
+    for packed in (True, False):
+        measure_update(config, rows=4 if options.toy else 16, length=64 if options.toy else 2048, packed=packed)
+
+
+def show(key: str, **found) -> None:
+    print(json.dumps({"key": key} | found | {"device": jax.devices()[0].device_kind} | machine()), flush=True)
+
+
+def share(bound: float | None, seconds: float) -> float | None:
+    """Of a limit; None for a device whose limits are not known here."""
+    return bound and round(bound / seconds, 3)
+
+
+def limit(which: int) -> float | None:
+    kind = jax.devices()[0].device_kind
+    return next((limits[which] for name, limits in LIMITS.items() if name in kind), None)
+
+
+def timed(function, repeats: int = 3) -> float:
+    """Median seconds of a call, after one that compiles."""
+    took = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        took.append(time.perf_counter() - began)
+    return statistics.median(took[1:])
+
+
+def check_attention(config: policy.PolicyConfig, length: int) -> None:
+    """The largest differences to XLA's attention relative to its largest entry."""
+    shapes = [
+        (2, length, heads, config.head_size) for heads in (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    ]
+    arrays = [jax.random.normal(jax.random.key(i), shape, config.dtype) for i, shape in enumerate(shapes)]
+    scale = config.head_size**-0.5
+
+    def run(kernel):
+        attend = functools.partial(attend_rows, segments=None, kernel=kernel, scale=scale)
+        loss = lambda *arrays: jnp.square(attend(*arrays).astype(jnp.float32)).mean()  # noqa: E731
+        return attend(*arrays), *jax.grad(loss, argnums=(0, 1, 2))(*arrays)
+
+    pairs = zip(run("auto"), run("xla"), strict=True)
+    apart = [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs]
+    show("attention", kernel="auto", apart=apart, right=max(apart) < 0.05)
+
+
+def measure_decoding(config: policy.PolicyConfig, rows: int, prompt: int, new: int) -> None:
+    """A slot for every rollout, all of one length."""
+    params = jax.tree.map(lambda leaf: leaf.astype(config.dtype), policy.init(config, jax.random.key(0)))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    tokens = jnp.ones((rows // 8, prompt), jnp.int32)
+    prompts = Prompts(tokens, tokens > 0, jnp.arange(rows // 8, dtype=jnp.int32))
+    sample = functools.partial(
+        rollout.generate,
+        config,
+        params,
+        prompts,
+        jnp.full(rows // 8, 8),
+        max_new_tokens=new,
+        eos_ids=(),
+        num_slots=rows,
+    )
+    seconds = timed(lambda: sample(jax.random.key(1)))
+    cached = rollout.sampler.slot_bytes(config, prompt + new) * rows  # all columns are read at every step
+    bandwidth = limit(1)
+    bound = bandwidth and new * (size + cached) / bandwidth
+    show("decode", rows=rows, tokens_per_second=round(rows * new / seconds), of_bandwidth=share(bound, seconds))
+
+
+def measure_update(config: policy.PolicyConfig, rows: int, length: int, *, packed: bool) -> None:
+    """One update of rollouts that fill their rows."""
+    optimizer = make_optimizer(
+        learning_rate=1e-6, warmup_steps=0, decay_steps=0, beta1=0.9, beta2=0.98, weight_decay=0.0, grad_clip=1.0
+    )
+    state = init_state(config, optimizer, policy.init(config, jax.random.key(0)))
+    asked = length // 8
+    tokens = jnp.ones((rows, asked), jnp.int32)
+    prompts = Prompts(tokens, tokens > 0, jnp.arange(rows, dtype=jnp.int32))
+    shape = (rows, length - asked)
+    rollouts = Rollouts(
+        prompt_index=jnp.arange(rows), sample_index=jnp.zeros(rows, jnp.int32), mask=jnp.ones(rows, bool),
+        tokens=jnp.ones(shape, jnp.int32), logps=jnp.zeros(shape), lengths=jnp.full(rows, shape[1]), finished=jnp.ones(rows, bool),
+    )  # fmt: skip
+    update = for_this_backend(
+        policy_update, config, optimizer, num_updates=1, micro_tokens=4 * length, packed=packed, temperature=1.0, clip_low=0.2,
+        clip_high=0.28, dual_clip=10.0,
+    )  # fmt: skip
+
+    def step():
+        nonlocal state
+        state, metrics = update(state, prompts, rollouts, jnp.ones(rows), jax.random.key(0))
+        return metrics
+
+    seconds = timed(step)
+    products = sum(
+        np.prod(leaf.shape) for leaf in jax.tree.leaves(state.params["blocks"])
+    )  # norms are nothing beside them
+    attention = 2 * config.num_layers * config.num_heads * config.head_size * length  # causal: half of the keys
+    operations = 6 * (products + config.vocab_size * config.embed_size) + 3 * attention
+    peak = limit(0)
+    bound = peak and rows * length * operations / peak
+    show("update", packed=packed, tokens_per_second=round(rows * length / seconds), of_peak=share(bound, seconds))
+
+
+if __name__ == "__main__":
+    main()
