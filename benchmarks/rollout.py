@@ -1,6 +1,6 @@
 """Rollout throughput: useful tokens a second, of responses that are equally long and of ragged ones.
 
-    python -m benchmarks.rollout [--slots 8 16 128] [--repeats 7]
+    python -m benchmarks.rollout [--slots 8 16 128] [--rollouts 512 2048 8192] [--repeats 7]
 
 A small Qwen 2 (4 layers, E 128, V 512, float32, fresh parameters), 16 prompts of 32 tokens, 128 rollouts of at most 128
 tokens. "full": nothing ends a response. "ragged": 15 of the 512 tokens end it, so that lengths are about geometric with a mean
@@ -22,7 +22,15 @@ from krl import policy, rollout
 from krl.types import Prompts
 
 CONFIG = policy.PolicyConfig(
-    vocab_size=512, embed_size=128, num_layers=4, num_heads=4, num_kv_heads=2, head_size=32, mlp_size=512, qkv_bias=True
+    vocab_size=512,
+    embed_size=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=32,
+    mlp_size=512,
+    qkv_bias=True,
+    unroll=4,
 )
 PROMPTS, PROMPT_TOKENS, ROLLOUTS, NEW_TOKENS = 16, 32, 128, 128
 ENDS = tuple(range(2, 17))
@@ -33,13 +41,14 @@ REGIMES = {"full": ((8,) * PROMPTS, ()), "ragged": ((8,) * PROMPTS, ENDS), "coun
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slots", type=int, nargs="+", default=[0], help="decoded at a time; 0 for the default")
+    parser.add_argument("--rollouts", type=int, nargs="*", default=[], help="also so many ragged ones, multiples of 16")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     params = policy.init(CONFIG, jax.random.key(0))
     tokens = np.random.default_rng(0).integers(32, 512, (PROMPTS, PROMPT_TOKENS)).astype(np.int32)
     prompts = Prompts(tokens, np.ones(tokens.shape, bool), np.arange(PROMPTS, dtype=np.int32))
-    for name, (counts, ends) in REGIMES.items():
-        assert sum(counts) == ROLLOUTS
+    many = {f"ragged/{total}": ((total // PROMPTS,) * PROMPTS, ENDS) for total in options.rollouts}
+    for name, (counts, ends) in (REGIMES | many).items():
         for slots in options.slots:
             print(json.dumps({"key": f"rollout/{name}", "slots": slots or "default", "unit": "tok/s"} | measure(
                 params, prompts, jnp.array(counts), ends, slots or None, options.repeats

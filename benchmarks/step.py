@@ -36,7 +36,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--micro-tokens", type=int, default=2048)
+    parser.add_argument("--micro-tokens", type=int, default=1024)
     parser.add_argument("--peer", action="append", default=[], help="a command that prints lines of JSON")
     options = parser.parse_args()
     for _ in range(options.rounds):

@@ -175,5 +175,5 @@ def _add_policy(config: ConfigDict) -> None:
     config.optim.weight_decay = 0.0
     config.optim.grad_clip = 1.0  # largest global gradient norm
     config.optim.updates_per_step = 2  # optimiser updates per step, on equal shares of the rollouts
-    config.optim.micro_tokens = 2048  # tokens that go through the model at once, on all devices together
+    config.optim.micro_tokens = 1024  # tokens that go through the model at once, on all devices together
     config.optim.packed = True  # several rollouts to a row; False where the attention kernel has no segments (cuDNN)

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.data.max_prompt_tokens = 2048
     config.sample.max_new_tokens = 4096
     config.sample.temperature = 1.0
-    config.sample.slots = 256  # 90 GB of keys and values over the mesh
+    config.sample.memory_gb = 12.0  # of a device's 80: 272 slots
     config.verify.workers = 16
 
     config.policy.dtype = "bfloat16"

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from krl import policy
+from krl import policy, rollout
 from krl.learn import policy_loss
+from krl.rollout import sampler
 from krl.run.pack import pack
 from krl.run.update import (
     for_this_backend,
@@ -183,6 +184,23 @@ def test_counts_do_not_recompile_and_the_state_keeps_its_layout():
     assert all(jax.tree.leaves(same))
 
 
+def test_a_hundred_steps_of_changing_counts_and_lengths_compile_once():
+    rng, state, programs = np.random.default_rng(0), fresh_state(), set()
+    for number in range(100):
+        counts = rng.multinomial(16, rng.dirichlet(np.ones(4)))
+        drawn = rollout.generate(
+            tiny.CONFIG, state.params, tiny.prompts(), jnp.array(counts), jax.random.key(number), max_new_tokens=4,
+            eos_ids=tiny.EOS, num_rollouts=16, num_slots=4, expected_tokens=jnp.asarray(rng.random(4), jnp.float32),
+        )  # fmt: skip
+        advantages = jnp.asarray(rng.normal(size=16) * (rng.random(16) < rng.random()), jnp.float32)
+        state, _ = policy_update(
+            tiny.CONFIG, OPTIMIZER, state, tiny.prompts(), drawn, advantages, jax.random.key(number), num_updates=2,
+            micro_tokens=2 * ROW_TOKENS, temperature=1.0, **CLIPS,
+        )  # fmt: skip
+        programs.add((policy_update._cache_size(), sampler._generate._cache_size()))
+    assert len(programs) == 1
+
+
 @pytest.mark.parametrize(("shape", "names"), [((8,), ("data",)), ((2, 2, 2), ("data", "fsdp", "model"))])
 def test_eight_devices_equal_one(shape, names):
     alone, metrics = step()
@@ -228,8 +246,6 @@ def test_supervised_update_is_cross_entropy_on_the_targets():
 
 
 def test_replicated_prompts_on_a_mesh_sample_the_same():
-    from krl import rollout
-
     def sample():
         return rollout.generate(
             tiny.CONFIG, tiny.params(), tiny.prompts(), jnp.array([5, 3, 4, 4]), jax.random.key(0),

@@ -13,6 +13,7 @@ from krl.sharding import partition_spec
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
 _BLOCK = 512  # queries whose attention XLA computes at a time
+_NOTHING = -1e30  # a logit that leaves a key no weight
 _LANES = 128  # the width of a TPU register: splash blocks and heads come in multiples of it
 
 
@@ -66,8 +67,8 @@ def attend_rows(
         visible = (behind >= 0) & (behind < window) if window else behind >= 0
         if segments is not None:
             visible = visible & (query_segments[:, :, None] == segments[:, None, :])
-        bias = jax.lax.optimization_barrier(_bias(visible))  # else it is made again for every head
-        return _attend(query, keys, values, bias, scale, softcap)
+        bias = jax.lax.optimization_barrier(jnp.where(visible, 0.0, _NOTHING))  # else it is made again for every head
+        return _attend(query, keys, values, lambda logits: logits + bias[:, None, None], scale, softcap)
 
     return _in_blocks(attend, query, columns[None], segments)
 
@@ -95,24 +96,20 @@ def attend_cached(
     """
 
     def attend(query, visible):
-        return _attend(query, keys, values, _bias(visible), scale, softcap)
+        hide = lambda logits: jnp.where(visible[:, None, None], logits, _NOTHING)  # noqa: E731
+        return _attend(query, keys, values, hide, scale, softcap)
 
     return _in_blocks(attend, query, visible)
 
 
-def _bias(visible: jax.Array) -> jax.Array:
-    """What is added to attention logits: nothing where a key is visible, else so much that it has no weight."""
-    return jnp.where(visible, 0.0, -1e30)
-
-
-def _attend(query, keys, values, bias, scale, softcap):
-    """[B, T, H, Q] queries, [B, K, C, Q] keys and values, [B or 1, T, C] float32 bias; the heads of a key lie together."""
+def _attend(query, keys, values, hide, scale, softcap):
+    """Attention of [B, T, H, Q] queries to [B, K, C, Q] keys and values; hide masks logits [B, K, H / K, T, C]."""
     rows, length, heads, size = query.shape
     kv_heads, columns = keys.shape[1:3]
     grouped = query.reshape(rows, length, kv_heads, -1, size).transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, size)
     logits = jnp.einsum("bknq,bkcq->bknc", grouped, keys, preferred_element_type=jnp.float32) * scale
     logits = softcap * jnp.tanh(logits / softcap) if softcap else logits
-    logits = logits.reshape(rows, kv_heads, -1, length, columns) + bias[:, None, None]
+    logits = hide(logits.reshape(rows, kv_heads, -1, length, columns))
     weights = jax.nn.softmax(logits, axis=-1).astype(values.dtype).reshape(rows, kv_heads, -1, columns)
     mixed = jnp.einsum("bknc,bkcq->bknq", weights, values).reshape(rows, kv_heads, -1, length, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, size)
