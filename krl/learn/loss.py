@@ -1,4 +1,10 @@
-"""The policy-gradient loss: PPO's clipped surrogate and its relatives."""
+"""The policy-gradient loss: PPO's clipped surrogate and its relatives.
+
+Schulman et al., "PPO", arXiv 1707.06347, equation 7; Yu et al., "DAPO", arXiv 2503.14476, equation 8 (asymmetric clip);
+Ye et al., arXiv 1912.09729, section 3.4 (dual clip); Zheng et al., "GSPO", arXiv 2507.18071, equations 5 and 7; MiniMax,
+"MiniMax-M1", arXiv 2506.13585, equation 4 (CISPO); Yao et al., "Your efficient RL framework secretly brings you
+off-policy RL training", 2025 (truncated importance weight); Schulman, "Approximating KL divergence", 2020 (the estimators).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -34,13 +40,12 @@ def policy_loss(
         "cispo"  -min(w, 1 + clip_high) A logp,   where the factor before logp has no gradient
 
     Where the sampler computes other log-probabilities than the learner for the same parameters, each token's loss is
-    multiplied by min(exp(old_logp - sampler_logp), importance_cap), before any sum. A kl_coefficient above 0 adds that
-    many times an estimate of the divergence from the reference, with d = reference_logp - logp:
+    multiplied by min(exp(old_logp - sampler_logp), importance_cap), before any sum. Added are kl_coefficient times an
+    estimate of the divergence from the reference, with d = reference_logp - logp:
 
         "k1"  -d        "k2"  d^2 / 2        "k3"  e^d - d - 1
 
-    and an entropy_coefficient takes off so many times the entropy. In expectation over sampled tokens the gradient of
-    "k1" is zero and that of "k2" is the divergence's.
+    less entropy_coefficient times the entropy. In expectation the gradient of "k1" is zero, that of "k2" the divergence's.
 
     Args:
         logps: [B, T] float32, nats, of the policy being trained; gradients flow through it.
@@ -65,23 +70,8 @@ def policy_loss(
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown surrogate or estimator.
-
-    References:
-        Schulman et al., "PPO", arXiv 1707.06347, equation 7; Yu et al., "DAPO", arXiv 2503.14476,
-        equation 8 (asymmetric clip); Ye et al., arXiv 1912.09729, section 3.4 (dual clip); Zheng et al., "GSPO", arXiv
-        2507.18071, equations 5 and 7; MiniMax, "MiniMax-M1", arXiv 2506.13585, equation 4 (CISPO); Yao et al., "Your
-        efficient RL framework secretly brings you off-policy RL training", 2025 (truncated importance
-        weight); Schulman, "Approximating KL divergence", 2020 (the estimators).
     """
-    fits = advantages.shape in (logps.shape, logps.shape[:1])
-    if not logps.ndim == 2 or not logps.shape == old_logps.shape == mask.shape or not fits:
-        raise ValueError(
-            "logps, old_logps and mask must be [B, T] and advantages [B] or [B, T], got "
-            f"{logps.shape}, {old_logps.shape}, {mask.shape} and {advantages.shape}"
-        )
-    for name, given, known in (("surrogate", surrogate, SURROGATES), ("kl_estimator", kl_estimator, KL_ESTIMATORS)):
-        if given not in known:
-            raise ValueError(f"{name} {given!r} must be one of {sorted(known)}")
+    _check(logps, old_logps, advantages, mask, surrogate, kl_estimator)
     advantage = advantages[:, None] if advantages.ndim == 1 else advantages
     log_ratio = jnp.where(mask, logps - old_logps, 0.0)
     if surrogate == "gspo":
@@ -104,6 +94,18 @@ def policy_loss(
     if entropies is not None:
         loss = loss - entropy_coefficient * jnp.where(mask, entropies, 0.0)
     return masked_sum(loss, mask), metrics
+
+
+def _check(logps, old_logps, advantages, mask, surrogate, kl_estimator):
+    fits = advantages.shape in (logps.shape, logps.shape[:1])
+    if not logps.ndim == 2 or not logps.shape == old_logps.shape == mask.shape or not fits:
+        raise ValueError(
+            "logps, old_logps and mask must be [B, T] and advantages [B] or [B, T], got "
+            f"{logps.shape}, {old_logps.shape}, {mask.shape} and {advantages.shape}"
+        )
+    for name, given, known in (("surrogate", surrogate, SURROGATES), ("kl_estimator", kl_estimator, KL_ESTIMATORS)):
+        if given not in known:
+            raise ValueError(f"{name} {given!r} must be one of {sorted(known)}")
 
 
 def _clipped(ratio, logps, advantage, clip_low, clip_high, dual_clip):

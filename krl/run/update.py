@@ -144,15 +144,13 @@ def policy_update(
     """One pass over a step's rollouts in num_updates optimiser updates, each on its share of them.
 
     Prompts and responses lie packed in rows of P + T columns, so that computation follows real tokens. Rollouts whose
-    advantage is zero have no gradient: they count in the mean and are never run through the model, unless a penalty
-    or bonus gives them one. That makes the number of micro-batches data, not a new compilation.
+    advantage is zero count in the mean and are never run through the model, unless a penalty or bonus gives them a
+    gradient. That makes the number of micro-batches data, not a new compilation.
 
-    The loss is a mean over the tokens of the whole step, whatever the shares: an update minimises num_updates times
-    its share's part of it.
+    The loss is a mean over all tokens of the step: an update minimises num_updates times its share's part of it.
 
     Args:
-        config: the policy's sizes.
-        optimizer: from `make_optimizer`.
+        config, optimizer: the policy's sizes; from `make_optimizer`.
         state: donated.
         prompts: M prompts.
         rollouts: R rollouts of them.
@@ -163,10 +161,9 @@ def policy_update(
         packed: False gives every rollout a row of its own; the gradient is the same.
         temperature: what the rollouts were sampled with.
         surrogate, clip_low, clip_high, dual_clip: see `krl.learn.policy_loss`.
-        importance_cap: above 0, log-probabilities are computed again before the first update, ratios are
-            taken to those, and tokens are weighted for what the sampler computed; 0 trusts the sampler.
-        kl_coefficient: of the penalty for leaving the reference; 0 needs none and computes none.
-        kl_estimator: see `krl.learn.policy_loss`.
+        importance_cap: above 0, log-probabilities are computed again before the first update, for the ratios, and
+            tokens are weighted for what the sampler computed; 0 trusts the sampler.
+        kl_coefficient, kl_estimator: of the penalty for leaving the reference; 0 needs none and computes none.
         entropy_coefficient: of the bonus for entropy; 0 computes none.
         reference: the parameters to stay close to.
 
@@ -177,35 +174,20 @@ def policy_update(
     run = rollouts.mask & ((advantages != 0) | bool(kl_coefficient or entropy_coefficient))
     shares = jax.random.permutation(key, advantages.shape[0]).reshape(num_updates, -1)
     rows, num_rows, micro_rows = _rows(prompts, rollouts, run, shares, micro_tokens, packed)
-    loss: Callable = functools.partial(
-        policy_loss, surrogate=surrogate, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-        kl_coefficient=kl_coefficient, kl_estimator=kl_estimator, entropy_coefficient=entropy_coefficient,
-    )  # fmt: skip
     scores_of = functools.partial(_scores, config, temperature=temperature, packed=packed)
     columns_of = functools.partial(_columns, prompts, rollouts, advantages)
+    loss_of = functools.partial(
+        _loss, scores_of, columns_of, surrogate=surrogate, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+        importance_cap=importance_cap, kl_coefficient=kl_coefficient, kl_estimator=kl_estimator,
+        entropy_coefficient=entropy_coefficient,
+    )  # fmt: skip
 
     def score(params: dict) -> jax.Array:
-        run_part = lambda part: scores_of(params, columns_of(part), entropy=False)[0]  # noqa: E731
-        return jax.lax.map(lambda share: _map_rows(run_part, share[0], share[1], micro_rows), (rows, num_rows))
+        return _map_rows(lambda part: scores_of(params, columns_of(part), entropy=False)[0], rows, num_rows, micro_rows)
 
-    known = {}
-    if importance_cap:
-        known["old_logps"] = score(state.params)
-        loss = functools.partial(loss, importance_cap=importance_cap)
+    known = {"old_logps": score(state.params)} if importance_cap else {}
     if reference is not None and kl_coefficient:
         known["reference_logps"] = score(reference)
-
-    def loss_of(params: dict, part):
-        place, known = part
-        columns = columns_of(place)
-        logps, entropies = scores_of(params, columns, entropy=bool(entropy_coefficient))
-        sampled = {"sampler_logps" if importance_cap else "old_logps": columns.logps}
-        (loss_sum, _), metrics = loss(
-            logps=logps, advantages=columns.advantages, mask=columns.response,
-            sequences=columns.sequences, entropies=entropies, **sampled, **known,
-        )  # fmt: skip
-        return loss_sum, metrics
-
     tokens_in_share = jnp.where(rollouts.mask, rollouts.lengths, 0).sum(dtype=jnp.float32) / num_updates
 
     def update(state: TrainState, share):
@@ -215,9 +197,26 @@ def policy_update(
         return state, (divide(loss_sum, tokens_in_share), grad_norm, metrics)
 
     state, (losses, grad_norms, metrics) = jax.lax.scan(update, state, (rows, num_rows, known))
-    largest = metrics.pop("ratio_max")[0].max()
-    means = {name: divide(total.sum(), count.sum()) for name, (total, count) in metrics.items()}
-    return state, means | {"loss": losses.mean(), "grad_norm": grad_norms.mean(), "ratio_max": largest}
+    return state, _means(metrics) | {"loss": losses.mean(), "grad_norm": grad_norms.mean()}
+
+
+def _loss(scores_of, columns_of, params: dict, part, *, importance_cap, entropy_coefficient, **options):
+    """(loss sum, metrics) of some rows: where their rollouts stand, and [W, C] log-probabilities computed before."""
+    place, known = part
+    columns = columns_of(place)
+    logps, entropies = scores_of(params, columns, entropy=bool(entropy_coefficient))
+    known = known | {"sampler_logps" if importance_cap else "old_logps": columns.logps}
+    (loss_sum, _), metrics = policy_loss(
+        logps=logps, advantages=columns.advantages, mask=columns.response, sequences=columns.sequences,
+        importance_cap=importance_cap, entropies=entropies, entropy_coefficient=entropy_coefficient, **known, **options,
+    )  # fmt: skip
+    return loss_sum, metrics
+
+
+def _means(metrics):
+    """What the (sum, count) pairs of U updates are in the mean; a maximum stays a maximum."""
+    largest, pairs = metrics["ratio_max"][0].max(), {k: v for k, v in metrics.items() if k != "ratio_max"}
+    return {name: divide(total.sum(), count.sum()) for name, (total, count) in pairs.items()} | {"ratio_max": largest}
 
 
 # ---------------------------------------------------------------- from rollouts to rows
@@ -320,15 +319,23 @@ def _accumulate(loss_of, params, rows, num_rows, micro_rows):
 
 
 def _map_rows(function, rows, num_rows, micro_rows):
-    """function(some rows), [micro_rows, C], for the first num_rows of a tree of [W, ...]; 0 for the others, [W, C]."""
+    """function(some rows), [micro_rows, C], for the first num_rows [U] of each share of a tree of [U, W, ...].
 
-    def one(index, whole):
-        return jax.lax.dynamic_update_slice_in_dim(
-            whole, function(_part(rows, index, micro_rows)), index * micro_rows, 0
-        )
+    Returns:
+        [U, W, C], 0 for the other rows.
+    """
 
-    like = jax.tree.leaves(rows)[0]
-    return jax.lax.fori_loop(0, _batches(num_rows, micro_rows), one, jnp.zeros(like.shape, jnp.float32))
+    def of_share(share):
+        rows, num_rows = share
+
+        def one(index, whole):
+            part = function(_part(rows, index, micro_rows))
+            return jax.lax.dynamic_update_slice_in_dim(whole, part, index * micro_rows, 0)
+
+        nothing = jnp.zeros(jax.tree.leaves(rows)[0].shape, jnp.float32)
+        return jax.lax.fori_loop(0, _batches(num_rows, micro_rows), one, nothing)
+
+    return jax.lax.map(of_share, (rows, num_rows))
 
 
 def _part(rows: Any, index: jax.Array | int, micro_rows: int) -> Any:
