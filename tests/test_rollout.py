@@ -259,7 +259,8 @@ def kept_by_sorting(logits, top_k, top_p, min_p):
     left = np.argsort(-logits)
     left = left[: top_k or None]
     share = np.exp(logits[left] - logits.max())
-    left = left[: np.searchsorted(np.cumsum(share) / share.sum(), top_p) + 1]
+    if top_p < 1:
+        left = left[: np.searchsorted(np.cumsum(share) / share.sum(), top_p) + 1]
     return {int(token) for token in left if np.exp(logits[token] - logits.max()) >= min_p}
 
 
