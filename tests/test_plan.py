@@ -32,4 +32,4 @@ def test_a_plan_counts_what_a_device_holds():
 
 def test_a_mesh_that_is_not_the_topologys_is_refused():
     with pytest.raises(ValueError, match="needs 999 devices"):
-        plan(make_config(**{"mesh.shape": (999, 1)}), "")
+        plan(make_config(**{"mesh.shape": (1, 999)}), "")

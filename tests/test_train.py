@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
 def test_a_run_leaves_everything_a_user_looks_for(finished):
     workdir, output = finished
     assert [row["step"] for row in rows(workdir)] == [0, 1, 2, 3, 4]
-    assert any(row["grad_norm"] > 0 for row in rows(workdir)[1:])  # it learns, or what follows says little
+    assert sum(row["grad_norm"] > 0 for row in rows(workdir)[1:]) > 1  # it learns, or what follows says little
     assert "knapsack 4/4" in output
     assert "eta" in output
     for name in ("figures.png", "config.json", "policy/tokenizer.model", "policy/config.json"):

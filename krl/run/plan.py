@@ -23,11 +23,12 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
+from configs.check import check
 from configs.flags import define_flags, one_line_errors, parse_flags
 from krl import policy, rollout
 from krl.policy.attention import why_not
 from krl.rollout.sampler import slot_bytes
-from krl.run.setup import abstract_params, computed_by, find_slots
+from krl.run.setup import NAMES, abstract_params, computed_by, find_slots
 from krl.run.update import abstract_state, make_optimizer, policy_update
 from krl.sharding import batch_devices, make_mesh, named_sharding
 from krl.types import Prompts, Rollouts
@@ -50,8 +51,9 @@ def plan(config: ConfigDict, topology: str) -> dict[str, dict[str, float]]:
         What a device holds, GB, by program and part.
 
     Raises:
-        ValueError: the mesh does not fit the topology or the parameters.
+        ValueError: the config cannot work, or the mesh does not fit the topology or the parameters.
     """
+    check(config, **NAMES)
     mesh = find_mesh(config, topology)
     policy_config = find_sizes(config, on_tpu=bool(topology))
     with jax.set_mesh(mesh):
@@ -132,10 +134,14 @@ def compile_update(config, policy_config, params, mesh) -> dict[str, float]:
         policy_update, policy_config, optimizer, num_updates=optim.updates_per_step, micro_tokens=optim.micro_tokens,
         packed=optim.packed, temperature=config.sample.temperature, surrogate=loss.surrogate, clip_low=loss.clip_low,
         clip_high=loss.clip_high, dual_clip=loss.dual_clip, importance_cap=loss.importance_cap,
+        kl_coefficient=loss.kl_coefficient, kl_estimator=loss.kl_estimator, entropy_coefficient=loss.entropy_coefficient,
     )  # fmt: skip
     key = jax.eval_shape(jax.random.key, 0)
     advantages = batch((rows,), jnp.float32)
-    held = _memory(jax.jit(update, donate_argnums=0), state, _prompts(config, everywhere), rollouts, advantages, key)
+    held = _memory(
+        jax.jit(update, donate_argnums=0), state, _prompts(config, everywhere), rollouts, advantages, key,
+        reference=params if loss.kl_coefficient else None,
+    )  # fmt: skip
     return held | {"parameters": _gb(params), "optimizer": _gb(state.opt_state)}
 
 
@@ -145,9 +151,9 @@ def _prompts(config, everywhere) -> Prompts:
     return Prompts(array(shape, jnp.int32), array(shape, bool), array(shape[:1], jnp.int32))
 
 
-def _memory(jitted, *arguments) -> dict[str, float]:
+def _memory(jitted, *arguments, **named) -> dict[str, float]:
     began = time.perf_counter()
-    found = jitted.lower(*arguments).compile().memory_analysis()
+    found = jitted.lower(*arguments, **named).compile().memory_analysis()
     return {
         "arguments": found.argument_size_in_bytes / 1e9,
         "results": (found.output_size_in_bytes - found.alias_size_in_bytes) / 1e9,
