@@ -1,4 +1,4 @@
-"""Eight CPU devices for every test, so that sharding is real; nothing else is shared."""
+"""Eight CPU devices for every test, so that sharding is real; little else is shared."""
 
 import os
 
@@ -8,6 +8,13 @@ from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_programs_of_other_files():
+    """A process may map 65,530 pieces of memory; XLA takes some for every program and crashes when there are none left."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
