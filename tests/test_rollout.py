@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krl import policy, rollout
-from krl.rollout import sampler
+from krl.rollout import sampler, serve
 from krl.rollout.sampler import slot_bytes, slots_in_memory
 from krl.rollout.tokens import draw_tokens, least_logit
 from krl.sharding import make_mesh, named_sharding, tree_sharding
@@ -89,7 +89,7 @@ def test_the_longest_begin_first_and_devices_get_equal_shares():
 
 def test_slots_that_nothing_waits_for_are_given_up(monkeypatch):
     whole = sample([30, 20, 25, 14], num_slots=89, max_new_tokens=12)
-    monkeypatch.setattr(sampler, "_FEWEST", 2)
+    monkeypatch.setattr(serve, "FEWEST", 2)
     sampler._generate.clear_cache()
     shrunk = sample([30, 20, 25, 14], num_slots=89, max_new_tokens=12)
     sampler._generate.clear_cache()
@@ -137,8 +137,9 @@ def test_memory_is_that_of_the_slots():
     def temporaries(rollouts):
         sizes = policy.PolicyConfig(vocab_size=16, num_layers=2, head_size=64)
         shapes = jax.eval_shape(lambda: policy.init(sizes, jax.random.key(0)))
-        arguments = shapes, tiny.prompts(), jnp.array([2, 2, 2, 2]), jax.random.key(0), 1.0, 0, jnp.ones(4)
-        lowered = sampler._generate.lower(sizes, *arguments, 64, tiny.EOS, 0, rollouts, 16, (0, 1.0, 0.0))
+        arguments = 1.0, shapes, tiny.prompts(), jnp.array([2, 2, 2, 2]), jax.random.key(0), 0, jnp.ones(4)
+        options = serve.Options(rollouts, 16, 64, tiny.EOS, 0, (0, 1.0, 0.0))
+        lowered = sampler._generate.lower(sizes, options, *arguments)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     a_slot = 2 * 2 * 2 * 64 * (4 + 64) * 4
@@ -222,6 +223,38 @@ def test_counts_and_temperature_do_not_recompile():
     sample([8, 0, 0, 0], temperature=0.5)
     sample([1, 2, 3, 2], temperature=0.0)
     assert sampler._generate._cache_size() == before
+
+
+@pytest.mark.parametrize("slots", [3, 8, 19])
+@pytest.mark.parametrize("mesh", [None, ((8,), ("data",)), ((2, 2, 2), ("data", "fsdp", "model"))])
+def test_a_watcher_sees_every_rollout_once_and_changes_none(mesh, slots, monkeypatch):
+    monkeypatch.setattr(serve, "FEWEST", 1)
+    counts, seen, calls = [9, 0, 7, 3], {}, []
+
+    def watch(rows, tokens, lengths, is_ready):
+        for row, response, length in zip(rows.tolist(), tokens, lengths, strict=True):
+            assert row not in seen
+            seen[row] = response[:length].tolist()
+        calls.append((len(rows), is_ready()))
+
+    def run():
+        if mesh is None:
+            return sample(counts, num_rollouts=21, num_slots=slots, watch=watch)
+        on = make_mesh(*mesh)
+        with jax.set_mesh(on):
+            axes = tree_sharding(on, policy.param_axes(tiny.CONFIG), jax.eval_shape(tiny.params))
+            return rollout.generate(
+                tiny.CONFIG, jax.device_put(tiny.params(), axes), jax.device_put(tiny.prompts(), named_sharding(on)),
+                jnp.array(counts), jax.random.key(0), max_new_tokens=6, eos_ids=tiny.EOS, num_slots=slots,
+                num_rollouts=21, watch=watch,
+            )  # fmt: skip
+
+    got, alone = run(), sample(counts, num_rollouts=21, num_slots=19)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, alone)
+    np.testing.assert_array_equal(got.tokens, alone.tokens)
+    expected = zip(np.asarray(alone.tokens), np.asarray(alone.lengths), strict=True)
+    assert seen == {row: tokens[:length].tolist() for row, (tokens, length) in enumerate(expected) if row < 19}
+    assert slots > 3 or sum(number > 0 for number, _ in calls) > 1
 
 
 def test_bad_counts_are_refused():

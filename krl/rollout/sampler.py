@@ -1,4 +1,4 @@
-"""The sampler: a few resident slots serve all rollouts of a step, in one jitted program.
+"""The sampler: a few resident slots serve all rollouts of a step.
 
 A slot whose response has ended takes the next waiting rollout, so decode steps carry live rows however
 ragged counts and lengths are. All slots write the same column of their caches at a step, and columns are
@@ -12,19 +12,25 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from krl import policy
+from krl.rollout.serve import Options, PromptCache, Queue, Responses, State, drain, drains, idle, serve, shrink
 from krl.rollout.slots import make_slots
-from krl.rollout.tokens import draw_tokens
 from krl.sharding import RULES, batch_devices, constrain
 from krl.types import Prompts, Rollouts
 
 PREFILL_TOKENS = 16384  # prompt tokens that go through the policy at a time
 CPU_CACHE = 4e6  # bytes of keys and values that a CPU holds near its cores; more slots than that make it slower
-_SHRINK = 4  # how many times fewer slots go on when nothing waits and so few are live
-_FEWEST = 16  # slots that are not shrunk further
+_WATCHED = 4  # how many times a watcher is called while rollouts wait for a slot
+
+
+# (rows [n] of the rollouts, their tokens [n, T], lengths [n]: host arrays, int32; whether the devices have finished
+# what they are at, which is when it should return). Every row with a rollout comes once; of several processes, each
+# sees those of its own devices.
+Watch = Callable[[np.ndarray, np.ndarray, np.ndarray, Callable[[], bool]], None]
 
 
 def generate(
@@ -45,6 +51,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     first_sample: jax.Array | int = 0,
+    watch: Watch | None = None,
 ) -> Rollouts:
     """Sample counts[i] responses to prompt i.
 
@@ -69,6 +76,8 @@ def generate(
         temperature: the logits are divided by it; 0 takes the most likely token.
         top_k, top_p, min_p: sample from the likeliest tokens only, see `krl.rollout.tokens.least_logit`; static.
         first_sample: the sample index of each prompt's first row, for a second round in the same step.
+        watch: called on the host with what has ended while the rest is decoded, see `Watch`. The rollouts are the
+            same; without it all is one program.
 
     Returns:
         Rollouts of R rows sorted by prompt.
@@ -98,11 +107,21 @@ def generate(
         raise ValueError(f"num_slots must be at least 1, got {num_slots}")
     if expected_tokens is None:
         expected_tokens = jnp.ones(counts.shape, jnp.float32)
-    return _generate(
-        config, params, prompts, counts, key, temperature, first_sample, expected_tokens,
-        max_new_tokens, tuple(eos_ids), pad_id, num_rollouts, min(num_slots, num_rollouts),
-        (top_k, top_p, min_p),
+    options = Options(
+        num_rollouts=num_rollouts, num_slots=min(num_slots, num_rollouts), max_new_tokens=max_new_tokens,
+        eos_ids=tuple(eos_ids), pad_id=pad_id, limits=(top_k, top_p, min_p),
     )  # fmt: skip
+    if not num_rollouts:
+        return _nothing(options, counts)
+    asked = (jnp.asarray(temperature), params, prompts, counts, key, first_sample, expected_tokens)
+    return _generate(config, options, *asked) if watch is None else _generate_watched(config, options, watch, *asked)
+
+
+def _nothing(options: Options, counts: jax.Array) -> Rollouts:
+    """No rollouts."""
+    prompt_index, sample_index, mask = make_slots(counts, 0)
+    none = jnp.zeros((0, options.max_new_tokens))
+    return Rollouts(prompt_index, sample_index, mask, none.astype(jnp.int32), none, sample_index, mask, none)
 
 
 def slot_bytes(config: policy.PolicyConfig, length: int) -> int:
@@ -127,52 +146,135 @@ def slots_in_memory(config: policy.PolicyConfig, length: int, memory_gb: float, 
     return batch_devices(mesh) * max(1, int(memory_gb * 1e9 * heads / slot_bytes(config, length)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 8, 9, 10, 11, 12, 13))
-def _generate(
-    config,
-    params,
-    prompts,
-    counts,
-    key,
-    temperature,
-    first_sample,
-    expected_tokens,
-    max_new_tokens,
-    eos_ids,
-    pad_id,
-    num_rollouts,
-    num_slots,
-    limits,
-):
-    prompt_index, sample_index, mask = make_slots(counts, num_rollouts)
-    sample_index = jnp.where(mask, sample_index + first_sample, 0)
-    if not num_rollouts:
-        none = jnp.zeros((0, max_new_tokens))
-        return Rollouts(prompt_index, sample_index, mask, none.astype(jnp.int32), none, sample_index, mask, none)
-    mesh = jax.sharding.get_abstract_mesh()
-    devices, batch_axes = batch_devices(mesh), tuple(name for name in RULES["batch"] if name in mesh.axis_names)
-    order = _deal(jnp.append(expected_tokens, 0)[prompt_index], mask, devices)
+class Work(struct.PyTreeNode):
+    """What the decoding of a step goes by."""
+
+    layers: dict  # of the policy, in the compute dtype, whole on every device but for the axis "model"
+    prompts: PromptCache
+    queue: Queue  # of the devices, one after the other
+    order: jax.Array  # [R'] int32, the row of each in the rollouts; R where there is none
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _generate(config, options, temperature, params, prompts, counts, key, first_sample, expected_tokens) -> Rollouts:
+    """The whole in one program."""
+    work, state = _begin(config, options, params, prompts, counts, key, first_sample, expected_tokens)
+    state = _serve(config, options, temperature, work, state, options.num_rollouts)
+    for num_slots in drains(_slots_each(options)):
+        state = _shrink(num_slots, _drain(config, options, temperature, work, state, num_slots))
+    return _collect(options, counts, first_sample, work.order, state.responses)
+
+
+def _generate_watched(
+    config, options, watch, temperature, params, prompts, counts, key, first_sample, expected_tokens
+) -> Rollouts:
+    """The same in parts, and the host sees what has ended while the devices go on."""
+    work, state = _PROGRAMS["begin"](config, options, params, prompts, counts, key, first_sample, expected_tokens)
+    slots, rows = _slots_each(options), len(work.order) // _devices()
+    targets = [slots + (rows - slots) * part // _WATCHED for part in range(1, _WATCHED + 1)] if rows > slots else [rows]
+    order, known, before = np.asarray(work.order), np.zeros(len(work.order), bool), None
+    for name, amount in [("serve", until) for until in targets] + [("drain", fewer) for fewer in drains(slots)]:
+        state, ended = _PROGRAMS[name](config, options, temperature, work, state, amount)
+        if name == "drain":
+            state, ended = _PROGRAMS["shrink"](amount, state)
+        if before is not None:
+            watch(*_newly_ended(order, known, *before), ended[1].is_ready)
+        before = ended
+    rollouts = _PROGRAMS["collect"](options, counts, first_sample, work.order, state.responses)
+    watch(*_newly_ended(order, known, *before), rollouts.lengths.is_ready)
+    return rollouts
+
+
+def _newly_ended(order, known, tokens, lengths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(rows [n], their tokens [n, T], lengths [n]) of what this process's devices have ended; `known` [R'] takes them in."""
+    found = []
+    for part, length in zip(tokens.addressable_shards, lengths.addressable_shards, strict=True):
+        if part.replica_id == 0:
+            length = np.asarray(length.data)
+            new = (length > 0) & ~known[part.index[0]]
+            known[part.index[0]] |= new
+            found.append((order[part.index[0]][new], np.asarray(part.data)[new], length[new]))
+    rows, responses, lengths_of = zip(*found, strict=True)
+    return np.concatenate(rows), np.concatenate(responses), np.concatenate(lengths_of)
+
+
+def _devices() -> int:
+    """How many queues there are."""
+    return batch_devices(jax.sharding.get_abstract_mesh())
+
+
+def _slots_each(options: Options) -> int:
+    """Slots of each queue."""
+    return -(-options.num_slots // _devices())
+
+
+def _each(function: Callable, *kinds: str) -> Callable:
+    """A function of (batch axes, arguments) for every queue by itself: "rows" lie on the queue's devices, "whole" on all."""
+    batch_axes = tuple(name for name in RULES["batch"] if name in jax.sharding.get_abstract_mesh().axis_names)
+    if _devices() == 1:
+        return functools.partial(function, ())
+    rows = PartitionSpec(batch_axes)
+    specs = tuple(rows if kind == "rows" else PartitionSpec() for kind in kinds)
+    return jax.shard_map(
+        functools.partial(function, batch_axes), in_specs=specs, out_specs=rows, axis_names=set(batch_axes), check_vma=False
+    )  # fmt: skip
+
+
+def _begin(config, options, params, prompts, counts, key, first_sample, expected_tokens) -> tuple[Work, State]:
+    """Deal the rollouts, read the prompts, and clear the slots."""
+    prompt_index, sample_index, mask = make_slots(counts, options.num_rollouts)
+    order = constrain(_deal(jnp.append(expected_tokens, 0)[prompt_index], mask, _devices()), None)
     source = jnp.append(prompt_index, prompts.tokens.shape[0])[order]  # M where no rollout is
-    sample = jnp.append(sample_index, 0)[order]
+    sample = jnp.append(sample_index + first_sample, 0)[order]
     task = jnp.append(prompts.task_ids, 0)[source]
     keys = jax.vmap(lambda task, sample: jax.random.fold_in(jax.random.fold_in(key, task), sample))(task, sample)
+    layers, queue = _for_decoding(config, params), Queue(source, keys)
+    read = _prefill(config, layers, prompts)
 
-    layers = policy.for_decoding(config, params)
-    serve = functools.partial(
-        _serve, config, num_slots=-(-num_slots // devices), max_new_tokens=max_new_tokens, pad_id=pad_id,
-        eos_ids=eos_ids, limits=limits, batch_axes=batch_axes if devices > 1 else (),
-    )  # fmt: skip
-    if devices > 1:  # every device has a queue and slots of its own, and all have all prompts
-        rows = PartitionSpec(batch_axes)
-        serve = jax.shard_map(
-            serve, in_specs=(PartitionSpec(),) * 3 + (rows, rows), out_specs=rows, axis_names=set(batch_axes), check_vma=False
-        )  # fmt: skip
-    served = serve(layers, _prefill(config, layers, prompts), jnp.asarray(temperature), source, keys)
-    back = jnp.argsort(order)[:num_rollouts]
-    responses: Responses = jax.tree.map(lambda part: part[back], served)
+    def cleared(_, prompts, queue):
+        return idle(config, options, _slots_each(options), prompts, queue)
+
+    return Work(layers, read, queue, order), _each(cleared, "whole", "rows")(read, queue)
+
+
+def _for_decoding(config: policy.PolicyConfig, params: dict) -> dict:
+    """The layers in the compute dtype, gathered once: whole on every device but for the axis "model"."""
+
+    def place(leaf, axes):
+        return constrain(leaf, *(None if axis == "embed" else axis for axis in axes))
+
+    axes = policy.param_axes(config)
+    one_layer = jax.tree.map(lambda axes: PartitionSpec(*axes[1:]), axes["blocks"])
+    return jax.tree.map(place, policy.for_decoding(config, params), axes | {"blocks": (one_layer,) * config.num_layers})
+
+
+def _serve(config, options, temperature, work, state, until) -> State:
+    def one(batch_axes, layers, temperature, prompts, queue, state, until):
+        return serve(config, options, batch_axes, layers, temperature, prompts, queue, state, until)
+
+    each = _each(one, "whole", "whole", "whole", "rows", "rows", "whole")
+    return each(work.layers, temperature, work.prompts, work.queue, state, until)
+
+
+def _drain(config, options, temperature, work, state, most) -> State:
+    def one(batch_axes, layers, temperature, state, most):
+        return drain(config, options, batch_axes, layers, temperature, state, most)
+
+    return _each(one, "whole", "whole", "rows", "whole")(work.layers, temperature, state, most)
+
+
+def _shrink(num_slots, state) -> State:
+    return _each(lambda _, state: shrink(state, num_slots), "rows")(state)
+
+
+def _collect(options, counts, first_sample, order, responses: Responses) -> Rollouts:
+    """The responses in the order of their prompts."""
+    prompt_index, sample_index, mask = make_slots(counts, options.num_rollouts)
+    back = jnp.argsort(order)[: options.num_rollouts]
+    responses = jax.tree.map(lambda part: part[back], responses)
     return Rollouts(
         prompt_index=prompt_index,
-        sample_index=sample_index,
+        sample_index=jnp.where(mask, sample_index + first_sample, 0),
         mask=mask,
         tokens=constrain(responses.tokens, "batch", "length"),
         logps=constrain(responses.logps, "batch", "length"),
@@ -180,6 +282,25 @@ def _generate(
         finished=responses.finished,
         policy_logps=constrain(responses.policy_logps, "batch", "length"),
     )
+
+
+def _with_a_look(function: Callable) -> Callable:
+    """The same, and what has ended as arrays of their own, since the state is given away."""
+
+    def looked_at(*arguments, **named):
+        state = function(*arguments, **named)
+        return state, (state.responses.tokens, state.responses.lengths)
+
+    return looked_at
+
+
+_PROGRAMS = {
+    "begin": jax.jit(_begin, static_argnums=(0, 1)),
+    "serve": jax.jit(_with_a_look(_serve), static_argnums=(0, 1), donate_argnums=4),
+    "drain": jax.jit(_with_a_look(_drain), static_argnums=(0, 1), donate_argnums=4),
+    "shrink": jax.jit(_with_a_look(_shrink), static_argnums=0),
+    "collect": jax.jit(_collect, static_argnums=0),
+}
 
 
 def _deal(expected: jax.Array, mask: jax.Array, devices: int) -> jax.Array:
@@ -200,14 +321,6 @@ def _deal(expected: jax.Array, mask: jax.Array, devices: int) -> jax.Array:
 
 
 # ---------------------------------------------------------------- prompts
-
-
-class PromptCache(struct.PyTreeNode):
-    """All but the last token of every prompt, read; the last one is a slot's first step."""
-
-    cache: policy.Cache  # [M, K, P - 1, Q] and [M, P - 1]
-    last: jax.Array  # [M] int32, the last tokens
-    lengths: jax.Array  # [M] int32, tokens
 
 
 def _prefill(config: policy.PolicyConfig, layers: dict, prompts: Prompts) -> PromptCache:
@@ -233,214 +346,3 @@ def _prefill(config: policy.PolicyConfig, layers: dict, prompts: Prompts) -> Pro
     else:
         cache = policy.init_cache(config, num_prompts, 0)
     return PromptCache(cache=cache, last=tokens[:, -1], lengths=mask.sum(axis=1, dtype=jnp.int32))
-
-
-# ---------------------------------------------------------------- slots
-
-
-class Slots(struct.PyTreeNode):
-    """What S slots are at, and what has come out."""
-
-    row: jax.Array  # [S] int32, the row of the queue that each serves or served last; R for none
-    token: jax.Array  # [S] int32, to be read next
-    position: jax.Array  # [S] int32, of that token in its sequence
-    count: jax.Array  # [S] int32, tokens of the response so far
-    start: jax.Array  # [S] int32, the step at which the response began
-    live: jax.Array  # [S] bool
-    ended: jax.Array  # [S] bool, by an end token
-    uniform: jax.Array  # [S, T] float32 in [0, 1), the random numbers of its response
-    tokens: jax.Array  # [S, T] int32, the responses; what step s drew is in column s modulo T
-    logps: jax.Array  # [S, T] float32
-    policy_logps: jax.Array  # [S, T] float32
-    cache: policy.Cache  # P - 1 + T columns
-
-
-class Responses(struct.PyTreeNode):
-    """The responses of a queue of R rows."""
-
-    tokens: jax.Array  # [R, T] int32
-    logps: jax.Array  # [R, T] float32
-    policy_logps: jax.Array  # [R, T] float32
-    lengths: jax.Array  # [R] int32
-    finished: jax.Array  # [R] bool
-
-
-class State(struct.PyTreeNode):
-    """The whole state of a queue that is being served."""
-
-    slots: Slots
-    responses: Responses
-    next_row: jax.Array  # [] int32, the first row of the queue that has no slot yet
-    step: jax.Array  # [] int32
-
-
-def _serve(
-    config: policy.PolicyConfig,
-    layers: dict,
-    prompts: PromptCache,
-    temperature: jax.Array,
-    source: jax.Array,
-    keys: jax.Array,
-    *,
-    num_slots: int,
-    max_new_tokens: int,
-    pad_id: int,
-    eos_ids: tuple[int, ...],
-    limits: tuple[int, float, float],
-    batch_axes: tuple[str, ...],
-) -> "Responses":
-    """Serve a queue: the prompts of its rows, [R] int32, M (at its end) where there is no rollout."""
-    at_once = max(num_slots // 8, 1)
-    num_waiting = (source < len(prompts.last)).sum(dtype=jnp.int32)
-    top_k, top_p, min_p = limits
-    draw = functools.partial(draw_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-    step: Callable = functools.partial(_step, config, layers, draw, jnp.array(eos_ids, jnp.int32))
-
-    def anywhere(flag):  # devices take equally many steps, since they compute together where a mesh splits the model
-        return jax.lax.pmax(flag.astype(jnp.int32), batch_axes) > 0 if batch_axes else flag
-
-    def waits(state):
-        return anywhere(state.next_row < num_waiting)
-
-    def can_refill(state):
-        left = num_waiting - state.next_row
-        return anywhere((left > 0) & ((~state.slots.live).sum() >= jnp.minimum(at_once, left)))
-
-    def refill_and_decode(state):
-        state = _refill(state, prompts, source, keys, at_once)
-        return jax.lax.while_loop(lambda state: waits(state) & ~can_refill(state), step, state)
-
-    state = _idle(config, prompts, len(source), num_slots, max_new_tokens, pad_id)
-    state = jax.lax.while_loop(waits, refill_and_decode, state)
-    while num_slots:  # nothing waits any more: go on with ever fewer slots, then until the last one ends
-        fewer = num_slots // _SHRINK if num_slots // _SHRINK >= _FEWEST else 0
-        crowded = functools.partial(lambda most, state: anywhere(state.slots.live.sum() > most), fewer)
-        state = jax.lax.while_loop(crowded, step, state)
-        state = _shrink(state, fewer)
-        num_slots = fewer
-    return state.responses
-
-
-def _idle(config, prompts: PromptCache, num_rows: int, num_slots: int, max_new_tokens: int, pad_id: int) -> State:
-    """Idle slots, and nothing served."""
-    columns = prompts.cache.positions.shape[1] + max_new_tokens
-    zeros, no = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, bool)
-    slots = Slots(
-        row=jnp.full(num_slots, num_rows, jnp.int32), token=zeros, position=zeros, count=zeros, start=zeros, live=no,
-        ended=no, uniform=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
-        tokens=jnp.zeros((num_slots, max_new_tokens), jnp.int32), logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
-        policy_logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
-        cache=policy.init_cache(config, num_slots, columns),
-    )  # fmt: skip
-    responses = Responses(
-        tokens=jnp.full((num_rows, max_new_tokens), pad_id, jnp.int32),
-        logps=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
-        policy_logps=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
-        lengths=jnp.zeros(num_rows, jnp.int32),
-        finished=jnp.zeros(num_rows, bool),
-    )
-    return State(slots=slots, responses=responses, next_row=jnp.int32(0), step=jnp.int32(0))
-
-
-def _uniform(keys: jax.Array, length: int) -> jax.Array:
-    """[c, length] float32 in [0, 1) from [c] keys; the first ones are the same for any length."""
-    number = jnp.arange(length)
-    return jax.vmap(lambda key: jax.vmap(lambda at: jax.random.uniform(jax.random.fold_in(key, at)))(number))(keys)
-
-
-def _step(config, layers, draw, ends, state: State) -> State:
-    """One more token in every live slot."""
-    slots, turn = state.slots, state.step % state.slots.tokens.shape[1]
-    column = slots.cache.positions.shape[1] - slots.tokens.shape[1] + turn
-    position = jnp.where(slots.live, slots.position, -1)
-    logits, cache = policy.decode(config, layers, slots.token[:, None], position[:, None], slots.cache, column)
-    uniform = jnp.take_along_axis(slots.uniform, slots.count[:, None], axis=1)[:, 0]
-    token, logp, policy_logp = draw(constrain(logits, "batch", None), uniform)
-    count, over = slots.count + slots.live, slots.live & jnp.isin(token, ends)
-
-    def note(whole, new):  # a slot that idles keeps what it has until it is handed out, however long that takes
-        old = jax.lax.dynamic_slice_in_dim(whole, turn, 1, axis=1)
-        return jax.lax.dynamic_update_slice(whole, jnp.where(slots.live[:, None], new[:, None], old), (0, turn))
-
-    slots = slots.replace(
-        token=token,
-        position=slots.position + 1,
-        count=count,
-        live=slots.live & ~over & (count < slots.tokens.shape[1]),
-        ended=slots.ended | over,
-        tokens=note(slots.tokens, token),
-        logps=note(slots.logps, logp),
-        policy_logps=note(slots.policy_logps, policy_logp),
-        cache=cache,
-    )
-    return state.replace(slots=slots, step=state.step + 1)
-
-
-def _hand_out(state: State, chosen: jax.Array, row: jax.Array) -> Responses:
-    """The responses of some slots written to their rows; beyond the queue's end nothing is written."""
-    slots, responses = state.slots, state.responses
-    order = jnp.arange(slots.tokens.shape[1])
-    columns = (slots.start[chosen][:, None] + order) % len(order)
-    real = order < slots.count[chosen][:, None]
-
-    def written(whole, part):
-        return whole.at[row].set(
-            jnp.where(real, jnp.take_along_axis(part[chosen], columns, axis=1), whole[row]), mode="drop"
-        )
-
-    return Responses(
-        tokens=written(responses.tokens, slots.tokens),
-        logps=written(responses.logps, slots.logps),
-        policy_logps=written(responses.policy_logps, slots.policy_logps),
-        lengths=responses.lengths.at[row].set(slots.count[chosen], mode="drop"),
-        finished=responses.finished.at[row].set(slots.ended[chosen], mode="drop"),
-    )
-
-
-def _refill(state: State, prompts: PromptCache, source: jax.Array, keys: jax.Array, at_once: int) -> State:
-    """Hand out what up to at_once idle slots have done, and give them the next rows of the queue."""
-    slots, num_slots, num_rows = state.slots, len(state.slots.row), len(source)
-    chosen = jnp.nonzero(~slots.live, size=at_once, fill_value=num_slots)[0]
-    responses = _hand_out(state, chosen, slots.row.at[chosen].get(mode="fill", fill_value=num_rows))
-    row = jnp.where(chosen < num_slots, state.next_row + jnp.cumsum(chosen < num_slots) - 1, num_rows)
-    prompt = source.at[row].get(mode="fill", fill_value=len(prompts.last))
-    given = prompt < len(prompts.last)
-    row, prompt = jnp.where(given, row, num_rows), jnp.where(given, prompt, 0)
-
-    def put(whole, part):
-        return whole.at[chosen].set(part, mode="drop")
-
-    def put_prompt(whole, part):
-        return whole.at[chosen, :, : part.shape[2]].set(part[prompt], mode="drop")
-
-    nothing = jnp.full((at_once, slots.tokens.shape[1]), -1, jnp.int32)
-    cache = policy.Cache(
-        keys=jax.tree.map(put_prompt, slots.cache.keys, prompts.cache.keys),
-        values=jax.tree.map(put_prompt, slots.cache.values, prompts.cache.values),
-        positions=put(slots.cache.positions, jnp.concatenate([prompts.cache.positions[prompt], nothing], axis=1)),
-    )
-    slots = slots.replace(
-        row=put(slots.row, row),
-        token=put(slots.token, prompts.last[prompt]),
-        position=put(slots.position, prompts.lengths[prompt] - 1),
-        count=put(slots.count, 0),
-        start=put(slots.start, state.step),
-        live=put(slots.live, given),
-        ended=put(slots.ended, False),
-        uniform=put(slots.uniform, _uniform(keys[jnp.minimum(row, num_rows - 1)], slots.tokens.shape[1])),
-        cache=cache,
-    )
-    return State(
-        slots=slots, responses=responses, next_row=state.next_row + given.sum(dtype=jnp.int32), step=state.step
-    )
-
-
-def _shrink(state: State, num_slots: int) -> State:
-    """Hand out what idle slots have done, and keep the live ones, num_slots at most."""
-    slots, num_rows = state.slots, len(state.responses.lengths)
-    responses = _hand_out(state, jnp.arange(len(slots.row)), jnp.where(slots.live, num_rows, slots.row))
-    kept = jnp.nonzero(slots.live, size=num_slots, fill_value=0)[0]
-    there = jnp.arange(num_slots) < slots.live.sum()
-    slots = jax.tree.map(lambda leaf: leaf[kept], slots)
-    slots = slots.replace(live=there, row=jnp.where(there, slots.row, num_rows))
-    return state.replace(slots=slots, responses=responses)

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -79,6 +79,16 @@ class _Worker:
         os.close(self.replies)
 
 
+@dataclasses.dataclass
+class _Batch:
+    """Items and what is known of them."""
+
+    items: list[Item] = dataclasses.field(default_factory=list)
+    waiting: collections.deque[int] = dataclasses.field(default_factory=collections.deque)  # items not yet begun
+    rewards: list[float] = dataclasses.field(default_factory=list)  # 0 until an item is done
+    faults: dict[str, int] = dataclasses.field(default_factory=lambda: {"timeouts": 0, "crashes": 0, "errors": 0})
+
+
 class VerifierPool:
     """Scores batches of items with a reward function in worker processes; a context manager.
 
@@ -89,7 +99,7 @@ class VerifierPool:
             (prompt, response, answer) -> float; modules are found where this process finds them.
         workers: processes; with 0 the function runs in this process, without limits.
         item_seconds: for one item; the worker is killed when it takes longer.
-        batch_seconds: for one call of `score`; what is unfinished then is worth 0.
+        batch_seconds: for a batch, once all its items are there; what is unfinished then is worth 0.
         items_per_worker: a worker is replaced after so many items, whatever it has piled up.
         memory_gb: address space of each worker in GiB.
 
@@ -123,6 +133,7 @@ class VerifierPool:
         self._environment = os.environ | ENVIRONMENT | {"PYTHONPATH": paths}
         self._workers: list[_Worker] = []
         self._owed: list[float] = []  # when to start again the workers that died before they were ready
+        self._batch = _Batch()
         self._closed = False
         try:
             for _ in range(workers):
@@ -146,50 +157,88 @@ class VerifierPool:
             self._workers.pop().kill()
 
     def score(self, items: Sequence[Item]) -> tuple[np.ndarray, dict[str, int]]:
-        """Rewards of a batch, within `batch_seconds` and a moment.
+        """Rewards of a batch, within `batch_seconds` and a moment: `begin`, `add` and `finish` in one.
 
         Args:
             items: n of (prompt, response, answer); an answer is one gold answer or several accepted ones.
 
-        Returns:
-            Rewards float32 [n] in the order of the items, and how many of them are 0 because of "timeouts" (of
-            the item or the batch), "crashes" (the worker died, also for want of memory) and "errors" (the
-            function raised, or returned something that is not a finite number).
+        Returns, Raises:
+            As `finish`.
+        """
+        self.begin()
+        self.add(items)
+        return self.finish()
+
+    def begin(self) -> None:
+        """Begin a batch; what an earlier one left is forgotten.
 
         Raises:
             ValueError: the pool is closed.
         """
         if self._closed:
             raise ValueError("the verifier pool is closed; score inside its with block")
-        rewards = np.zeros(len(items), np.float32)
-        counts = {"timeouts": 0, "crashes": 0, "errors": 0}
-        if self._function is not None:
-            for row, item in enumerate(items):
-                try:
-                    self._record(row, reward_or_error(self._function, *item), rewards, counts)
-                except MemoryError:
-                    self._record(row, "it ran out of memory", rewards, counts)
-            return rewards, counts
-        waiting = collections.deque(range(len(items)))
-        end = time.monotonic() + self._batch_seconds
-        try:
-            while (waiting or self._busy()) and time.monotonic() < end:
-                self._hand_out(waiting, items)
-                self._wait(end)
-                self._look_after(rewards, counts)
-        finally:  # also when the caller is interrupted: no later batch may get this one's answers
-            unfinished = self._busy()
-            for worker in unfinished:
-                self._replace(worker)
-        counts["timeouts"] += len(waiting) + len(unfinished)
-        return rewards, counts
+        self._give_up()
+        self._batch = _Batch()
 
-    def _record(self, row: int, value: float | str, rewards: np.ndarray, counts: dict[str, int]) -> None:
+    def add(self, items: Sequence[Item]) -> None:
+        """Add items to the batch; idle workers begin with them at once."""
+        batch = self._batch
+        batch.waiting.extend(range(len(batch.items), len(batch.items) + len(items)))
+        batch.items.extend(items)
+        batch.rewards.extend([0.0] * len(items))
+        if self._function is None:
+            self._hand_out()
+
+    def work(self, until: Callable[[], bool], look_seconds: float = TICK_SECONDS) -> None:
+        """Keep the workers busy until a moment comes or all items are done, whichever is first.
+
+        Args:
+            until: whether it has come.
+            look_seconds: how often that is asked.
+        """
+        if self._function is not None:
+            return
+        while (self._batch.waiting or self._busy()) and not until():
+            self._hand_out()
+            self._wait(time.monotonic() + look_seconds)
+            self._look_after()
+
+    def finish(self) -> tuple[np.ndarray, dict[str, int]]:
+        """The rewards of the batch, within `batch_seconds` from now and a moment.
+
+        Returns:
+            Rewards float32 [n] in the order of the items, and how many of them are 0 because of "timeouts" (of
+            the item or the batch), "crashes" (the worker died, also for want of memory) and "errors" (the
+            function raised, or returned something that is not a finite number).
+        """
+        batch, end = self._batch, time.monotonic() + self._batch_seconds
+        if self._function is not None:
+            for row in batch.waiting:
+                try:
+                    self._record(row, reward_or_error(self._function, *batch.items[row]))
+                except MemoryError:
+                    self._record(row, "it ran out of memory")
+            batch.waiting.clear()
+        try:
+            self.work(lambda: time.monotonic() >= end)
+        finally:  # also when the caller is interrupted: no later batch may get this one's answers
+            batch.faults["timeouts"] += self._give_up()
+        return np.array(batch.rewards, np.float32), batch.faults
+
+    def _give_up(self) -> int:
+        """Leave the batch as it is; returns how many of its items were not done."""
+        unfinished = self._busy()
+        for worker in unfinished:
+            self._replace(worker)
+        left, self._batch = len(unfinished) + len(self._batch.waiting), _Batch()
+        return left
+
+    def _record(self, row: int, value: float | str) -> None:
         if isinstance(value, str):
-            counts["errors"] += 1
+            self._batch.faults["errors"] += 1
             self.last_error = value
         else:
-            rewards[row] = value
+            self._batch.rewards[row] = value
 
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.row is not None]
@@ -234,20 +283,20 @@ class VerifierPool:
                         f"see its messages, and whether {self._first_message[1]} GiB are enough for the import"
                     )
 
-    def _hand_out(self, waiting: collections.deque[int], items: Sequence[Item]) -> None:
+    def _hand_out(self) -> None:
         """Start what is owed, and give each idle worker an item."""
-        now = time.monotonic()
+        batch, now = self._batch, time.monotonic()
         due = [moment for moment in self._owed if moment <= now]
         self._owed = [moment for moment in self._owed if moment > now]
         for _ in due:
             self._start()
         for worker in list(self._workers):
-            if waiting and worker.ready and worker.row is None:
+            if batch.waiting and worker.ready and worker.row is None:
                 if worker.process.poll() is not None:  # it died while idle, which costs no item
                     self._replace(worker)
                     continue
-                worker.row, worker.deadline = waiting.popleft(), now + self._item_seconds
-                worker.send((worker.row, *items[worker.row]))
+                worker.row, worker.deadline = batch.waiting.popleft(), now + self._item_seconds
+                worker.send((worker.row, *batch.items[worker.row]))
 
     def _wait(self, end: float) -> None:
         """Sleep until a worker says something or a deadline may have passed."""
@@ -260,24 +309,24 @@ class VerifierPool:
                     selector.register(worker.requests, selectors.EVENT_WRITE)
             selector.select(max(0.0, moment - now))
 
-    def _look_after(self, rewards: np.ndarray, counts: dict[str, int]) -> None:
+    def _look_after(self) -> None:
         """Take the answers that came; replace workers that died, are late or have done enough."""
         for worker in list(self._workers):
             worker.flush()
             lines = worker.receive()
             for line in lines or []:
-                self._take(worker, line, rewards, counts)
+                self._take(worker, line)
             now = time.monotonic()
             if lines is None or worker.process.poll() is not None:
-                counts["crashes"] += worker.row is not None
+                self._batch.faults["crashes"] += worker.row is not None
                 self._replace(worker)
             elif worker.row is not None and now > worker.deadline:
-                counts["timeouts"] += 1
+                self._batch.faults["timeouts"] += 1
                 self._replace(worker)
             elif worker.done >= self._items_per_worker or (not worker.ready and now > worker.started + START_SECONDS):
                 self._replace(worker)
 
-    def _take(self, worker: _Worker, line: str, rewards: np.ndarray, counts: dict[str, int]) -> None:
+    def _take(self, worker: _Worker, line: str) -> None:
         """One line of a worker; what it should not say is no answer, and the item's deadline sees to it."""
         if line == "ready":
             worker.ready = True
@@ -286,5 +335,5 @@ class VerifierPool:
             return
         with contextlib.suppress(ValueError):
             value = said.removeprefix("error ") if said.startswith("error ") else float(said)
-            self._record(worker.row, value, rewards, counts)
+            self._record(worker.row, value)
             worker.row, worker.done = None, worker.done + 1

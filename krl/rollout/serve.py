@@ -1,0 +1,267 @@
+"""A queue of rollouts served by a few slots, on one device or on a group of them that splits the policy."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from krl import policy
+from krl.rollout.tokens import draw_tokens
+from krl.sharding import constrain
+
+SHRINK = 4  # how many times fewer slots go on when nothing waits and so few are live
+FEWEST = 16  # slots that are not shrunk further
+
+
+class Options(NamedTuple):
+    """What a program is compiled for."""
+
+    num_rollouts: int  # R
+    num_slots: int  # S, on all devices together
+    max_new_tokens: int  # T
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    limits: tuple[int, float, float]  # top_k, top_p, min_p
+
+
+class PromptCache(struct.PyTreeNode):
+    """All but the last token of every prompt, read; the last one is a slot's first step."""
+
+    cache: policy.Cache  # [M, K, P - 1, Q] and [M, P - 1]
+    last: jax.Array  # [M] int32, the last tokens
+    lengths: jax.Array  # [M] int32, tokens
+
+
+class Queue(struct.PyTreeNode):
+    """The rollouts that slots serve, in their order."""
+
+    source: jax.Array  # [R] int32, the prompt of each; M (at the end) where there is no rollout
+    keys: jax.Array  # [R] PRNG keys
+
+
+class Slots(struct.PyTreeNode):
+    """What S slots are at, and what has come out."""
+
+    row: jax.Array  # [S] int32, the row of the queue that each serves or served last; R for none
+    token: jax.Array  # [S] int32, to be read next
+    position: jax.Array  # [S] int32, of that token in its sequence
+    count: jax.Array  # [S] int32, tokens of the response so far
+    start: jax.Array  # [S] int32, the step at which the response began
+    live: jax.Array  # [S] bool
+    ended: jax.Array  # [S] bool, by an end token
+    uniform: jax.Array  # [S, T] float32 in [0, 1), the random numbers of its response
+    tokens: jax.Array  # [S, T] int32, the responses; what step s drew is in column s modulo T
+    logps: jax.Array  # [S, T] float32
+    policy_logps: jax.Array  # [S, T] float32
+    cache: policy.Cache  # P - 1 + T columns
+
+
+class Responses(struct.PyTreeNode):
+    """The responses of a queue of R rows."""
+
+    tokens: jax.Array  # [R, T] int32
+    logps: jax.Array  # [R, T] float32
+    policy_logps: jax.Array  # [R, T] float32
+    lengths: jax.Array  # [R] int32
+    finished: jax.Array  # [R] bool
+
+
+class State(struct.PyTreeNode):
+    """The whole state of a queue that is being served."""
+
+    slots: Slots
+    responses: Responses
+    next_row: jax.Array  # [1] int32, the first row of the queue that has no slot yet
+    step: jax.Array  # [1] int32
+
+
+def serve(
+    config: policy.PolicyConfig,
+    options: Options,
+    batch_axes: tuple[str, ...],
+    layers: dict,
+    temperature: jax.Array,
+    prompts: PromptCache,
+    queue: Queue,
+    state: State,
+    until: jax.Array | int,
+) -> State:
+    """Decode until the first `until` rollouts of the queue have got a slot."""
+    at_once = max(len(state.slots.row) // 8, 1)
+    num_waiting = (queue.source < len(prompts.last)).sum(dtype=jnp.int32)
+    step = functools.partial(_step, config, options, layers, temperature)
+
+    def waits(state):
+        return _anywhere(batch_axes, state.next_row[0] < jnp.minimum(num_waiting, until))
+
+    def cannot_refill(state):
+        left = num_waiting - state.next_row[0]
+        return ~_anywhere(batch_axes, (left > 0) & ((~state.slots.live).sum() >= jnp.minimum(at_once, left)))
+
+    def decode_and_refill(state):
+        return _refill(jax.lax.while_loop(cannot_refill, step, state), prompts, queue, at_once)
+
+    return jax.lax.while_loop(waits, decode_and_refill, state)
+
+
+def drain(
+    config: policy.PolicyConfig,
+    options: Options,
+    batch_axes: tuple[str, ...],
+    layers: dict,
+    temperature: jax.Array,
+    state: State,
+    most: jax.Array | int,
+) -> State:
+    """Decode, when nothing waits, until at most so many slots are live."""
+    step = functools.partial(_step, config, options, layers, temperature)
+
+    def crowded(state):
+        return _anywhere(batch_axes, state.slots.live.sum() > most)
+
+    return jax.lax.while_loop(crowded, step, state)
+
+
+def drains(num_slots: int) -> list[int]:
+    """How many slots go on after each `drain` and `shrink`, until none does."""
+    fewer = []
+    while num_slots:
+        num_slots = num_slots // SHRINK if num_slots // SHRINK >= FEWEST else 0
+        fewer.append(num_slots)
+    return fewer
+
+
+def _anywhere(batch_axes: tuple[str, ...], flag: jax.Array) -> jax.Array:
+    """Whether a flag is up on any device: they take equally many steps, since they compute together where a mesh splits the policy."""
+    return jax.lax.pmax(flag.astype(jnp.int32), batch_axes) > 0 if batch_axes else flag
+
+
+def idle(config: policy.PolicyConfig, options: Options, num_slots: int, prompts: PromptCache, queue: Queue) -> State:
+    """Idle slots, and nothing served."""
+    num_rows, max_new_tokens = len(queue.source), options.max_new_tokens
+    columns = prompts.cache.positions.shape[1] + max_new_tokens
+    zeros, no = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, bool)
+    slots = Slots(
+        row=jnp.full(num_slots, num_rows, jnp.int32), token=zeros, position=zeros, count=zeros, start=zeros, live=no,
+        ended=no, uniform=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
+        tokens=jnp.zeros((num_slots, max_new_tokens), jnp.int32), logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
+        policy_logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
+        cache=policy.init_cache(config, num_slots, columns),
+    )  # fmt: skip
+    responses = Responses(
+        tokens=jnp.full((num_rows, max_new_tokens), options.pad_id, jnp.int32),
+        logps=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
+        policy_logps=jnp.zeros((num_rows, max_new_tokens), jnp.float32),
+        lengths=jnp.zeros(num_rows, jnp.int32),
+        finished=jnp.zeros(num_rows, bool),
+    )
+    return State(slots=slots, responses=responses, next_row=jnp.zeros(1, jnp.int32), step=jnp.zeros(1, jnp.int32))
+
+
+def _uniform(keys: jax.Array, length: int) -> jax.Array:
+    """[c, length] float32 in [0, 1) from [c] keys; the first ones are the same for any length."""
+    number = jnp.arange(length)
+    return jax.vmap(lambda key: jax.vmap(lambda at: jax.random.uniform(jax.random.fold_in(key, at)))(number))(keys)
+
+
+def _step(config, options: Options, layers, temperature, state: State) -> State:
+    """One more token in every live slot."""
+    slots, turn = state.slots, state.step[0] % state.slots.tokens.shape[1]
+    top_k, top_p, min_p = options.limits
+    column = slots.cache.positions.shape[1] - slots.tokens.shape[1] + turn
+    position = jnp.where(slots.live, slots.position, -1)
+    logits, cache = policy.decode(config, layers, slots.token[:, None], position[:, None], slots.cache, column)
+    uniform = jnp.take_along_axis(slots.uniform, slots.count[:, None], axis=1)[:, 0]
+    token, logp, policy_logp = draw_tokens(
+        constrain(logits, "batch", None), uniform, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    count, over = slots.count + slots.live, slots.live & jnp.isin(token, jnp.array(options.eos_ids, jnp.int32))
+
+    def note(whole, new):  # a slot that idles keeps what it has until it is handed out, however long that takes
+        old = jax.lax.dynamic_slice_in_dim(whole, turn, 1, axis=1)
+        return jax.lax.dynamic_update_slice(whole, jnp.where(slots.live[:, None], new[:, None], old), (0, turn))
+
+    slots = slots.replace(
+        token=token,
+        position=slots.position + 1,
+        count=count,
+        live=slots.live & ~over & (count < slots.tokens.shape[1]),
+        ended=slots.ended | over,
+        tokens=note(slots.tokens, token),
+        logps=note(slots.logps, logp),
+        policy_logps=note(slots.policy_logps, policy_logp),
+        cache=cache,
+    )
+    return state.replace(slots=slots, step=state.step + 1)
+
+
+def _hand_out(state: State, chosen: jax.Array, row: jax.Array) -> Responses:
+    """The responses of some slots written to their rows; beyond the queue's end nothing is written."""
+    slots, responses = state.slots, state.responses
+    order = jnp.arange(slots.tokens.shape[1])
+    columns = (slots.start[chosen][:, None] + order) % len(order)
+    real = order < slots.count[chosen][:, None]
+
+    def written(whole, part):
+        return whole.at[row].set(
+            jnp.where(real, jnp.take_along_axis(part[chosen], columns, axis=1), whole[row]), mode="drop"
+        )
+
+    return Responses(
+        tokens=written(responses.tokens, slots.tokens),
+        logps=written(responses.logps, slots.logps),
+        policy_logps=written(responses.policy_logps, slots.policy_logps),
+        lengths=responses.lengths.at[row].set(slots.count[chosen], mode="drop"),
+        finished=responses.finished.at[row].set(slots.ended[chosen], mode="drop"),
+    )
+
+
+def _refill(state: State, prompts: PromptCache, queue: Queue, at_once: int) -> State:
+    """Hand out what up to at_once idle slots have done, and give them the next rows of the queue."""
+    slots, num_slots, num_rows = state.slots, len(state.slots.row), len(queue.source)
+    chosen = jnp.nonzero(~slots.live, size=at_once, fill_value=num_slots)[0]
+    responses = _hand_out(state, chosen, slots.row.at[chosen].get(mode="fill", fill_value=num_rows))
+    row = jnp.where(chosen < num_slots, state.next_row + jnp.cumsum(chosen < num_slots) - 1, num_rows)
+    prompt = queue.source.at[row].get(mode="fill", fill_value=len(prompts.last))
+    given = prompt < len(prompts.last)
+    row, prompt = jnp.where(given, row, num_rows), jnp.where(given, prompt, 0)
+
+    def put(whole, part):
+        return whole.at[chosen].set(part, mode="drop")
+
+    def put_prompt(whole, part):
+        return whole.at[chosen, :, : part.shape[2]].set(part[prompt], mode="drop")
+
+    nothing = jnp.full((at_once, slots.tokens.shape[1]), -1, jnp.int32)
+    cache = policy.Cache(
+        keys=jax.tree.map(put_prompt, slots.cache.keys, prompts.cache.keys),
+        values=jax.tree.map(put_prompt, slots.cache.values, prompts.cache.values),
+        positions=put(slots.cache.positions, jnp.concatenate([prompts.cache.positions[prompt], nothing], axis=1)),
+    )
+    slots = slots.replace(
+        row=put(slots.row, row),
+        token=put(slots.token, prompts.last[prompt]),
+        position=put(slots.position, prompts.lengths[prompt] - 1),
+        count=put(slots.count, 0),
+        start=put(slots.start, state.step[0]),
+        live=put(slots.live, given),
+        ended=put(slots.ended, False),
+        uniform=put(slots.uniform, _uniform(queue.keys[jnp.minimum(row, num_rows - 1)], slots.tokens.shape[1])),
+        cache=cache,
+    )
+    return State(
+        slots=slots, responses=responses, next_row=state.next_row + given.sum(dtype=jnp.int32), step=state.step
+    )
+
+
+def shrink(state: State, num_slots: int) -> State:
+    """Hand out what idle slots have done, and keep the live ones, num_slots at most."""
+    slots, num_rows = state.slots, len(state.responses.lengths)
+    responses = _hand_out(state, jnp.arange(len(slots.row)), jnp.where(slots.live, num_rows, slots.row))
+    kept = jnp.nonzero(slots.live, size=num_slots, fill_value=0)[0]
+    there = jnp.arange(num_slots) < slots.live.sum()
+    slots = jax.tree.map(lambda leaf: leaf[kept], slots)
+    slots = slots.replace(live=there, row=jnp.where(there, slots.row, num_rows))
+    return state.replace(slots=slots, responses=responses)
