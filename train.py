@@ -31,7 +31,7 @@ from configs.flags import define_flags, one_line_errors, parse_flags
 from krl import budget, learn, rollout
 from krl.run import report
 from krl.run.checkpoint import Checkpoints, stop_on_signal
-from krl.run.evaluate import evaluate, score_rollouts
+from krl.run.evaluate import Scoring, evaluate, score_rollouts
 from krl.run.metrics import (
     CompileCounter,
     MetricsLog,
@@ -164,7 +164,7 @@ class Run:
     features: np.ndarray  # [D, F] int32, what their prior goes by
     place: Callable  # host arrays -> the same on every device
     sample: Callable  # `krl.rollout.generate` of the policy, as training rollouts are drawn
-    score: Callable  # (rollouts, questions, answers) -> (rewards [R] on the host, faults by kind)
+    begin_scoring: Callable  # (questions, answers, counts [M]) -> `krl.run.evaluate.Scoring` of the rollouts to come
     allocate: Callable  # (belief of M prompts, R) -> (counts [M], what the rule says of them)
     advantages: Callable  # (rewards [R], R rollouts) -> [R]
     update_policy: Callable  # (state, prompts, rollouts, advantages, key) -> (state, metrics)
@@ -189,6 +189,7 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         min_p=config.sample.min_p,
     )  # fmt: skip
     score = functools.partial(score_rollouts, tokenizer, parts.verifiers.score)
+    begin_scoring = functools.partial(Scoring, tokenizer, parts.verifiers)
     allocate = functools.partial(budget.allocate, alloc.rule, n_min=alloc.n_min, n_max=alloc.n_max)
 
     def advantages(rewards: jax.Array, rollouts: Rollouts) -> jax.Array:
@@ -218,7 +219,7 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         num_rollouts=alloc.budget, place=place,
     )  # fmt: skip
     return Run(
-        config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, score=score,
+        config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
         allocate=jax.jit(allocate), advantages=jax.jit(advantages), update_policy=functools.partial(update_policy, reference=reference),
         update_belief=jax.jit(update_belief, donate_argnums=0), measure=measure,
     )  # fmt: skip
@@ -348,12 +349,13 @@ def spend_budget(
     config, num_prompts = run.config, len(prompts.task_ids)
     tasks = run.tasks.tasks.take(np.asarray(prompts.task_ids).tolist())
 
-    def draw(counts, clock=clock, **options):
+    def draw(counts, num_rollouts, clock=clock, **options):
         with clock.phase("rollout"):
-            rollouts = run.sample(params, prompts, counts, key, expected_tokens=lengths, **options)
-            jax.block_until_ready(rollouts)
+            scoring = run.begin_scoring(tasks.prompts, tasks.answers, counts)
+            options |= {"num_rollouts": num_rollouts, "expected_tokens": lengths, "watch": scoring.watch}
+            rollouts = jax.block_until_ready(run.sample(params, prompts, counts, key, **options))
         with clock.phase("verify"):
-            return rollouts, *run.score(rollouts, tasks.prompts, tasks.answers)
+            return rollouts, *scoring.finish(num_rollouts)
 
     def learn_from(known, rollouts, outcomes):
         index, mask, lengths = rollouts.prompt_index, rollouts.mask, rollouts.lengths
@@ -362,17 +364,17 @@ def spend_budget(
     lengths, scouts = mean_tokens(known), config.alloc.scouts
     if scouts:  # their samples are numbered after those that count, and neither they nor their time do
         every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock()
-        seen = draw(every, free, num_rollouts=num_prompts * scouts, first_sample=config.alloc.n_max)
+        seen = draw(every, num_prompts * scouts, free, first_sample=config.alloc.n_max)
         known = learn_from(budget.init_belief(num_prompts), *seen[:2])
     pilot, rounds = 0, []
     if config.alloc.rule in budget.PILOT_RULES:
         pilot = config.alloc.n_min
-        rounds.append(draw(jnp.full_like(prompts.task_ids, pilot), num_rollouts=num_prompts * pilot))
+        rounds.append(draw(jnp.full_like(prompts.task_ids, pilot), num_prompts * pilot))
         known = learn_from(known, *rounds[0][:2])
     with clock.phase("budget"):
         counts, info = jax.block_until_ready(run.allocate(known, config.alloc.budget))
     left = config.alloc.budget - num_prompts * pilot
-    rounds.append(draw(counts - pilot, num_rollouts=left, first_sample=pilot))
+    rounds.append(draw(counts - pilot, left, first_sample=pilot))
     return Drawn(
         counts=counts,
         believed=budget.mean(known),

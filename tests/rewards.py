@@ -6,3 +6,8 @@ def odd_letters(prompt, response, answer):
     assert prompt.startswith("What is")
     assert isinstance(answer, str)
     return float(sum(letter.isalpha() for letter in response) % 2)
+
+
+def same(prompt, response, answer):
+    """Whether a response is its answer, to the letter."""
+    return float(response == answer)

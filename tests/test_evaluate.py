@@ -1,10 +1,13 @@
 """Evaluation during training, with a fake sampler and fake verifiers."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
 
-from krl.run.evaluate import decode_rollouts, evaluate, score_rollouts
+from krl.run.evaluate import Scoring, decode_rollouts, evaluate, score_rollouts
+from krl.tasks.pool import VerifierPool
 from tests.fake import TOKENIZER, make_rollouts, make_sampler, response, reward, score, tasks
 
 
@@ -24,6 +27,23 @@ def test_scores_are_of_the_response_alone_and_zero_on_padding():
     assert rewards.dtype == np.float32
     assert faults == {"timeouts": 1}
     assert decode_rollouts(TOKENIZER, rollouts) == ["21", "1\n2", "", "2"]
+
+
+def test_rollouts_that_are_scored_as_they_end_get_the_same_rewards():
+    tokens = np.array([[50, 49, 7], [49, 10, 50], [49, 49, 49], [50, 0, 0], [9, 9, 9]])
+    lengths, index = np.array([2, 3, 3, 1, 3]), np.array([0, 0, 0, 2, 3])
+    rollouts = make_rollouts(index, index, index < 3, tokens, lengths, index < 3)
+    questions, answers, ready = ["p", "q", "r"], ["21", "", "2"], [False, True, False, False, True]
+    pool: Any = VerifierPool("tests.rewards:same", workers=0, item_seconds=9, batch_seconds=9, items_per_worker=9, memory_gb=2)  # fmt: skip
+    with pool:
+        expected, _ = score_rollouts(TOKENIZER, pool.score, rollouts, questions, answers)
+        scoring = Scoring(TOKENIZER, pool, questions, answers, np.array([3, 0, 1]))
+        for rows in ([3], [2, 0], [], [1]):
+            scoring.watch(np.array(rows, int), tokens[rows], lengths[rows], lambda: ready.pop(0))
+        rewards, faults = scoring.finish(5)
+    assert rewards.tolist() == expected.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert faults == {"timeouts": 0, "crashes": 0, "errors": 0}
+    assert not ready  # one reward after the first call, none after the second, two after the third, none after the last
 
 
 @pytest.mark.parametrize("num_rollouts", [2, 6, 7, 60])

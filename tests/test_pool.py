@@ -119,6 +119,32 @@ def gone(pid: int) -> bool:
     return not alive(pid)
 
 
+def test_items_come_while_others_are_scored():
+    with make_pool() as pool:
+        pool.begin()
+        pool.add(items("0.5", "sleep", "0.25"))
+        ticks = iter(range(10_000))
+        pool.work(lambda: next(ticks) >= 40, look_seconds=0.01)  # "sleep" keeps one worker, and this one until then
+        assert next(ticks) == 41
+        pool.add(items("0.125", "raise"))
+        pool._batch_seconds = 1.0
+        rewards, faults = pool.finish()
+        assert rewards.tolist() == [0.5, 0.0, 0.25, 0.125, 0.0]
+        assert faults == {"timeouts": 1, "crashes": 0, "errors": 1}
+        pool.begin()
+        pool.add(items("1.0"))
+        pool.begin()  # what was begun is forgotten
+        pool.add(items("0.5", "2.0"))
+        pool.work(lambda: False)  # until all are done
+        assert pool.finish()[0].tolist() == [0.5, 2.0]
+    with make_pool(workers=0) as alone:
+        alone.begin()
+        alone.add(items("0.5"))
+        alone.work(lambda: False)
+        alone.add(items("raise", "0.25"))
+        assert alone.finish()[0].tolist() == [0.5, 0.0, 0.25]
+
+
 def test_order_is_kept_and_results_equal_those_in_process():
     batch = [("", f"#### {i % 3}", ("1", "3.0", "\\frac{4}{2}")[i % 3]) for i in range(101)]
     with make_pool("math", workers=0) as alone, make_pool("math", workers=3, items_per_worker=10) as pool:

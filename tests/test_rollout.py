@@ -1,5 +1,7 @@
 """Slots against loops; the sampler against the policy it samples from."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,9 +92,9 @@ def test_the_longest_begin_first_and_devices_get_equal_shares():
 def test_slots_that_nothing_waits_for_are_given_up(monkeypatch):
     whole = sample([30, 20, 25, 14], num_slots=89, max_new_tokens=12)
     monkeypatch.setattr(serve, "FEWEST", 2)
-    sampler._generate.clear_cache()
+    jax.clear_caches()
     shrunk = sample([30, 20, 25, 14], num_slots=89, max_new_tokens=12)
-    sampler._generate.clear_cache()
+    jax.clear_caches()
     np.testing.assert_array_equal(shrunk.tokens, whole.tokens)
     np.testing.assert_array_equal(shrunk.lengths, whole.lengths)
 
@@ -100,9 +102,9 @@ def test_slots_that_nothing_waits_for_are_given_up(monkeypatch):
 def test_prompts_in_parts_are_the_prompts_at_once(monkeypatch):
     whole = sample([3, 1, 2, 4])
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 12)  # three of the four prompts
-    sampler._generate.clear_cache()
+    jax.clear_caches()
     parts = sample([3, 1, 2, 4])
-    sampler._generate.clear_cache()
+    jax.clear_caches()
     np.testing.assert_array_equal(parts.tokens, whole.tokens)
     np.testing.assert_allclose(parts.logps, whole.logps, atol=1e-4)
 
@@ -137,9 +139,9 @@ def test_memory_is_that_of_the_slots():
     def temporaries(rollouts):
         sizes = policy.PolicyConfig(vocab_size=16, num_layers=2, head_size=64)
         shapes = jax.eval_shape(lambda: policy.init(sizes, jax.random.key(0)))
-        arguments = 1.0, shapes, tiny.prompts(), jnp.array([2, 2, 2, 2]), jax.random.key(0), 0, jnp.ones(4)
-        options = serve.Options(rollouts, 16, 64, tiny.EOS, 0, (0, 1.0, 0.0))
-        lowered = sampler._generate.lower(sizes, options, *arguments)
+        options = {"max_new_tokens": 64, "eos_ids": tiny.EOS, "num_rollouts": rollouts, "num_slots": 16}
+        whole = jax.jit(functools.partial(rollout.generate, sizes, **options))
+        lowered = whole.lower(shapes, tiny.prompts(), jnp.array([2, 2, 2, 2]), jax.random.key(0))
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     a_slot = 2 * 2 * 2 * 64 * (4 + 64) * 4
@@ -219,10 +221,10 @@ def test_frequencies_follow_the_policy():
 
 def test_counts_and_temperature_do_not_recompile():
     sample([2, 2, 2, 2])
-    before = sampler._generate._cache_size()
+    before = tiny.sampler_programs()
     sample([8, 0, 0, 0], temperature=0.5)
     sample([1, 2, 3, 2], temperature=0.0)
-    assert sampler._generate._cache_size() == before
+    assert tiny.sampler_programs() == before
 
 
 @pytest.mark.parametrize("slots", [3, 8, 19])

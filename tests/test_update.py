@@ -8,7 +8,6 @@ import pytest
 
 from krl import policy, rollout
 from krl.learn import policy_loss
-from krl.rollout import sampler
 from krl.run.pack import pack
 from krl.run.update import (
     for_this_backend,
@@ -197,7 +196,7 @@ def test_a_hundred_steps_of_changing_counts_and_lengths_compile_once():
             tiny.CONFIG, OPTIMIZER, state, tiny.prompts(), drawn, advantages, jax.random.key(number), num_updates=2,
             micro_tokens=2 * ROW_TOKENS, temperature=1.0, **CLIPS,
         )  # fmt: skip
-        programs.add((policy_update._cache_size(), sampler._generate._cache_size()))
+        programs.add((policy_update._cache_size(), tiny.sampler_programs()))
     assert len(programs) == 1
 
 

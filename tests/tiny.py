@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from krl import policy
+from krl.rollout import sampler
 from krl.types import Prompts, Rollouts
 
 CONFIG = policy.PolicyConfig(
@@ -43,3 +44,8 @@ def rollouts(prompt_index, length: int = 4, seed: int = 0, num_prompts: int = 4)
         lengths=jnp.asarray(lengths, jnp.int32),
         finished=jnp.asarray(mask),
     )
+
+
+def sampler_programs() -> int:
+    """How many programs the sampler has compiled and still has."""
+    return sum(program._cache_size() for program in sampler._PROGRAMS.values())

@@ -76,8 +76,7 @@ def generate(
         temperature: the logits are divided by it; 0 takes the most likely token.
         top_k, top_p, min_p: sample from the likeliest tokens only, see `krl.rollout.tokens.least_logit`; static.
         first_sample: the sample index of each prompt's first row, for a second round in the same step.
-        watch: called on the host with what has ended while the rest is decoded, see `Watch`. The rollouts are the
-            same; without it all is one program.
+        watch: called on the host with what has ended while the rest is decoded, see `Watch`; not inside jit.
 
     Returns:
         Rollouts of R rows sorted by prompt.
@@ -100,21 +99,20 @@ def generate(
     if num_rollouts is None:
         raise ValueError("num_rollouts must be given when counts are traced")
     if num_slots is None:
-        num_slots = num_rollouts
-        if jax.default_backend() == "cpu":
-            num_slots = max(int(CPU_CACHE / slot_bytes(config, prompts.tokens.shape[1] + max_new_tokens)), 8)
+        held = int(CPU_CACHE / slot_bytes(config, prompts.tokens.shape[1] + max_new_tokens))
+        num_slots = max(held, 8) if jax.default_backend() == "cpu" else max(num_rollouts, 1)
     if num_slots < 1:
         raise ValueError(f"num_slots must be at least 1, got {num_slots}")
-    if expected_tokens is None:
-        expected_tokens = jnp.ones(counts.shape, jnp.float32)
+    expected_tokens = jnp.ones(counts.shape) if expected_tokens is None else expected_tokens
     options = Options(
         num_rollouts=num_rollouts, num_slots=min(num_slots, num_rollouts), max_new_tokens=max_new_tokens,
         eos_ids=tuple(eos_ids), pad_id=pad_id, limits=(top_k, top_p, min_p),
     )  # fmt: skip
     if not num_rollouts:
         return _nothing(options, counts)
-    asked = (jnp.asarray(temperature), params, prompts, counts, key, first_sample, expected_tokens)
-    return _generate(config, options, *asked) if watch is None else _generate_watched(config, options, watch, *asked)
+    return _generate(
+        config, options, watch, jnp.asarray(temperature), params, prompts, counts, key, first_sample, expected_tokens
+    )
 
 
 def _nothing(options: Options, counts: jax.Array) -> Rollouts:
@@ -155,39 +153,30 @@ class Work(struct.PyTreeNode):
     order: jax.Array  # [R'] int32, the row of each in the rollouts; R where there is none
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(config, options, temperature, params, prompts, counts, key, first_sample, expected_tokens) -> Rollouts:
-    """The whole in one program."""
-    work, state = _begin(config, options, params, prompts, counts, key, first_sample, expected_tokens)
-    state = _serve(config, options, temperature, work, state, options.num_rollouts)
-    for num_slots in drains(_slots_each(options)):
-        state = _shrink(num_slots, _drain(config, options, temperature, work, state, num_slots))
-    return _collect(options, counts, first_sample, work.order, state.responses)
-
-
-def _generate_watched(
+def _generate(
     config, options, watch, temperature, params, prompts, counts, key, first_sample, expected_tokens
 ) -> Rollouts:
-    """The same in parts, and the host sees what has ended while the devices go on."""
     work, state = _PROGRAMS["begin"](config, options, params, prompts, counts, key, first_sample, expected_tokens)
     slots, rows = _slots_each(options), len(work.order) // _devices()
-    targets = [slots + (rows - slots) * part // _WATCHED for part in range(1, _WATCHED + 1)] if rows > slots else [rows]
-    order, known, before = np.asarray(work.order), np.zeros(len(work.order), bool), None
+    parts = _WATCHED if watch and rows > slots else 1
+    known, before = np.zeros(len(work.order), bool), None
+    targets = [slots + (rows - slots) * (part + 1) // parts for part in range(parts)]
     for name, amount in [("serve", until) for until in targets] + [("drain", fewer) for fewer in drains(slots)]:
         state, ended = _PROGRAMS[name](config, options, temperature, work, state, amount)
         if name == "drain":
             state, ended = _PROGRAMS["shrink"](amount, state)
-        if before is not None:
-            watch(*_newly_ended(order, known, *before), ended[1].is_ready)
+        if watch and before:
+            watch(*_newly_ended(work.order, known, *before), ended[1].is_ready)
         before = ended
     rollouts = _PROGRAMS["collect"](options, counts, first_sample, work.order, state.responses)
-    watch(*_newly_ended(order, known, *before), rollouts.lengths.is_ready)
+    if watch and before:
+        watch(*_newly_ended(work.order, known, *before), rollouts.lengths.is_ready)
     return rollouts
 
 
 def _newly_ended(order, known, tokens, lengths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rows [n], their tokens [n, T], lengths [n]) of what this process's devices have ended; `known` [R'] takes them in."""
-    found = []
+    order, found = np.asarray(order), []
     for part, length in zip(tokens.addressable_shards, lengths.addressable_shards, strict=True):
         if part.replica_id == 0:
             length = np.asarray(length.data)

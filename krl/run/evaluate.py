@@ -8,6 +8,7 @@ import numpy as np
 from krl.policy.tokenizer import Tokenizer
 from krl.run.estimates import SOLVED
 from krl.tasks import Answer, EncodedTasks
+from krl.tasks.pool import VerifierPool
 from krl.types import Prompts, Rollouts
 
 # [(prompt, response, gold answer)] of length n -> rewards [n] float32, and how often the verifiers failed, by kind.
@@ -40,6 +41,49 @@ def score_rollouts(
     rewards = np.zeros(len(index), np.float32)
     rewards[real], faults = score([(prompts[index[row]], texts[row], answers[index[row]]) for row in real])
     return rewards, faults
+
+
+class Scoring:
+    """Has rollouts verified while others are still decoded; its `watch` is for `krl.rollout.generate`.
+
+    Args:
+        tokenizer: turns tokens into text.
+        verifiers: used by nothing else until `finish`.
+        prompts: the M questions, without their template.
+        answers: the M gold answers.
+        counts: [M] int32, rollouts of each.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        verifiers: VerifierPool,
+        prompts: Sequence[str],
+        answers: Sequence[Answer],
+        counts: jax.Array,
+    ):
+        self._tokenizer, self._verifiers, self._prompts, self._answers = tokenizer, verifiers, prompts, answers
+        self._prompt_index = np.repeat(np.arange(len(prompts)), counts)
+        self._rows: list[int] = []
+        verifiers.begin()
+
+    def watch(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, is_ready: Callable[[], bool]) -> None:
+        """Have more rollouts verified, until the devices are ready; see `krl.rollout.Watch`."""
+        texts = [self._tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens, lengths, strict=True)]
+        which = self._prompt_index[rows]
+        self._verifiers.add([(self._prompts[i], text, self._answers[i]) for i, text in zip(which, texts, strict=True)])
+        self._rows.extend(rows)
+        self._verifiers.work(is_ready, look_seconds=0.002)
+
+    def finish(self, num_rollouts: int) -> tuple[np.ndarray, dict[str, int]]:
+        """Wait for what is left.
+
+        Returns:
+            As `score_rollouts`, of R = num_rollouts rows.
+        """
+        rewards = np.zeros(num_rollouts, np.float32)
+        rewards[self._rows], faults = self._verifiers.finish()
+        return rewards, faults
 
 
 def sample_tasks(

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from krl.tasks.verify import Answer, find_reward
+from krl.tasks.verify import Answer, Reward, find_reward
 from krl.tasks.worker import reward_or_error
 
 Item = tuple[str, str, Answer]  # prompt, response, gold answer or answers
@@ -196,12 +196,13 @@ class VerifierPool:
             until: whether it has come.
             look_seconds: how often that is asked.
         """
-        if self._function is not None:
-            return
         while (self._batch.waiting or self._busy()) and not until():
-            self._hand_out()
-            self._wait(time.monotonic() + look_seconds)
-            self._look_after()
+            if self._function is not None:
+                self._score_here(self._function, self._batch.waiting.popleft())
+            else:
+                self._hand_out()
+                self._wait(time.monotonic() + look_seconds)
+                self._look_after()
 
     def finish(self) -> tuple[np.ndarray, dict[str, int]]:
         """The rewards of the batch, within `batch_seconds` from now and a moment.
@@ -212,15 +213,8 @@ class VerifierPool:
             function raised, or returned something that is not a finite number).
         """
         batch, end = self._batch, time.monotonic() + self._batch_seconds
-        if self._function is not None:
-            for row in batch.waiting:
-                try:
-                    self._record(row, reward_or_error(self._function, *batch.items[row]))
-                except MemoryError:
-                    self._record(row, "it ran out of memory")
-            batch.waiting.clear()
         try:
-            self.work(lambda: time.monotonic() >= end)
+            self.work(lambda: self._function is None and time.monotonic() >= end)
         finally:  # also when the caller is interrupted: no later batch may get this one's answers
             batch.faults["timeouts"] += self._give_up()
         return np.array(batch.rewards, np.float32), batch.faults
@@ -232,6 +226,12 @@ class VerifierPool:
             self._replace(worker)
         left, self._batch = len(unfinished) + len(self._batch.waiting), _Batch()
         return left
+
+    def _score_here(self, function: Reward, row: int) -> None:
+        try:
+            self._record(row, reward_or_error(function, *self._batch.items[row]))
+        except MemoryError:
+            self._record(row, "it ran out of memory")
 
     def _record(self, row: int, value: float | str) -> None:
         if isinstance(value, str):
