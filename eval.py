@@ -31,7 +31,7 @@ from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir, write_j
 from krl.run.estimates import table
 from krl.run.metrics import keep_compilations, progress
 from krl.run.setup import NAMES, abstract_params, encode, find_policy, find_slots, load_task_sets, make_verifiers
-from krl.sharding import make_mesh, named_sharding
+from krl.sharding import make_mesh, named_sharding, reshape_mesh
 from krl.tasks import SOURCES, TaskSet, load_named
 from krl.tasks.verify import answer_key
 
@@ -68,6 +68,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
     has_run = (workdir / "config.json").exists()
     open_place(workdir, config, has_run=has_run)
     mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
+    mesh = reshape_mesh(mesh, tuple(config.mesh.decode))  # there is no update
     verifiers = make_verifiers(config)
     tokenizer = load_tokenizer(workdir / "policy" if has_run else config.tokenizer.path or config.policy.path)
     encoded = {

@@ -51,7 +51,7 @@ from krl.run.update import (
     policy_update,
     skipped_updates,
 )
-from krl.sharding import named_sharding
+from krl.sharding import named_sharding, reshape_mesh
 from krl.tasks import EncodedTasks, step_task_ids
 from krl.types import Prompts, Rollouts, TrainState
 
@@ -179,11 +179,17 @@ mean_tokens = jax.jit(budget.mean_tokens)
 def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, reference: dict | None) -> Run:
     """Bind the functions of a step to their part of the config."""
     tokenizer, alloc, loss = parts.tokenizer, config.alloc, config.loss
+    layout = reshape_mesh(parts.mesh, tuple(config.mesh.decode))
     place = functools.partial(jax.device_put, device=named_sharding(parts.mesh))
-    generate = functools.partial(
+    generate_here = functools.partial(
         rollout.generate, parts.policy_config, max_new_tokens=config.sample.max_new_tokens,
-        eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, num_slots=find_slots(config, parts.policy_config, parts.mesh),
+        eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, num_slots=find_slots(config, parts.policy_config, layout),
     )  # fmt: skip
+
+    def generate(*arguments, **options):
+        with jax.set_mesh(layout):
+            return generate_here(*arguments, **options)
+
     sample = functools.partial(
         generate, temperature=config.sample.temperature, top_k=config.sample.top_k, top_p=config.sample.top_p,
         min_p=config.sample.min_p,

@@ -1,11 +1,12 @@
 """Refuses a wrong configuration before anything is loaded or compiled, in one line with the fix."""
 
+import math
 from collections.abc import Callable, Iterable
 
 from ml_collections import ConfigDict
 
 # Keys that may change when a run continues from its checkpoint.
-FREE_KEYS = ("steps", "max_bad_updates", "eval.every", "checkpoint.every", "checkpoint.keep", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "optim.micro_tokens", "optim.packed", "sample.slots", "sample.memory_gb", "profile.steps", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
+FREE_KEYS = ("steps", "max_bad_updates", "eval.every", "checkpoint.every", "checkpoint.keep", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "mesh.decode", "optim.micro_tokens", "optim.packed", "sample.slots", "sample.memory_gb", "profile.steps", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
 
 
 def flatten(config: ConfigDict) -> dict:
@@ -80,6 +81,11 @@ def check(
     for size, name in zip(mesh.shape, mesh.axis_names, strict=True):
         need(isinstance(size, int) and size >= 1, "mesh.shape", "whole numbers of at least 1")
         rows *= size if name in ("data", "fsdp") else 1
+    need(
+        not mesh.decode or (len(mesh.decode) == len(mesh.shape) and math.prod(mesh.decode) == math.prod(mesh.shape)),
+        "mesh.decode",
+        f"() or as many devices as mesh.shape={mesh.shape} along as many axes",
+    )
     need(
         prompts * alloc.scouts % rows == 0,
         "alloc.scouts",

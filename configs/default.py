@@ -56,6 +56,9 @@ def get_config() -> ConfigDict:
     config.mesh = ConfigDict()
     config.mesh.shape = (1,)  # devices along each axis
     config.mesh.axis_names = ("data",)
+    # Rollouts are decoded in the same layout, or in another one of the same devices, with parameters resharded once a
+    # step: with more of them along "model", a policy fits whose 16-bit parameters no device holds whole.
+    config.mesh.decode = ()
     return config
 
 

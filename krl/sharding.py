@@ -45,6 +45,15 @@ def make_mesh(shape: tuple[int, ...], axis_names: tuple[str, ...]) -> Mesh:
     return Mesh(grid, axis_names, axis_types=(AxisType.Auto,) * len(axis_names))
 
 
+def reshape_mesh(mesh: Mesh, shape: tuple[int, ...]) -> Mesh:
+    """The same devices in the same order along the same axes of other lengths; () leaves the mesh as it is.
+
+    Raises:
+        ValueError: the shape is not of as many devices.
+    """
+    return Mesh(mesh.devices.reshape(shape or mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types)
+
+
 def partition_spec(logical_axes: tuple[str | None, ...], mesh_axes: tuple[str, ...]) -> PartitionSpec:
     """The mesh axes that split each axis of an array.
 

@@ -1,6 +1,7 @@
 """Slots against loops; the sampler against the policy it samples from."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from krl import policy, rollout
 from krl.rollout import sampler, serve
 from krl.rollout.sampler import slot_bytes, slots_in_memory
 from krl.rollout.tokens import draw_tokens, least_logit
-from krl.sharding import make_mesh, named_sharding, tree_sharding
+from krl.sharding import make_mesh, named_sharding, reshape_mesh, tree_sharding
 from krl.types import Prompts
 from tests import tiny
 
@@ -225,6 +226,33 @@ def test_counts_and_temperature_do_not_recompile():
     sample([8, 0, 0, 0], temperature=0.5)
     sample([1, 2, 3, 2], temperature=0.0)
     assert tiny.sampler_programs() == before
+
+
+def test_another_layout_decodes_the_same_and_holds_no_parameter_whole():
+    mesh = make_mesh((8, 1), ("fsdp", "model"))
+    layout = reshape_mesh(mesh, (4, 2))
+    axes = tree_sharding(mesh, policy.param_axes(tiny.CONFIG), jax.eval_shape(tiny.params))
+    params, prompts = jax.device_put(tiny.params(), axes), jax.device_put(tiny.prompts(), named_sharding(mesh))
+    alone = sample([9, 0, 7, 3], num_slots=19)
+    with jax.set_mesh(mesh):
+        with jax.set_mesh(layout):
+            spread = rollout.generate(
+                tiny.CONFIG, params, prompts, jnp.array([9, 0, 7, 3]), jax.random.key(0), max_new_tokens=6,
+                eos_ids=tiny.EOS, num_slots=6,
+            )  # fmt: skip
+        np.testing.assert_array_equal(spread.tokens, alone.tokens)
+        np.testing.assert_array_equal(
+            jnp.sum(spread.lengths), alone.lengths.sum()
+        )  # usable beside the first mesh's arrays
+    with jax.set_mesh(layout):
+        options = serve.Options(19, 6, 6, tiny.EOS, 0, (0, 1.0, 0.0))
+        arguments = params, prompts, jnp.array([9, 0, 7, 3]), jax.random.key(0), 0, jnp.ones(4)
+        work, state = sampler._PROGRAMS["begin"](tiny.CONFIG, options, *arguments)
+        for name in ("gate", "up", "down", "query", "output"):
+            assert not work.layers["blocks"][0][name].sharding.is_fully_replicated
+        decode = sampler._PROGRAMS["serve"].lower(tiny.CONFIG, options, 1.0, work, state, 6).compile().as_text()
+    gathered = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", decode)}
+    assert gathered == {(2, 16)}  # the logits of two slots: parameters and prompts are gathered before, once
 
 
 @pytest.mark.parametrize("slots", [3, 8, 19])

@@ -334,4 +334,6 @@ def _prefill(config: policy.PolicyConfig, layers: dict, prompts: Prompts) -> Pro
         cache = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_prompts], read)
     else:
         cache = policy.init_cache(config, num_prompts, 0)
+    everywhere = jax.tree.map(lambda leaf: constrain(leaf, None, "kv_heads", None, None), (cache.keys, cache.values))
+    cache = cache.replace(keys=everywhere[0], values=everywhere[1], positions=constrain(cache.positions, None, None))
     return PromptCache(cache=cache, last=tokens[:, -1], lengths=mask.sum(axis=1, dtype=jnp.int32))

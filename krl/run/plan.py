@@ -30,7 +30,7 @@ from krl.policy.attention import why_not
 from krl.rollout.sampler import slot_bytes
 from krl.run.setup import NAMES, abstract_params, computed_by, find_slots
 from krl.run.update import abstract_state, make_optimizer, policy_update
-from krl.sharding import batch_devices, make_mesh, named_sharding
+from krl.sharding import batch_devices, make_mesh, named_sharding, reshape_mesh
 from krl.types import Prompts, Rollouts
 
 
@@ -58,10 +58,11 @@ def plan(config: ConfigDict, topology: str) -> dict[str, dict[str, float]]:
     policy_config = find_sizes(config, on_tpu=bool(topology))
     with jax.set_mesh(mesh):
         params = abstract_params(policy_config, mesh)
-        slots = find_slots(config, policy_config, mesh)
-        held = {"rollout": compile_rollout(config, policy_config, params, mesh, slots)}
-        held["update"] = compile_update(config, policy_config, params, mesh)
-    return held
+        update = compile_update(config, policy_config, params, mesh)
+    layout = reshape_mesh(mesh, tuple(config.mesh.decode))
+    with jax.set_mesh(layout):
+        slots = find_slots(config, policy_config, layout)
+        return {"rollout": compile_rollout(config, policy_config, params, layout, slots), "update": update}
 
 
 def find_sizes(config: ConfigDict, *, on_tpu: bool) -> policy.PolicyConfig:
@@ -174,8 +175,9 @@ def _gb(tree) -> float:
 def show(held: dict[str, dict[str, float]]) -> Table:
     """The plan as a table, a row for each part."""
     table = Table("GB on each device", *held)
+    others = {"slots": "slots, a number", "seconds to compile": "compilation, seconds"}
     for part in dict.fromkeys(part for program in held.values() for part in program):
-        table.add_row(part, *(f"{program[part]:.4g}" if part in program else "" for program in held.values()))
+        table.add_row(others.get(part, part), *(f"{program[part]:.4g}" if part in program else "" for program in held.values()))
     return table
 
 
