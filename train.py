@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import math
 import pathlib
-import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -42,6 +41,15 @@ from krl.run.metrics import (
     read_rows,
     step_metrics,
 )
+from krl.run.processes import (
+    any_process,
+    check_agreement,
+    first_before_others,
+    is_first,
+    join_processes,
+    place_whole,
+    say,
+)
 from krl.run.setup import NAMES, Setup, find_slots, set_up, start_params
 from krl.run.update import (
     abstract_state,
@@ -51,7 +59,7 @@ from krl.run.update import (
     policy_update,
     skipped_updates,
 )
-from krl.sharding import named_sharding, reshape_mesh
+from krl.sharding import reshape_mesh
 from krl.tasks import EncodedTasks, step_task_ids
 from krl.types import Prompts, Rollouts, TrainState
 
@@ -59,6 +67,7 @@ from krl.types import Prompts, Rollouts, TrainState
 def main(_):
     """The command line."""
     with one_line_errors("train.py"):
+        join_processes(flags.FLAGS.config.distributed)
         keep_compilations()
         train(flags.FLAGS.config, flags.FLAGS.workdir)
 
@@ -80,9 +89,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
     # ---------------------------------------------------------------- refuse what cannot work
     workdir = pathlib.Path(workdir)
     check(config, **NAMES)
-    parts = set_up(config, workdir, flatten(config), FREE_KEYS)
+    with first_before_others("set up"):
+        parts = set_up(config, workdir, flatten(config), FREE_KEYS)
     size = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
-    print(
+    say(
         f"krl: {config.alloc.rule} budgets, {config.prompts_per_step} prompts and {config.alloc.budget} rollouts a step, "
         f"{len(parts.train)} training prompts ({parts.train.dropped} too long), {size:,} parameters, "
         f"mesh {dict(parts.mesh.shape)} of {jax.devices()[0].device_kind}"
@@ -90,15 +100,19 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
     compiles, optimizer = CompileCounter(), find_optimizer(config)
 
     with (
-        stop_on_signal() as stop,
+        stop_on_signal() as asked,
         jax.set_mesh(parts.mesh),
         parts.verifiers,
         Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
     ):
         # ------------------------------------------------------------ where the run starts from
-        first, learner, reference = start_or_continue(config, parts, optimizer, checkpoints, stop)
+
+        def should_stop() -> bool:
+            return any_process(asked.is_set())
+
+        first, learner, reference = start_or_continue(config, parts, optimizer, checkpoints, should_stop)
         if learner is None:
-            print("krl: stopped during supervised fine-tuning; the same command continues it")
+            say("krl: stopped during supervised fine-tuning; the same command continues it")
             return None
         run = make_run(config, parts, optimizer, reference)
 
@@ -115,7 +129,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
             if config.steps == 0:
                 checkpoints.save(0, saved(learner))
             step = first
-            while step < config.steps and not stop.is_set():
+            while step < config.steps and not should_stop():
                 record(step)
                 learner, metrics, groups = take_step(run, learner, step)
                 step += 1
@@ -130,16 +144,17 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
                 refuse_bad_updates(learner.state, config.max_bad_updates)
                 if step % config.checkpoint.every == 0 or step == config.steps:
                     checkpoints.save(step, saved(learner))
-        if stop.is_set() and step < config.steps:
+        if step < config.steps:
             checkpoints.save(step, saved(learner))
-            print(f"krl: stopped after step {step}; the same command continues from there")
+            say(f"krl: stopped after step {step}; the same command continues from there")
             return None
 
     # ---------------------------------------------------------------- what the run showed
     if config.steps:
-        print(report.write([workdir], workdir))
+        with first_before_others("report"):
+            say(report.write([workdir], workdir) if is_first() else "")
     else:
-        print(f"krl: fine-tuned; the checkpoint is in {workdir / 'checkpoints'}")
+        say(f"krl: fine-tuned; the checkpoint is in {workdir / 'checkpoints'}")
     rows = read_rows(workdir / "metrics.jsonl")
     return rows[-1] if rows else {}
 
@@ -180,7 +195,7 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     """Bind the functions of a step to their part of the config."""
     tokenizer, alloc, loss = parts.tokenizer, config.alloc, config.loss
     layout = reshape_mesh(parts.mesh, tuple(config.mesh.decode))
-    place = functools.partial(jax.device_put, device=named_sharding(parts.mesh))
+    place = functools.partial(place_whole, parts.mesh)
     generate_here = functools.partial(
         rollout.generate, parts.policy_config, max_new_tokens=config.sample.max_new_tokens,
         eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, num_slots=find_slots(config, parts.policy_config, layout),
@@ -242,21 +257,23 @@ def find_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 def start_or_continue(
     config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, checkpoints: Checkpoints,
-    stop: threading.Event,
+    should_stop: Callable[[], bool],
 ) -> tuple[int, Learner | None, dict | None]:  # fmt: skip
     """Read the newest checkpoint, or begin, after fine-tuning.
 
     Returns:
-        (steps done, learner, parameters to stay close to). The learner is None if `stop` was set before
+        (steps done, learner, parameters to stay close to). The learner is None if it should stop before
         fine-tuning was finished; the parameters are None without a penalty.
     """
-    place, alloc = functools.partial(jax.device_put, device=named_sharding(parts.mesh)), config.alloc
+    place, alloc = functools.partial(place_whole, parts.mesh), config.alloc
     belief = place(budget.init_belief(len(parts.train), discount=alloc.discount, discount_mixed=alloc.discount_mixed))
     prior = None if alloc.prior == "shared" else place(budget.init_prior(alloc.prior, parts.num_features))
     begins = checkpoints.latest_step() is None
     params: dict | None = {}
     if begins or config.loss.kl_coefficient:
-        params = start_params(config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, stop=stop)
+        params = start_params(
+            config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, should_stop=should_stop
+        )
     if params is None:
         return 0, None, None
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coefficient else None
@@ -266,7 +283,7 @@ def start_or_continue(
     found = checkpoints.restore(like)
     assert found is not None  # latest_step has seen it
     first, trees = found
-    print(f"krl: continuing from step {first}")
+    say(f"krl: continuing from step {first}")
     state = TrainState(trees["params"], trees["opt_state"])
     return first, Learner(state, trees["belief"], trees.get("prior")), reference
 
@@ -313,6 +330,7 @@ def take_step(run: Run, learner: Learner, step: int) -> tuple[Learner, dict[str,
             belief, prompts.task_ids, rewards, rollouts.prompt_index, rollouts.mask, step, rollouts.lengths
         )
         learner = jax.block_until_ready(Learner(state, belief, prior))
+    check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
 
     # ---------------------------------------------------------------- what the step showed
     shown = step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages)

@@ -52,6 +52,12 @@ def get_config() -> ConfigDict:
     config.profile = ConfigDict()
     config.profile.steps = 0  # that JAX's profiler records, from the third of a start on
 
+    # Processes that train together; a cluster that JAX knows (SLURM, TPU pod, Kubernetes) is asked where processes is 0.
+    config.distributed = ConfigDict()
+    config.distributed.coordinator = ""  # "host:port" of process 0
+    config.distributed.processes = 0
+    config.distributed.process = 0  # this one's number, from 0
+
     # The device mesh; axis names are "data", "fsdp" and "model".
     config.mesh = ConfigDict()
     config.mesh.shape = (1,)  # devices along each axis

@@ -209,7 +209,7 @@ def train(directory, *, params=None, stop=None, place=jnp.asarray, report=lambda
         tiny.params() if params is None else params,
         directory=directory,
         **(options | changes),
-        stop=stop or threading.Event(),
+        should_stop=(stop or threading.Event()).is_set,
         place=place,
         report=report,
     )

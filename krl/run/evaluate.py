@@ -7,6 +7,7 @@ import numpy as np
 
 from krl.policy.tokenizer import Tokenizer
 from krl.run.estimates import SOLVED
+from krl.run.processes import sum_over_processes, to_host
 from krl.tasks import Answer, EncodedTasks
 from krl.tasks.pool import VerifierPool
 from krl.types import Prompts, Rollouts
@@ -24,7 +25,7 @@ def decode_rollouts(tokenizer: Tokenizer, rollouts: Rollouts) -> list[str]:
 def score_rollouts(
     tokenizer: Tokenizer, score: Score, rollouts: Rollouts, prompts: Sequence[str], answers: Sequence[Answer]
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Decode responses and have them verified, on the host.
+    """Decode responses and have them verified, on the host; of several processes, each does its share.
 
     Args:
         tokenizer: turns tokens into text.
@@ -37,10 +38,17 @@ def score_rollouts(
         (rewards [R] float32, 0 on padding rows; how often the verifiers failed, by kind).
     """
     index, real = np.asarray(rollouts.prompt_index), np.flatnonzero(rollouts.mask)
+    mine = real[jax.process_index() :: jax.process_count()]
     texts = decode_rollouts(tokenizer, rollouts)
     rewards = np.zeros(len(index), np.float32)
-    rewards[real], faults = score([(prompts[index[row]], texts[row], answers[index[row]]) for row in real])
-    return rewards, faults
+    rewards[mine], faults = score([(prompts[index[row]], texts[row], answers[index[row]]) for row in mine])
+    return _together(rewards, faults)
+
+
+def _together(rewards: np.ndarray, faults: dict[str, int]) -> tuple[np.ndarray, dict[str, int]]:
+    """What all processes found, each for rollouts of its own."""
+    counts = sum_over_processes(np.array(list(faults.values()), np.int32))
+    return sum_over_processes(rewards), dict(zip(faults, counts.tolist(), strict=True))
 
 
 class Scoring:
@@ -83,7 +91,7 @@ class Scoring:
         """
         rewards = np.zeros(num_rollouts, np.float32)
         rewards[self._rows], faults = self._verifiers.finish()
-        return rewards, faults
+        return _together(rewards, faults)
 
 
 def sample_tasks(
@@ -133,7 +141,7 @@ def sample_tasks(
         for first in range(0, samples, most):
             counts = np.where(live, min(most, samples - first), 0).astype(np.int32)
             rollouts = sample(params, prompts, counts, key, num_rollouts=num_rollouts, first_sample=first)
-            parts.append(jax.tree.map(np.asarray, rollouts))
+            parts.append(to_host(rollouts))
         rollouts = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
         real = np.flatnonzero(rollouts.mask)
         order = real[np.lexsort((rollouts.sample_index[real], rollouts.prompt_index[real]))]

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from krl.learn import mixed_groups
 from krl.masked import divide, masked_sum, segment_sum
+from krl.run.processes import is_first
 from krl.types import Rollouts
 
 
@@ -158,7 +159,7 @@ class MetricsLog:
     """metrics.jsonl, groups.jsonl, evaluations.jsonl and TensorBoard events of a work directory.
 
     A run that continues from step s drops the rows of later steps, which it will write again. One that has
-    taken no step begins anew: it drops its row of step 0 too.
+    taken no step begins anew: it drops its row of step 0 too. Of several processes the first writes.
     """
 
     def __init__(self, workdir: pathlib.Path, *, first_step: int):
@@ -168,7 +169,10 @@ class MetricsLog:
             workdir: of the run.
             first_step: steps that the run has taken.
         """
-        self._files = {}
+        self._files: dict[str, Any] = {}
+        self._board: Any = None
+        if not is_first():
+            return
         for name in ("metrics", "groups", "evaluations"):
             path = workdir / f"{name}.jsonl"
             kept = [row for row in read_rows(path) if first_step and row["step"] <= first_step]
@@ -186,15 +190,17 @@ class MetricsLog:
     def __exit__(self, *_):
         for file in self._files.values():
             file.close()
-        self._board.close()
+        if self._board:
+            self._board.close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add a row of metrics; numbers that are not finite become null in the JSON."""
         finite = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
         self._append("metrics", {"step": step, **finite})
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        if self._board:
+            for name, value in metrics.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
 
     def write_groups(self, step: int, groups: dict[str, np.ndarray]) -> None:
         """Add a row with an [M] list for each quantity of the step's groups."""
@@ -213,8 +219,9 @@ class MetricsLog:
         self._append("evaluations", row)
 
     def _append(self, name: str, row: dict) -> None:
-        self._files[name].write(json.dumps(row) + "\n")
-        self._files[name].flush()
+        if name in self._files:
+            self._files[name].write(json.dumps(row) + "\n")
+            self._files[name].flush()
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
@@ -234,8 +241,11 @@ def read_rows(path: pathlib.Path) -> list[dict]:
 def progress(total: int, first: int, label: str) -> Iterator:
     """A function (step, text) that shows how far a run is, with the time it still needs.
 
-    In a terminal it is a progress bar; elsewhere one plain line a call.
+    In a terminal it is a progress bar; elsewhere one plain line a call; nothing in any process but the first.
     """
+    if not is_first():
+        yield lambda step, text: None
+        return
     if sys.stdout.isatty():
         columns = (
             TextColumn("[bold]{task.description}"),

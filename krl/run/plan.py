@@ -177,7 +177,9 @@ def show(held: dict[str, dict[str, float]]) -> Table:
     table = Table("GB on each device", *held)
     others = {"slots": "slots, a number", "seconds to compile": "compilation, seconds"}
     for part in dict.fromkeys(part for program in held.values() for part in program):
-        table.add_row(others.get(part, part), *(f"{program[part]:.4g}" if part in program else "" for program in held.values()))
+        table.add_row(
+            others.get(part, part), *(f"{program[part]:.4g}" if part in program else "" for program in held.values())
+        )
     return table
 
 

@@ -8,8 +8,7 @@ import functools
 import hashlib
 import json
 import pathlib
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -23,8 +22,9 @@ from krl.policy.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tr
 from krl.rollout import slots_in_memory
 from krl.run.checkpoint import claim_workdir, open_workdir, write_json
 from krl.run.metrics import progress
+from krl.run.processes import is_first, place_whole, say
 from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
-from krl.sharding import make_mesh, named_sharding, tree_sharding
+from krl.sharding import make_mesh, tree_sharding
 from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks, step_task_ids
 from krl.tasks.arithmetic import make_ladder
 from krl.tasks.operators import make_operators
@@ -66,7 +66,8 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence
         ValueError: data, tokenizer, policy or work directory do not fit the config; the message says the fix.
     """
     mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
-    open_workdir(workdir, flat, free)
+    if is_first():
+        open_workdir(workdir, flat, free)
     verifiers = make_verifiers(config)
     tasks = load_task_sets(config)
     cache = sft_cache(workdir, flat, free)
@@ -78,7 +79,8 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence
     features, num_features = find_features(config, train)
     pairs = find_pairs(config, encode(config, tokenizer, tasks["sft"]), tokenizer) if config.sft.steps else None
     params = abstract_params(policy_config, mesh)
-    write_json(workdir / "held_out.json", {"prompts": test.tasks.prompts, "fields": dict(test.tasks.fields)})
+    if is_first():
+        write_json(workdir / "held_out.json", {"prompts": test.tasks.prompts, "fields": dict(test.tasks.fields)})
     claim_workdir(workdir, flat, config_json(policy_config, policy_config.stored_dtype), tokenizer.files)
     return Setup(
         mesh=mesh, verifiers=verifiers, tokenizer=tokenizer, policy_config=policy_config, params=params, train=train,
@@ -192,7 +194,7 @@ def find_policy(config: ConfigDict, tokenizer: Tokenizer, workdir: pathlib.Path)
         row = config.data.max_prompt_tokens + config.sample.max_new_tokens
         longest = json.loads(found.source).get("max_position_embeddings") or row
         if row > longest:
-            print(f"krl: rows of {row} tokens are longer than the {longest} that the checkpoint was made for")
+            say(f"krl: rows of {row} tokens are longer than the {longest} that the checkpoint was made for")
         return found
     sizes = {name: value for name, value in config.policy.items() if name != "path"}
     return policy.PolicyConfig(vocab_size=tokenizer.vocab_size, **sizes)
@@ -238,7 +240,7 @@ def find_pairs(config: ConfigDict, encoded: EncodedTasks, tokenizer: Tokenizer) 
     if not config.sft.row_tokens:
         return encode_pairs(encoded, tokenizer, config.sample.max_new_tokens)
     pairs, left_out = pack_pairs(encoded, tokenizer, config.sft.row_tokens)
-    print(f"krl: {len(encoded) - left_out} pairs for fine-tuning in {len(pairs[0])} rows, {left_out} too long")
+    say(f"krl: {len(encoded) - left_out} pairs for fine-tuning in {len(pairs[0])} rows, {left_out} too long")
     return pairs
 
 
@@ -249,17 +251,17 @@ def start_params(
     pairs: Pairs | None,
     cache: pathlib.Path,
     *,
-    stop: threading.Event,
+    should_stop: Callable[[], bool],
 ) -> dict | None:
     """The parameters of the first step, fine-tuned if there are pairs; to be called inside `jax.set_mesh(mesh)`.
 
     Args:
         config: of the run.
         policy_config, mesh, pairs, cache: as in `Setup`.
-        stop: set when fine-tuning should save and leave.
+        should_stop: whether fine-tuning should save and leave, asked before each update.
 
     Returns:
-        The parameters on the mesh; None if `stop` was set before they were finished.
+        The parameters on the mesh; None if it should stop before they were finished.
 
     Raises:
         ValueError: the checkpoint in policy.path is another than the run began from.
@@ -279,8 +281,8 @@ def start_params(
         params, finished = finetune(
             policy_config, params, pairs, cache, steps=config.sft.steps, batch_size=config.sft.batch_size,
             micro_tokens=config.optim.micro_tokens, learning_rate=config.sft.learning_rate, warmup_steps=20, decay_steps=0, seed=config.seed,
-            save_every=config.sft.save_every, max_bad_updates=config.max_bad_updates, stop=stop,
-            place=functools.partial(jax.device_put, device=named_sharding(mesh)),
+            save_every=config.sft.save_every, max_bad_updates=config.max_bad_updates, should_stop=should_stop,
+            place=functools.partial(place_whole, mesh),
             report=lambda step, loss: show(step, f"loss {loss:.3f}"),
         )  # fmt: skip
     return params if finished else None

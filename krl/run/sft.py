@@ -2,7 +2,6 @@
 
 import bisect
 import pathlib
-import threading
 from collections.abc import Callable
 
 import jax
@@ -147,7 +146,7 @@ def finetune(
     seed: int,
     save_every: int,
     max_bad_updates: int,
-    stop: threading.Event,
+    should_stop: Callable[[], bool],
     place: Callable[[np.ndarray], jax.Array],
     report: Callable[[int, float], None],
 ) -> tuple[dict, bool]:
@@ -163,14 +162,14 @@ def finetune(
         micro_tokens: tokens that go through the model at once.
         learning_rate, warmup_steps, decay_steps: of AdamW, see `krl.run.update.make_optimizer`.
         seed: order of the rows.
-        save_every: updates between checkpoints, >= 1. It is also saved at the end and when `stop` is set.
+        save_every: updates between checkpoints, >= 1. It is also saved at the end and when it should stop.
         max_bad_updates: non-finite updates in a row that end the run.
-        stop: set when the run should save and leave.
+        should_stop: whether to save and leave, asked before each update.
         place: puts a host batch on the mesh.
         report: called with (step, loss in nats per token) every few steps.
 
     Returns:
-        (params, whether they are finished; False only if `stop` was set).
+        (params, whether they are finished; False only if it should stop).
 
     Raises:
         FloatingPointError: too many updates in a row were not finite.
@@ -192,7 +191,7 @@ def finetune(
         first, state = (0, state) if restored is None else (restored[0], restored[1]["state"])
         batch_size = min(batch_size, len(pairs[0]))
         done = first
-        while done < steps and not stop.is_set():
+        while done < steps and not should_stop():
             rows = step_task_ids(len(pairs[0]), batch_size, done, seed=seed)
             batch = [place(part[rows]) for part in pairs]
             state, metrics = update(state, *batch)

@@ -1,0 +1,127 @@
+"""Several processes that train one policy: the few things that they tell each other beside what JAX does.
+
+The engine is JAX's own (multi-controller SPMD): every process runs the same program over one mesh of all their devices. Each
+decodes and verifies the rollouts of its own devices; rewards travel, and whether to stop. Process 0 writes the logs.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from krl.sharding import named_sharding
+
+SETUP_SECONDS = 3600  # that the others wait while process 0 prepares data and tokenizer
+SILENCE_SECONDS = 30  # after which a process that says nothing is taken for dead, and all end
+_CLUSTERS = ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
+
+
+def join_processes(distributed: ConfigDict) -> None:
+    """Join the other processes of the run, before JAX is used for anything else; alone, nothing happens.
+
+    Args:
+        distributed: `coordinator` ("host:port" of process 0), `processes` and `process` (this one's number from 0). With
+            processes = 0 a cluster is asked for them where its environment is found: SLURM, a TPU pod, Kubernetes.
+
+    Raises:
+        ValueError: the three do not fit together.
+    """
+    named, count, index = distributed.coordinator, distributed.processes, distributed.process
+    if count > 1 and not (named and 0 <= index < count):
+        raise ValueError(
+            f"config.distributed.processes={count} needs config.distributed.coordinator, host:port of process 0, and "
+            f"config.distributed.process in 0..{count - 1}; got {named!r} and {index}"
+        )
+    in_cluster = not count and any(_several(os.environ.get(name, "")) for name in _CLUSTERS)
+    if count > 1 or in_cluster:
+        known = {} if in_cluster else {"coordinator_address": named, "num_processes": count, "process_id": index}
+        jax.distributed.initialize(
+            **known, heartbeat_timeout_seconds=SILENCE_SECONDS, shutdown_timeout_seconds=SILENCE_SECONDS
+        )
+
+
+def _several(said: str) -> bool:
+    """Whether a cluster's variable is about more than one process: a list of hosts, or any number but 1 tasks."""
+    return int(said) > 1 if said.isdigit() else any(mark in said for mark in ",:")
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes what one process must write."""
+    return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """Print a line, once for all processes."""
+    if is_first():
+        print(line, flush=True)
+
+
+@contextlib.contextmanager
+def first_before_others(name: str) -> Iterator[None]:
+    """Process 0 goes through the block, then all others do; the name is used once in a run."""
+    several = jax.process_count() > 1
+    wait = ocp.multihost.get_barrier_sync_fn() if several else None
+    if wait and not is_first():
+        wait(key=name, timeout_ms=SETUP_SECONDS * 1000)
+    yield
+    if wait and is_first():
+        wait(key=name, timeout_ms=SETUP_SECONDS * 1000)
+
+
+def place_whole(mesh: Mesh, tree):
+    """Host arrays, the same in every process, on every device of the mesh."""
+    everywhere = named_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, everywhere)
+
+    def place(leaf):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: leaf[index])
+
+    return jax.tree.map(place, tree)
+
+
+def to_host(tree):
+    """Arrays of all devices as whole host arrays, in every process."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
+    """The sum of an array that every process has one of, of equal shapes."""
+    if jax.process_count() == 1:
+        return values
+    return multihost_utils.process_allgather(values).sum(axis=0, dtype=values.dtype)
+
+
+def check_agreement(*arrays: jax.Array | np.ndarray) -> None:
+    """End the run if processes that must know the same do not.
+
+    Raises:
+        RuntimeError: they differ; the message names this process and the others.
+    """
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        digest.update(np.asarray(array).tobytes())
+    found = multihost_utils.process_allgather(np.frombuffer(digest.digest(), np.uint32))
+    odd = np.flatnonzero((found != found[0]).any(axis=1))
+    if len(odd):
+        raise RuntimeError(
+            f"counts and belief of processes {odd.tolist()} differ from those of process 0; "
+            "do they run the same code, data and versions? The last checkpoint is whole"
+        )
+
+
+def any_process(flag: bool) -> bool:
+    """Whether a flag is up in any process; all must ask at the same points of the program."""
+    return bool(sum_over_processes(np.array([flag], np.int32))[0])
