@@ -1,16 +1,19 @@
 # make demo   from one warm start: uniform budgets, uniform with twice the rollouts, the knapsack; and compare
-# make test   the whole test suite
+# make pod    two processes on this machine that train one policy
+# make test   the test suite
+# make slow   tests that take minutes each: several processes
 # make check  format, lint, types
 # make clean  remove what make demo wrote (.venv stays)
 
 PYTHON ?= python3
 VENV := .venv
 RUNS ?= runs/demo
+PORT ?= 9876
 TRAIN = JAX_COMPILATION_CACHE_DIR=$(RUNS)/compiled $(VENV)/bin/python train.py \
   --config configs/operators.py --config.eval.samples=8 --config.sft.dir=$(RUNS)/sft
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check clean
+.PHONY: demo pod test slow check clean
 
 demo: $(VENV)/runtime-installed
 	@$(TRAIN) --workdir $(RUNS)/uniform --config.alloc.rule=uniform
@@ -19,8 +22,20 @@ demo: $(VENV)/runtime-installed
 	@echo
 	@$(VENV)/bin/python -m krl.run.report $(RUNS)/uniform $(RUNS)/uniform_512 $(RUNS)/knapsack --out $(RUNS)
 
+pod: $(VENV)/runtime-installed
+	@$(TRAIN) --workdir $(RUNS)/warm --config.steps=0
+	@export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=1; \
+	for process in 1 0; do \
+	  $(TRAIN) --workdir $(RUNS)/pod --config.steps=40 --config.mesh.shape="(2,)" --config.distributed.coordinator=127.0.0.1:$(PORT) \
+	    --config.distributed.processes=2 --config.distributed.process=$$process & all="$$all $$!"; \
+	done; \
+	for process in $$all; do wait $$process || exit; done
+
 test: $(VENV)/dev-installed
 	$(VENV)/bin/python -m pytest
+
+slow: $(VENV)/dev-installed
+	$(VENV)/bin/python -m pytest -m slow tests
 
 check: $(VENV)/dev-installed
 	$(VENV)/bin/ruff format --check .

@@ -42,6 +42,7 @@ from krl.run.metrics import (
     step_metrics,
 )
 from krl.run.processes import (
+    STOPPED,
     any_process,
     check_agreement,
     first_before_others,
@@ -49,6 +50,7 @@ from krl.run.processes import (
     join_processes,
     place_whole,
     say,
+    stay_together,
 )
 from krl.run.setup import NAMES, Setup, find_slots, set_up, start_params
 from krl.run.update import (
@@ -68,8 +70,11 @@ def main(_):
     """The command line."""
     with one_line_errors("train.py"):
         join_processes(flags.FLAGS.config.distributed)
+    with stay_together(), one_line_errors("train.py"):
         keep_compilations()
-        train(flags.FLAGS.config, flags.FLAGS.workdir)
+        last = train(flags.FLAGS.config, flags.FLAGS.workdir)
+    if last is None:
+        raise SystemExit(STOPPED)
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
@@ -149,12 +154,16 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
             say(f"krl: stopped after step {step}; the same command continues from there")
             return None
 
-    # ---------------------------------------------------------------- what the run showed
-    if config.steps:
-        with first_before_others("report"):
+    return last_row(config, workdir)
+
+
+def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:
+    """Tell what a finished run showed; the last row of its metrics, {} if it has none."""
+    with first_before_others("report"):
+        if config.steps:
             say(report.write([workdir], workdir) if is_first() else "")
-    else:
-        say(f"krl: fine-tuned; the checkpoint is in {workdir / 'checkpoints'}")
+        else:
+            say(f"krl: fine-tuned; the checkpoint is in {workdir / 'checkpoints'}")
     rows = read_rows(workdir / "metrics.jsonl")
     return rows[-1] if rows else {}
 

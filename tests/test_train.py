@@ -99,7 +99,7 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number, capsys)
         time.sleep(0.1)
     process.send_signal(number)
     output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    assert process.returncode == 75, errors  # saved, to be continued
     assert "stopped after step" in output
     assert "Traceback" not in errors
     stopped = rows(workdir)[-1]["step"]

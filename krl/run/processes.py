@@ -7,6 +7,10 @@ decodes and verifies the rollouts of its own devices; rewards travel, and whethe
 import contextlib
 import hashlib
 import os
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Iterator
 
 import jax
@@ -20,6 +24,9 @@ from krl.sharding import named_sharding
 
 SETUP_SECONDS = 3600  # that the others wait while process 0 prepares data and tokenizer
 SILENCE_SECONDS = 30  # after which a process that says nothing is taken for dead, and all end
+BEAT_SECONDS = 1.0  # between two signs of life
+ENDED_BY_ANOTHER = 76  # exit code of a process that ends because another one has
+STOPPED = 75  # exit code of a run that a signal stopped: it was saved, and the same command continues it
 _CLUSTERS = ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
 
 
@@ -43,13 +50,71 @@ def join_processes(distributed: ConfigDict) -> None:
     if count > 1 or in_cluster:
         known = {} if in_cluster else {"coordinator_address": named, "num_processes": count, "process_id": index}
         jax.distributed.initialize(
-            **known, heartbeat_timeout_seconds=SILENCE_SECONDS, shutdown_timeout_seconds=SILENCE_SECONDS
+            **known, heartbeat_timeout_seconds=2 * SILENCE_SECONDS, shutdown_timeout_seconds=SILENCE_SECONDS
         )
 
 
 def _several(said: str) -> bool:
     """Whether a cluster's variable is about more than one process: a list of hosts, or any number but 1 tasks."""
     return int(said) > 1 if said.isdigit() else any(mark in said for mark in ",:")
+
+
+@contextlib.contextmanager
+def stay_together() -> Iterator[None]:
+    """Inside, this process ends when another one has ended or is silent, and tells the others when it fails itself.
+
+    Without it the others would wait in a collective for the one that is gone. The process ends with ENDED_BY_ANOTHER or 1, at
+    once: the interpreter's farewell would wait for the others too.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    client = ocp.multihost.get_jax_distributed_client()
+    over = threading.Event()
+    threading.Thread(target=_listen, args=(client, over), daemon=True).start()
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, jax.errors.JaxRuntimeError):  # perhaps because another one is gone: `_listen` finds out
+            time.sleep(SILENCE_SECONDS + 2 * BEAT_SECONDS)
+        over.set()
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        _leave(f"process {jax.process_index()} ends: {reason}", 1, client)
+    finally:
+        over.set()
+
+
+def _listen(client, over: threading.Event) -> None:
+    """Say that this process lives, and hear whether the others do."""
+    me = str(jax.process_index())
+    heard: dict[str, tuple[str, int]] = {}  # what each process last said, and at which beat of this one
+    beat = 0
+    while not over.wait(BEAT_SECONDS):
+        beat += 1
+        try:
+            client.key_value_set(f"krl/alive/{me}", str(beat), allow_overwrite=True)
+            said = dict(client.key_value_dir_get("krl/"))
+        except jax.errors.JaxRuntimeError:
+            _leave("process 0, which the others meet at, is gone", ENDED_BY_ANOTHER)
+        if "krl/ended" in said:
+            _leave(said["krl/ended"], ENDED_BY_ANOTHER)
+        for name, value in said.items():
+            if heard.get(name, ("", 0))[0] != value:
+                heard[name] = (value, beat)
+            elif (beat - heard[name][1]) * BEAT_SECONDS > SILENCE_SECONDS:
+                _leave(f"process {name.rpartition('/')[2]} has been silent for {SILENCE_SECONDS} s", ENDED_BY_ANOTHER)
+
+
+def _leave(reason: str, code: int, client=None) -> None:
+    """End this process at once; with a client, after the others were told why."""
+    print(f"krl: {reason}; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+    if client is not None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set("krl/ended", reason, allow_overwrite=True)
+            time.sleep(3 * BEAT_SECONDS)  # process 0 answers the others until they know
+    os._exit(code)
 
 
 def is_first() -> bool:

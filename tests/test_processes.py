@@ -1,0 +1,140 @@
+"""Several real processes on this machine, joined as a cluster's are, against one process."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from krl.run import processes
+from tests.command_line import ROOT, command, environment, rows, run_here
+
+pytestmark = pytest.mark.usefixtures("compiled")
+STEPS = {"steps": 6, "mesh.shape": (2,)}
+
+
+def start(workdir, count=2, **changes):
+    """The processes of a run, one device each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    joined = {"distributed.coordinator": f"127.0.0.1:{port}", "distributed.processes": count}
+    return [
+        subprocess.Popen(
+            command(workdir, **STEPS, **joined, **{"distributed.process": number}, **changes), cwd=ROOT, text=True,
+            env=environment(workdir.parent) | {"JAX_NUM_CPU_DEVICES": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for number in range(count)
+    ]  # fmt: skip
+
+
+def finish(run, seconds=240):
+    """(exit codes, outputs) of a run's processes."""
+    end = time.monotonic() + seconds
+    try:
+        outputs = [process.communicate(timeout=max(end - time.monotonic(), 1))[0] for process in run]
+    finally:
+        for process in run:
+            process.kill()
+    return [process.returncode for process in run], outputs
+
+
+def wait_for(run, path, seconds=180):
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        assert all(process.poll() is None for process in run), finish(run)
+        time.sleep(0.02)
+    assert path.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path):
+    workdir, alone, warm = tmp_path / "pod", tmp_path / "alone", {"sft.dir": str(tmp_path / "sft")}
+    run_here(alone, **STEPS, **warm)
+    run = start(workdir, **warm)
+    wait_for(run, workdir / "checkpoints" / "2")
+    run[1].kill()
+    began = time.monotonic()
+    codes, outputs = finish(run)
+    assert codes == [processes.ENDED_BY_ANOTHER, -signal.SIGKILL]
+    assert time.monotonic() - began < 60
+    assert re.search(r"^krl: process 1 has been silent for 30 s; the same command continues", outputs[0], re.M)
+    assert "knapsack" not in outputs[1]  # one process tells how the run is
+
+    run = start(workdir, **warm, **{"checkpoint.every": 1})
+    wait_for(run, workdir / "checkpoints" / "4")
+    run[1].send_signal(signal.SIGTERM)
+    codes, outputs = finish(run)
+    assert codes == [processes.STOPPED] * 2
+    stopped = int(re.search(r"krl: stopped after step (\d)", outputs[0])[1])
+    assert stopped in (4, 5)
+
+    codes, outputs = finish(start(workdir, **warm))
+    assert codes == [0, 0], outputs
+    assert f"krl: continuing from step {stopped}" in outputs[0]
+    assert (workdir / "figures.png").exists()
+
+    assert rows(workdir, "groups") == rows(alone, "groups")
+    assert rows(workdir, "evaluations") == rows(alone, "evaluations")
+    for row, expected in zip(rows(workdir), rows(alone), strict=True):
+        for name in ("reward_mean", "loss", "grad_norm", "entropy", "kl"):
+            if name in expected:
+                np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_what_one_process_refuses_ends_all_in_one_line(tmp_path):
+    began = time.monotonic()
+    codes, outputs = finish(start(tmp_path / "pod", **{"alloc.prior": "groups", "alloc.prior_field": "nothing"}))
+    assert codes == [1, processes.ENDED_BY_ANOTHER]
+    assert time.monotonic() - began < 60
+    for output in outputs:
+        said = [line for line in output.splitlines() if line.startswith("krl: process 0 ends")]
+        assert len(said) == 1
+        assert "config.alloc.prior_field='nothing' is none of the training data's fields" in said[0]
+        assert "Traceback" not in output
+
+
+def test_processes_that_disagree_are_told_so(monkeypatch):
+    said = [np.array([[1, 2], [1, 2], [1, 3]], np.uint32)]
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda _: said[0])
+    with pytest.raises(RuntimeError, match=r"processes \[2\] differ from those of process 0"):
+        processes.check_agreement(np.arange(3))
+    said[0] = said[0][:2]
+    processes.check_agreement(np.arange(3))
+
+
+def distributed(coordinator="", count=0, process=0):
+    return ConfigDict({"coordinator": coordinator, "processes": count, "process": process})
+
+
+def test_a_cluster_is_asked_where_there_is_one(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **known: calls.append(known))
+    for name in [name for name in os.environ if name.startswith(("SLURM", "TPU", "MEGASCALE"))]:
+        monkeypatch.delenv(name)
+    processes.join_processes(distributed())
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+    processes.join_processes(distributed())
+    assert not calls
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    processes.join_processes(distributed())
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "10.0.0.1,10.0.0.2")
+    processes.join_processes(distributed())
+    assert len(calls) == 2
+    assert all("process_id" not in call for call in calls)
+    processes.join_processes(distributed("a:1", 3, 2))
+    assert (calls[2]["coordinator_address"], calls[2]["num_processes"], calls[2]["process_id"]) == ("a:1", 3, 2)
+    processes.join_processes(distributed("a:1", 1, 0))
+    assert len(calls) == 3
+    for wrong in (("", 2, 0), ("a:1", 2, 2), ("a:1", 2, -1)):
+        with pytest.raises(ValueError, match=r"config.distributed.coordinator, host:port"):
+            processes.join_processes(distributed(*wrong))
