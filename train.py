@@ -11,6 +11,7 @@ rollouts -> rewards -> advantages -> updates -> belief -> metrics; docs/architec
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import math
@@ -31,6 +32,7 @@ from krl import budget, learn, rollout
 from krl.run import report
 from krl.run.checkpoint import Checkpoints, stop_on_signal
 from krl.run.evaluate import Scoring, evaluate, score_rollouts
+from krl.run.lock import hold_workdir
 from krl.run.metrics import (
     CompileCounter,
     MetricsLog,
@@ -106,6 +108,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
 
     with (
         stop_on_signal() as asked,
+        hold_workdir(workdir) if is_first() else contextlib.nullcontext(),
         jax.set_mesh(parts.mesh),
         parts.verifiers,
         Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,

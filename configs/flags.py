@@ -37,7 +37,7 @@ def _one_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def one_line_errors(script: str) -> Iterator[None]:
-    """End what a user can mend, a ValueError or FloatingPointError, in one line.
+    """End what a user can mend in one line: a ValueError, a FloatingPointError, or an OSError such as a full disk.
 
     With --verbosity=1 the traceback comes before it. Otherwise only warnings are logged: Orbax tells every write.
 
@@ -48,6 +48,6 @@ def one_line_errors(script: str) -> Iterator[None]:
     logging.set_verbosity(logging.DEBUG if verbose else logging.WARNING)
     try:
         yield
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         logging.debug("%s failed", script, exc_info=True)
         raise SystemExit(f"{script}: {error}") from None

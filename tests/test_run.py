@@ -1,9 +1,14 @@
 """What a run leaves on disk: metrics, checkpoints, claims."""
 
 import json
+import os
 import pathlib
+import shutil
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +18,9 @@ import pytest
 from configs import arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b
 from configs.check import FREE_KEYS, check, flatten
 from krl import learn
+from krl.run import lock
 from krl.run.checkpoint import Checkpoints, claim_workdir, open_workdir, stop_on_signal, write_json
+from krl.run.lock import hold_workdir
 from krl.run.metrics import (
     CompileCounter,
     MetricsLog,
@@ -122,6 +129,71 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
         assert int(found["state"]["b"]) == 3
         with pytest.raises(ValueError, match="cannot read checkpoint"):
             checkpoints.restore({"state": {"a": jnp.zeros(5), "b": jnp.int32(0)}})
+
+
+@pytest.mark.parametrize("harm", ["truncated", "emptied", "removed", "no tree", "nothing"])
+def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_is_used(tmp_path, harm, capsys):
+    state = {"a": jnp.arange(2000.0), "b": jnp.int32(0)}
+    with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"state": {**state, "b": jnp.int32(step)}, "belief": {"c": jnp.ones(2)}})
+    newest = tmp_path / "checkpoints" / "3"
+    files = [path for path in newest.rglob("*") if path.is_file()]
+    if harm == "no tree":
+        shutil.rmtree(newest / "belief")
+    elif harm == "nothing":
+        shutil.rmtree(newest)
+        newest.mkdir()
+    for path in files if harm in ("truncated", "emptied", "removed") else ():
+        if harm == "removed":
+            path.unlink()
+        else:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if harm == "truncated" else 0])
+    like = {"state": state, "belief": {"c": jnp.ones(2)}}
+    with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+        step, found = checkpoints.restore(like)
+        assert (step, int(found["state"]["b"])) == (2, 2)
+        if harm != "nothing":  # which Orbax takes for no checkpoint
+            assert "krl: checkpoint 3 cannot be read" in capsys.readouterr().out
+            assert len(list((tmp_path / "damaged").iterdir())) == 1
+        checkpoints.save(3, like)
+    with Checkpoints(tmp_path / "checkpoints", keep=3) as checkpoints:
+        assert checkpoints.restore(like)[0] == 3
+
+
+def hold(workdir, seconds):
+    code = f"import pathlib, time; from krl.run.lock import hold_workdir\nwith hold_workdir(pathlib.Path({str(workdir)!r})):\n    print('held', flush=True); time.sleep({seconds})"
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_second_run_on_a_directory_is_refused_while_the_first_lives(tmp_path, monkeypatch):
+    first = hold(tmp_path, 100)
+    assert first.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"in use by process {first.pid} on .*; stop that run"):
+        hold_workdir(tmp_path).__enter__()
+    first.kill()
+    first.wait()
+    with hold_workdir(tmp_path):  # what a crash leaves is taken over at once
+        assert json.loads((tmp_path / "running.json").read_text())["process"] == os.getpid()
+        second = hold(tmp_path, 0)
+        assert "in use by process" in second.communicate(timeout=60)[1]
+    assert not (tmp_path / "running.json").exists()
+    assert hold(tmp_path, 0).wait(timeout=60) == 0
+
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
+    elsewhere = {"host": "another", "process": os.getpid(), "born": "1", "beat": 7}
+    write_json(tmp_path / "running.json", elsewhere)
+    beats = threading.Timer(0.15, lambda: write_json(tmp_path / "running.json", elsewhere | {"beat": 8}))
+    beats.start()
+    with pytest.raises(ValueError, match="on another"):
+        hold_workdir(tmp_path).__enter__()
+    beats.join()
+    with hold_workdir(tmp_path):  # it has not changed for three beats
+        time.sleep(0.25)
+        assert json.loads((tmp_path / "running.json").read_text())["beat"] >= 1
+    (tmp_path / "running.json").write_text("{")
+    with hold_workdir(tmp_path):
+        pass
 
 
 def test_an_unfinished_checkpoint_is_ignored(tmp_path):

@@ -7,10 +7,13 @@ import pathlib
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import jax
 import orbax.checkpoint as ocp
+
+from krl.run.processes import is_first, say
 
 
 class Checkpoints:
@@ -39,25 +42,39 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, like: dict) -> tuple[int, dict] | None:
-        """The newest checkpoint, placed like the given trees, or None if there is none.
+        """The newest checkpoint that can be read, placed like the given trees, or None if there is none.
+
+        Newer ones that cannot be read are said to be damaged and moved aside, into the directory's sibling `damaged`.
 
         Raises:
-            ValueError: the checkpoint's arrays are not those of `like`; the message names the directory.
+            ValueError: no checkpoint can be read, or its arrays are not those of `like`; the message names the directory.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        try:
-            found = self._manager.restore(
-                step, args=ocp.args.Composite(**{k: ocp.args.StandardRestore(v) for k, v in abstract.items()})
-            )
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).strip().splitlines()[0]
+        abstract, problems = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), {}
+        arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+                found = {name: restored[name] for name in like}
+            except (ValueError, KeyError, OSError) as error:
+                problems[step] = str(error).strip().splitlines()[0]
+                continue
+            for damaged, problem in problems.items():
+                self._move_aside(damaged)
+                say(f"krl: checkpoint {damaged} cannot be read ({problem}); going on from the one before it, {step}")
+            return step, found
+        if problems:
+            step = max(problems)
             raise ValueError(
-                f"cannot read checkpoint {self.directory / str(step)}: {reason}; remove it or take another --workdir"
-            ) from None
-        return step, {name: found[name] for name in like}
+                f"cannot read checkpoint {self.directory / str(step)}: {problems[step]}; remove it or take another --workdir"
+            )
+        return None
+
+    def _move_aside(self, step: int) -> None:
+        if is_first():
+            aside = self.directory.with_name("damaged")
+            aside.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(aside / f"{step}_{time.time_ns()}")
+        self._manager.reload()
 
 
 def open_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> None:
