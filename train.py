@@ -321,7 +321,7 @@ def take_step(run: Run, learner: Learner, step: int) -> tuple[Learner, dict[str,
     Returns:
         (learner after the step, its metrics, [M] quantities of its groups); docs/metrics.md defines both.
     """
-    config, clock, (state, belief, prior) = run.config, PhaseClock(), learner
+    config, clock, (state, belief, prior) = run.config, PhaseClock(run.config.stuck_seconds), learner
     sample_key, shuffle_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
     with clock.phase("budget"):
         task_ids = step_task_ids(len(run.tasks), config.prompts_per_step, step, seed=config.seed)
@@ -423,7 +423,8 @@ def spend_budget(
 
 def evaluate_held_out(run: Run, learner: Learner, log: MetricsLog, step: int) -> dict[str, float]:
     """The metrics of the held-out prompts after some steps; the solved samples of each prompt go to the log."""
-    measured, solved = run.measure(params=learner.state.params)
+    with PhaseClock(run.config.stuck_seconds).phase("evaluation"):
+        measured, solved = run.measure(params=learner.state.params)
     spent = step * run.config.alloc.budget
     log.write_evaluation(step, rollouts_total=spent, samples=run.config.eval.samples, solved=solved)
     return {f"eval/{name}": value for name, value in measured.items()}

@@ -10,6 +10,7 @@ def get_config() -> ConfigDict:
     config.steps = 200  # training steps; a step samples, scores and learns from alloc.budget rollouts
     config.prompts_per_step = 64  # M
     config.max_bad_updates = 5  # non-finite updates in a row that stop the run
+    config.stuck_seconds = 0.0  # a phase that takes longer, compilation included, ends the run with all stacks; 0 waits
 
     # How many rollouts each prompt gets.
     config.alloc = ConfigDict()
@@ -149,6 +150,9 @@ def _add_policy(config: ConfigDict) -> None:
     config.verify.batch_seconds = 300.0  # for the rollouts of a step, then the rest get reward 0
     config.verify.items_per_worker = 10000  # responses after which a worker is replaced
     config.verify.memory_gb = 4.0  # address space of a worker
+    config.verify.environment = (
+        ""  # further variables that workers see, by name with commas; few are passed on, no credentials
+    )
 
     config.sample = ConfigDict()
     config.sample.max_new_tokens = 7  # T

@@ -60,6 +60,8 @@ def odd(prompt, response, answer):
         return float(os.getpid() % 2**20)
     if response == "environment":
         return float("jax" not in sys.modules and os.environ["CUDA_VISIBLE_DEVICES"] == "")
+    if response == "secrets":
+        return float(os.environ.get("OPEN_WORD", 0)) + ("SECRET_TOKEN" in os.environ) + 2 * ("HOME" in os.environ)
     values = {
         "nan": float("nan"), "inf": float("inf"), "big": 1e300, "none": None, "text": "1.0", "list": [1.0],
         "true": True, "numpy": np.float32(0.75),
@@ -143,6 +145,14 @@ def test_items_come_while_others_are_scored():
         alone.work(lambda: False)
         alone.add(items("raise", "0.25"))
         assert alone.finish()[0].tolist() == [0.5, 0.0, 0.25]
+
+
+def test_workers_see_no_credentials(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "hunter2")
+    monkeypatch.setenv("OPEN_WORD", "0.5")
+    with make_pool() as pool, make_pool(environment=["OPEN_WORD", "MISSING"]) as told:
+        assert pool.score(items("secrets"))[0].tolist() == [2.0]
+        assert told.score(items("secrets"))[0].tolist() == [2.5]
 
 
 def test_order_is_kept_and_results_equal_those_in_process():

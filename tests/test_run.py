@@ -161,6 +161,23 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_is_used(tmp_p
         assert checkpoints.restore(like)[0] == 3
 
 
+def test_a_full_disk_is_one_line_and_leaves_older_checkpoints(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, {"state": {"a": jnp.ones(2)}})
+        checkpoints._manager.wait_until_finished()
+        for error in (
+            OSError(28, "No space left on device"),
+            ValueError("RESOURCE_EXHAUSTED: No space left on device [28]"),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoints._manager, "save", lambda *_, error=error, **__: (_ for _ in ()).throw(error))
+                with pytest.raises(
+                    ValueError, match=r"^no space left to write a checkpoint in .*; those that are there"
+                ):
+                    checkpoints.save(2, {"state": {"a": jnp.ones(2)}})
+        assert checkpoints.restore({"state": {"a": jnp.ones(2)}})[0] == 1
+
+
 def hold(workdir, seconds):
     code = f"import pathlib, time; from krl.run.lock import hold_workdir\nwith hold_workdir(pathlib.Path({str(workdir)!r})):\n    print('held', flush=True); time.sleep({seconds})"
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -258,6 +275,25 @@ def test_signals_ask_to_stop_and_are_given_back():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_phase_that_is_stuck_is_named_and_ends_the_run():
+    code = """
+import time
+from krl.run.metrics import PhaseClock
+clock = PhaseClock(0.5)
+with clock.phase("budget"):
+    pass
+time.sleep(0.7)  # nobody waits for what is over
+def wait_for_ever():
+    time.sleep(100)
+with clock.phase("verify"):
+    wait_for_ever()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 77
+    assert "krl: the phase verify has taken 0.5 s (config.stuck_seconds)" in done.stderr
+    assert "in wait_for_ever" in done.stderr
 
 
 def test_another_thread_leaves_signals_alone():

@@ -29,13 +29,32 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_):
-        self._manager.wait_until_finished()
+        with self._disk_errors():
+            self._manager.wait_until_finished()
         self._manager.close()
 
     def save(self, step: int, trees: dict) -> None:
-        """Write pytrees of arrays under a step; returns once they are copied from the devices."""
-        if step not in self._manager.all_steps():
-            self._manager.save(step, args=ocp.args.Composite(**{k: ocp.args.StandardSave(v) for k, v in trees.items()}))
+        """Write pytrees of arrays under a step; returns once they are copied from the devices.
+
+        Raises:
+            ValueError: this one or the one before, whose writing ends meanwhile, found no space on the disk.
+        """
+        arguments = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        with self._disk_errors():
+            if step not in self._manager.all_steps():
+                self._manager.save(step, args=ocp.args.Composite(**arguments))
+
+    @contextlib.contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if "No space left" not in str(error):
+                raise
+            raise ValueError(
+                f"no space left to write a checkpoint in {self.directory}; those that are there are whole: "
+                "free some space and give the same command again"
+            ) from None
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""

@@ -1,5 +1,6 @@
 """What a step is measured by, and where the numbers go: JSON lines, TensorBoard, the screen."""
 
+import faulthandler
 import hashlib
 import json
 import math
@@ -7,6 +8,7 @@ import os
 import pathlib
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +25,8 @@ from krl.learn import mixed_groups
 from krl.masked import divide, masked_sum, segment_sum
 from krl.run.processes import is_first
 from krl.types import Rollouts
+
+STUCK = 77  # exit code of a run that a phase without an end stopped
 
 
 @jax.jit
@@ -93,18 +97,38 @@ class CompileCounter:
 
 
 class PhaseClock:
-    """Wall time of each phase of a step, in seconds."""
+    """Wall time of each phase of a step, in seconds.
 
-    def __init__(self):
+    A phase that takes longer than `stuck_seconds` ends the process with STUCK, after its name and all stacks; 0 lets it wait.
+    """
+
+    def __init__(self, stuck_seconds: float = 0.0):
         self.seconds: dict[str, float] = {}
+        self._stuck_seconds = stuck_seconds
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the statements inside; they must wait for their own results."""
-        began = time.perf_counter()
-        with jax.profiler.TraceAnnotation(name):
-            yield
+        began, watchdog = time.perf_counter(), None
+        if self._stuck_seconds:
+            watchdog = threading.Timer(self._stuck_seconds, self._give_up, (name,))
+            watchdog.daemon = True
+            watchdog.start()
+        try:
+            with jax.profiler.TraceAnnotation(name):
+                yield
+        finally:
+            if watchdog:
+                watchdog.cancel()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    def _give_up(self, name: str) -> None:
+        print(
+            f"krl: the phase {name} has taken {self._stuck_seconds:g} s (config.stuck_seconds) and the run ends; where it is:",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        faulthandler.dump_traceback(all_threads=True)
+        os._exit(STUCK)
 
 
 @contextmanager

@@ -97,6 +97,7 @@ def make_verifiers(config: ConfigDict) -> VerifierPool:
     return VerifierPool(
         config.data.reward, workers=limits.workers, item_seconds=limits.item_seconds,
         batch_seconds=limits.batch_seconds, items_per_worker=limits.items_per_worker, memory_gb=limits.memory_gb,
+        environment=[name.strip() for name in limits.environment.split(",") if name.strip()],
     )  # fmt: skip
 
 

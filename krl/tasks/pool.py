@@ -2,8 +2,8 @@
 
 A reward function may hang, crash, exhaust memory or leave threads and files behind. Each worker is a fresh
 Python process with a session of its own, so that an interrupt typed at the terminal does not reach it and
-one signal ends it together with what it started. It has a memory limit, sees no accelerator and does not
-import jax. A worker that fails is killed and replaced; its item is worth 0 and is counted.
+one signal ends it together with what it started. It has a memory limit, sees no accelerator and no credentials in its
+environment, and does not import jax. A worker that fails is killed and replaced; its item is worth 0 and is counted.
 """
 
 import collections
@@ -28,6 +28,8 @@ Item = tuple[str, str, Answer]  # prompt, response, gold answer or answers
 START_SECONDS = 120  # until a new worker has imported the reward's module
 RESTART_PAUSE_SECONDS = 0.5  # after a worker that died before it was ready, so that a broken one costs no time
 TICK_SECONDS = 0.05  # between looks at whether a busy worker still lives
+# What a worker is told of this process's environment, which may hold credentials: this and what the user adds.
+KEPT = ("HOME", "LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "USER")
 # One thread for a worker's linear algebra, no accelerator, and the same order of sets in every worker.
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
@@ -102,6 +104,7 @@ class VerifierPool:
         batch_seconds: for a batch, once all its items are there; what is unfinished then is worth 0.
         items_per_worker: a worker is replaced after so many items, whatever it has piled up.
         memory_gb: address space of each worker in GiB.
+        environment: further variables that workers see beside KEPT and ENVIRONMENT.
 
     Attributes:
         last_error: why the latest item counted under "errors" failed, in one line; "" if none did.
@@ -119,6 +122,7 @@ class VerifierPool:
         batch_seconds: float,
         items_per_worker: int,
         memory_gb: float,
+        environment: Sequence[str] = (),
     ):
         if workers < 0 or min(item_seconds, batch_seconds, items_per_worker, memory_gb) <= 0:
             raise ValueError(
@@ -130,7 +134,8 @@ class VerifierPool:
         self._item_seconds, self._batch_seconds, self._items_per_worker = item_seconds, batch_seconds, items_per_worker
         self._function = None if workers else find_reward(reward)
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
-        self._environment = os.environ | ENVIRONMENT | {"PYTHONPATH": paths}
+        told = {name: os.environ[name] for name in (*KEPT, *environment) if name in os.environ}
+        self._environment = told | ENVIRONMENT | {"PYTHONPATH": paths}
         self._workers: list[_Worker] = []
         self._owed: list[float] = []  # when to start again the workers that died before they were ready
         self._batch = _Batch()
