@@ -142,7 +142,7 @@ def load_params(
         _, params = policy.load_hf(path, mesh)
         return f"checkpoint {fingerprint(path)}", params
     with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
-        restored = checkpoints.restore({"params": abstract_params(policy_config, mesh)})
+        restored = checkpoints.restore({"params": abstract_params(policy_config, mesh)}, move_aside=False)
     if restored is None:
         raise ValueError(f"{workdir} holds no checkpoint yet; let train.py take {config.checkpoint.every} steps")
     return f"step {restored[0]}", restored[1]["params"]

@@ -128,7 +128,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
         with (
             MetricsLog(workdir, first_step=first) as log,
             progress(config.steps, first, config.alloc.rule) as show,
-            profile(workdir / "profile", begin=first + 2, steps=config.profile.steps) as record,
+            profile(workdir / "profile", begin=first + 2, steps=config.profile.steps if is_first() else 0) as record,
         ):
             if first == 0 and config.eval.every:
                 metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
@@ -399,7 +399,7 @@ def spend_budget(
 
     lengths, scouts = mean_tokens(known), config.alloc.scouts
     if scouts:  # their samples are numbered after those that count, and neither they nor their time do
-        every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock()
+        every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock(config.stuck_seconds)
         seen = draw(every, num_prompts * scouts, free, first_sample=config.alloc.n_max)
         known = learn_from(budget.init_belief(num_prompts), *seen[:2])
     pilot, rounds = 0, []

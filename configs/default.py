@@ -53,7 +53,8 @@ def get_config() -> ConfigDict:
     config.profile = ConfigDict()
     config.profile.steps = 0  # that JAX's profiler records, from the third of a start on
 
-    # Processes that train together; a cluster that JAX knows (SLURM, TPU pod, Kubernetes) is asked where processes is 0.
+    # Processes that train together. With processes = -1 JAX asks the cluster for all three (TPU pod, SLURM, Open MPI), with 0
+    # only where the environment is that of a SLURM step or a TPU slice of several hosts.
     config.distributed = ConfigDict()
     config.distributed.coordinator = ""  # "host:port" of process 0
     config.distributed.processes = 0

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -250,6 +251,8 @@ def test_another_layout_decodes_the_same_and_holds_no_parameter_whole():
         work, state = sampler._PROGRAMS["begin"](tiny.CONFIG, options, *arguments)
         for name in ("gate", "up", "down", "query", "output"):
             assert not work.layers["blocks"][0][name].sharding.is_fully_replicated
+        whole = state.slots.cache.keys[0]
+        assert whole.sharding.shard_shape(whole.shape) == (whole.shape[0] // 4, whole.shape[1] // 2, *whole.shape[2:])
         decode = sampler._PROGRAMS["serve"].lower(tiny.CONFIG, options, 1.0, work, state, 6).compile().as_text()
     gathered = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", decode)}
     assert gathered == {(2, 16)}  # the logits of two slots: parameters and prompts are gathered before, once
@@ -285,6 +288,14 @@ def test_a_watcher_sees_every_rollout_once_and_changes_none(mesh, slots, monkeyp
     expected = zip(np.asarray(alone.tokens), np.asarray(alone.lengths), strict=True)
     assert seen == {row: tokens[:length].tolist() for row, (tokens, length) in enumerate(expected) if row < 19}
     assert slots > 3 or sum(number > 0 for number, _ in calls) > 1
+
+
+def test_a_process_without_the_first_copy_of_any_row_sees_none():
+    shard = SimpleNamespace(replica_id=1, index=(slice(None),), data=np.ones(3, np.int32))
+    rows, tokens, lengths = sampler._newly_ended(
+        np.arange(3), np.zeros(3, bool), SimpleNamespace(shape=(3, 6), addressable_shards=[shard]), SimpleNamespace(addressable_shards=[shard])
+    )  # fmt: skip
+    assert (rows.shape, tokens.shape, lengths.shape) == ((0,), (0, 6), (0,))
 
 
 def test_bad_counts_are_refused():

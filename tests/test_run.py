@@ -18,7 +18,7 @@ import pytest
 from configs import arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b
 from configs.check import FREE_KEYS, check, flatten
 from krl import learn
-from krl.run import lock
+from krl.run import checkpoint, lock
 from krl.run.checkpoint import Checkpoints, claim_workdir, open_workdir, stop_on_signal, write_json
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
@@ -161,6 +161,25 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_is_used(tmp_p
         assert checkpoints.restore(like)[0] == 3
 
 
+def test_a_checkpoint_that_another_process_cannot_read_is_used_by_none(tmp_path, monkeypatch, capsys):
+    like = {"state": {"a": jnp.ones(2)}}
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, like)
+    answers = [True, False, False]  # of all processes, to "did one fail?" twice and to "has one moved it?"
+    monkeypatch.setattr(checkpoint, "any_process", lambda flag: flag or answers.pop(0))
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.restore(like, move_aside=False)[0] == 1
+        assert not (tmp_path / "damaged").exists()
+        answers[:] = [True, False, False]
+        assert checkpoints.restore(like)[0] == 1
+        assert not answers
+    assert (
+        "krl: checkpoint 2 cannot be read (another process could not); going on from the one before it, 1"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_full_disk_is_one_line_and_leaves_older_checkpoints(tmp_path, monkeypatch):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(1, {"state": {"a": jnp.ones(2)}})
@@ -198,7 +217,7 @@ def test_a_second_run_on_a_directory_is_refused_while_the_first_lives(tmp_path, 
     assert hold(tmp_path, 0).wait(timeout=60) == 0
 
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
-    elsewhere = {"host": "another", "process": os.getpid(), "born": "1", "beat": 7}
+    elsewhere = {"host": "another", "place": "there", "process": os.getpid(), "born": "1", "beat": 7}
     write_json(tmp_path / "running.json", elsewhere)
     beats = threading.Timer(0.15, lambda: write_json(tmp_path / "running.json", elsewhere | {"beat": 8}))
     beats.start()
@@ -208,9 +227,14 @@ def test_a_second_run_on_a_directory_is_refused_while_the_first_lives(tmp_path, 
     with hold_workdir(tmp_path):  # it has not changed for three beats
         time.sleep(0.25)
         assert json.loads((tmp_path / "running.json").read_text())["beat"] >= 1
-    (tmp_path / "running.json").write_text("{")
-    with hold_workdir(tmp_path):
-        pass
+    for other in ("{", "{}"):
+        (tmp_path / "running.json").write_text(other)
+        with hold_workdir(tmp_path):
+            pass
+    with hold_workdir(tmp_path), monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda *_: (_ for _ in ()).throw(PermissionError()))
+        with pytest.raises(ValueError, match="in use by process"):  # another user's process lives too
+            hold_workdir(tmp_path).__enter__()
 
 
 def test_an_unfinished_checkpoint_is_ignored(tmp_path):

@@ -183,6 +183,8 @@ def _newly_ended(order, known, tokens, lengths) -> tuple[np.ndarray, np.ndarray,
             new = (length > 0) & ~known[part.index[0]]
             known[part.index[0]] |= new
             found.append((order[part.index[0]][new], np.asarray(part.data)[new], length[new]))
+    if not found:  # another process has the first copy of each row
+        return np.zeros(0, np.int32), np.zeros((0, tokens.shape[1]), np.int32), np.zeros(0, np.int32)
     rows, responses, lengths_of = zip(*found, strict=True)
     return np.concatenate(rows), np.concatenate(responses), np.concatenate(lengths_of)
 

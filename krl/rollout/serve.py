@@ -148,7 +148,7 @@ def idle(config: policy.PolicyConfig, options: Options, num_slots: int, prompts:
         ended=no, uniform=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
         tokens=jnp.zeros((num_slots, max_new_tokens), jnp.int32), logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
         policy_logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
-        cache=policy.init_cache(config, num_slots, columns),
+        cache=jax.tree.map(_by_heads, policy.init_cache(config, num_slots, columns)),
     )  # fmt: skip
     responses = Responses(
         tokens=jnp.full((num_rows, max_new_tokens), options.pad_id, jnp.int32),
@@ -158,6 +158,11 @@ def idle(config: policy.PolicyConfig, options: Options, num_slots: int, prompts:
         finished=jnp.zeros(num_rows, bool),
     )
     return State(slots=slots, responses=responses, next_row=jnp.zeros(1, jnp.int32), step=jnp.zeros(1, jnp.int32))
+
+
+def _by_heads(leaf: jax.Array) -> jax.Array:
+    """Keys or values split along "model" from the start: parts of a step hand them on in this layout."""
+    return constrain(leaf, None, "kv_heads", None, None) if leaf.ndim == 4 else leaf
 
 
 def _uniform(keys: jax.Array, length: int) -> jax.Array:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import orbax.checkpoint as ocp
 
-from krl.run.processes import is_first, say
+from krl.run.processes import any_process, is_first, say
 
 
 class Checkpoints:
@@ -60,10 +60,11 @@ class Checkpoints:
         """The step of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
-    def restore(self, like: dict) -> tuple[int, dict] | None:
-        """The newest checkpoint that can be read, placed like the given trees, or None if there is none.
+    def restore(self, like: dict, *, move_aside: bool = True) -> tuple[int, dict] | None:
+        """The newest checkpoint that every process can read, placed like the given trees, or None if there is none.
 
-        Newer ones that cannot be read are said to be damaged and moved aside, into the directory's sibling `damaged`.
+        Newer ones that cannot be read are said to be damaged, and moved to the directory's sibling `damaged` unless
+        move_aside is False.
 
         Raises:
             ValueError: no checkpoint can be read, or its arrays are not those of `like`; the message names the directory.
@@ -71,15 +72,19 @@ class Checkpoints:
         abstract, problems = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), {}
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            problem, found = "another process could not", {}
             try:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
                 found = {name: restored[name] for name in like}
             except (ValueError, KeyError, OSError) as error:
-                problems[step] = str(error).strip().splitlines()[0]
+                problem = str(error).strip().splitlines()[0]
+            if any_process(not found):
+                problems[step] = problem
                 continue
             for damaged, problem in problems.items():
-                self._move_aside(damaged)
                 say(f"krl: checkpoint {damaged} cannot be read ({problem}); going on from the one before it, {step}")
+            if problems and move_aside:
+                self._move_aside(list(problems))
             return step, found
         if problems:
             step = max(problems)
@@ -88,11 +93,13 @@ class Checkpoints:
             )
         return None
 
-    def _move_aside(self, step: int) -> None:
+    def _move_aside(self, steps: Sequence[int]) -> None:
         if is_first():
             aside = self.directory.with_name("damaged")
             aside.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(aside / f"{step}_{time.time_ns()}")
+            for step in steps:
+                (self.directory / str(step)).rename(aside / f"{step}_{time.time_ns()}")
+        any_process(False)  # all wait until they are gone
         self._manager.reload()
 
 

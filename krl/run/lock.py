@@ -30,7 +30,7 @@ def hold_workdir(workdir: pathlib.Path) -> Iterator[None]:
         raise ValueError(
             f"{workdir} is in use by process {other['process']} on {other['host']}; stop that run or choose another --workdir"
         )
-    me = {"host": socket.gethostname(), "process": os.getpid(), "born": _born(os.getpid())}
+    me = {"host": socket.gethostname(), "place": _place(), "process": os.getpid(), "born": _born(os.getpid())}
     over = threading.Event()
 
     def live() -> None:
@@ -53,14 +53,15 @@ def hold_workdir(workdir: pathlib.Path) -> Iterator[None]:
 
 def _read(path: pathlib.Path) -> dict | None:
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return None
+    return found if {"host", "place", "process", "born"} <= found.keys() else None
 
 
 def _lives(other: dict, path: pathlib.Path) -> bool:
-    if other["host"] == socket.gethostname():
-        return _born(other["process"]) == other["born"] is not None
+    if other["place"] == _place():
+        return _born(other["process"]) == other["born"]
     end = time.monotonic() + 3 * BEAT_SECONDS
     while time.monotonic() < end:
         time.sleep(BEAT_SECONDS / 10)
@@ -69,13 +70,25 @@ def _lives(other: dict, path: pathlib.Path) -> bool:
     return False
 
 
-def _born(process: int) -> str | None:
-    """What tells a process of this machine from a later one of the same number; None if it is gone."""
+def _place() -> str:
+    """Where process numbers mean the same: a boot of a machine, and the container."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
+
+
+def _born(process: int) -> str:
+    """What tells a process of this place from a later one of the same number; "gone" if it is."""
     try:
         os.kill(process, 0)
-        said = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except ProcessLookupError:
-        return None
-    except OSError:  # another user's, or no Linux: it lives, and that is all that can be known
-        return ""
-    return None if said[0] in "ZX" else said[19]
+        return "gone"
+    except PermissionError:  # another user's
+        pass
+    try:
+        said = pathlib.Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # no Linux: it lives, and more cannot be known
+        return "alive"
+    return "gone" if said[0] in "ZX" else said[19]

@@ -35,7 +35,8 @@ def join_processes(distributed: ConfigDict) -> None:
 
     Args:
         distributed: `coordinator` ("host:port" of process 0), `processes` and `process` (this one's number from 0). With
-            processes = 0 a cluster is asked for them where its environment is found: SLURM, a TPU pod, Kubernetes.
+            processes = 0 JAX is asked for them where the environment is that of a SLURM step or a TPU slice of several
+            hosts, with -1 in any case.
 
     Raises:
         ValueError: the three do not fit together.
@@ -46,7 +47,7 @@ def join_processes(distributed: ConfigDict) -> None:
             f"config.distributed.processes={count} needs config.distributed.coordinator, host:port of process 0, and "
             f"config.distributed.process in 0..{count - 1}; got {named!r} and {index}"
         )
-    in_cluster = not count and any(_several(os.environ.get(name, "")) for name in _CLUSTERS)
+    in_cluster = count < 0 or (not count and any(_several(os.environ.get(name, "")) for name in _CLUSTERS))
     if count > 1 or in_cluster:
         known = {} if in_cluster else {"coordinator_address": named, "num_processes": count, "process_id": index}
         jax.distributed.initialize(

@@ -24,7 +24,7 @@ from krl.run.checkpoint import claim_workdir, open_workdir, write_json
 from krl.run.metrics import progress
 from krl.run.processes import is_first, place_whole, say
 from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
-from krl.sharding import make_mesh, tree_sharding
+from krl.sharding import make_mesh, reshape_mesh, tree_sharding
 from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks, step_task_ids
 from krl.tasks.arithmetic import make_ladder
 from krl.tasks.operators import make_operators
@@ -79,6 +79,9 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence
     features, num_features = find_features(config, train)
     pairs = find_pairs(config, encode(config, tokenizer, tasks["sft"]), tokenizer) if config.sft.steps else None
     params = abstract_params(policy_config, mesh)
+    abstract_params(
+        policy_config, reshape_mesh(mesh, tuple(config.mesh.decode))
+    )  # refuses a layout that does not divide them
     if is_first():
         write_json(workdir / "held_out.json", {"prompts": test.tasks.prompts, "fields": dict(test.tasks.fields)})
     claim_workdir(workdir, flat, config_json(policy_config, policy_config.stored_dtype), tokenizer.files)
