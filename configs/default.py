@@ -151,9 +151,8 @@ def _add_policy(config: ConfigDict) -> None:
     config.verify.batch_seconds = 300.0  # for the rollouts of a step, then the rest get reward 0
     config.verify.items_per_worker = 10000  # responses after which a worker is replaced
     config.verify.memory_gb = 4.0  # address space of a worker
-    config.verify.environment = (
-        ""  # further variables that workers see, by name with commas; few are passed on, no credentials
-    )
+    # Further environment variables that workers see, by name with commas: few are passed on, and no credentials.
+    config.verify.environment = ""
 
     config.sample = ConfigDict()
     config.sample.max_new_tokens = 7  # T

@@ -98,6 +98,7 @@ def test_what_one_process_refuses_ends_all_in_one_line(tmp_path):
         assert len(said) == 1
         assert "config.alloc.prior_field='nothing' is none of the training data's fields" in said[0]
         assert "Traceback" not in output
+        assert "continues" not in said[0]  # the same command would be refused again
 
 
 def test_processes_that_disagree_are_told_so(monkeypatch):
@@ -133,6 +134,9 @@ def test_a_cluster_is_asked_where_there_is_one(monkeypatch):
     assert all("process_id" not in call for call in calls)
     processes.join_processes(distributed("a:1", 3, 2))
     assert (calls[2]["coordinator_address"], calls[2]["num_processes"], calls[2]["process_id"]) == ("a:1", 3, 2)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: int("no coordinator"))
+    with pytest.raises(ValueError, match=r"JAX found no cluster to ask .*; give config.distributed.coordinator"):
+        processes.join_processes(distributed(count=-1))
     processes.join_processes(distributed("a:1", 1, 0))
     assert len(calls) == 3
     for wrong in (("", 2, 0), ("a:1", 2, 2), ("a:1", 2, -1)):

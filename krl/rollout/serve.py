@@ -88,7 +88,16 @@ def serve(
     state: State,
     until: jax.Array | int,
 ) -> State:
-    """Decode until the first `until` rollouts of the queue have got a slot."""
+    """Decode until the first `until` rollouts of the queue have got a slot.
+
+    Args:
+        config, options: the policy's sizes; what the program is compiled for.
+        batch_axes: of the mesh, over which other queues are served at the same time; () if this is the only one.
+        layers: from `krl.policy.for_decoding`.
+        temperature: [] float32.
+        prompts, queue, state: what has been read, what is to be served, and how far that is.
+        until: [] int32.
+    """
     at_once = max(len(state.slots.row) // 8, 1)
     num_waiting = (queue.source < len(prompts.last)).sum(dtype=jnp.int32)
     step = functools.partial(_step, config, options, layers, temperature)
@@ -115,7 +124,7 @@ def drain(
     state: State,
     most: jax.Array | int,
 ) -> State:
-    """Decode, when nothing waits, until at most so many slots are live."""
+    """Decode, when nothing waits, until at most `most` slots are live; arguments as for `serve`."""
     step = functools.partial(_step, config, options, layers, temperature)
 
     def crowded(state):

@@ -27,6 +27,7 @@ SILENCE_SECONDS = 30  # after which a process that says nothing is taken for dea
 BEAT_SECONDS = 1.0  # between two signs of life
 ENDED_BY_ANOTHER = 76  # exit code of a process that ends because another one has
 STOPPED = 75  # exit code of a run that a signal stopped: it was saved, and the same command continues it
+_GO_ON = "the same command continues from the last checkpoint"
 _CLUSTERS = ("SLURM_STEP_NUM_TASKS", "TPU_WORKER_HOSTNAMES", "MEGASCALE_COORDINATOR_ADDRESS")
 
 
@@ -39,7 +40,7 @@ def join_processes(distributed: ConfigDict) -> None:
             hosts, with -1 in any case.
 
     Raises:
-        ValueError: the three do not fit together.
+        ValueError: the three do not fit together, or there is no cluster to ask.
     """
     named, count, index = distributed.coordinator, distributed.processes, distributed.process
     if count > 1 and not (named and 0 <= index < count):
@@ -50,13 +51,18 @@ def join_processes(distributed: ConfigDict) -> None:
     in_cluster = count < 0 or (not count and any(_several(os.environ.get(name, "")) for name in _CLUSTERS))
     if count > 1 or in_cluster:
         known = {} if in_cluster else {"coordinator_address": named, "num_processes": count, "process_id": index}
-        jax.distributed.initialize(
-            **known, heartbeat_timeout_seconds=2 * SILENCE_SECONDS, shutdown_timeout_seconds=SILENCE_SECONDS
-        )
+        try:
+            jax.distributed.initialize(
+                **known, heartbeat_timeout_seconds=2 * SILENCE_SECONDS, shutdown_timeout_seconds=SILENCE_SECONDS
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"JAX found no cluster to ask ({error}); give config.distributed.coordinator, .processes and .process"
+            ) from None
 
 
 def _several(said: str) -> bool:
-    """Whether a cluster's variable is about more than one process: a list of hosts, or any number but 1 tasks."""
+    """Whether a cluster's variable is about more than one process: a list of hosts, an address, or a number above 1."""
     return int(said) > 1 if said.isdigit() else any(mark in said for mark in ",:")
 
 
@@ -82,7 +88,7 @@ def stay_together() -> Iterator[None]:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if not isinstance(error, SystemExit):
             traceback.print_exc()
-        _leave(f"process {jax.process_index()} ends: {reason}", 1, client)
+        _leave(f"process {jax.process_index()} ends: {reason}", 1, client)  # what to do is for the reason to say
     finally:
         over.set()
 
@@ -98,19 +104,20 @@ def _listen(client, over: threading.Event) -> None:
             client.key_value_set(f"krl/alive/{me}", str(beat), allow_overwrite=True)
             said = dict(client.key_value_dir_get("krl/"))
         except jax.errors.JaxRuntimeError:
-            _leave("process 0, which the others meet at, is gone", ENDED_BY_ANOTHER)
+            _leave(f"process 0, which the others meet at, is gone; {_GO_ON}", ENDED_BY_ANOTHER)
         if "krl/ended" in said:
             _leave(said["krl/ended"], ENDED_BY_ANOTHER)
         for name, value in said.items():
             if heard.get(name, ("", 0))[0] != value:
                 heard[name] = (value, beat)
             elif (beat - heard[name][1]) * BEAT_SECONDS > SILENCE_SECONDS:
-                _leave(f"process {name.rpartition('/')[2]} has been silent for {SILENCE_SECONDS} s", ENDED_BY_ANOTHER)
+                lost = name.rpartition("/")[2]
+                _leave(f"process {lost} has been silent for {SILENCE_SECONDS} s; {_GO_ON}", ENDED_BY_ANOTHER)
 
 
 def _leave(reason: str, code: int, client=None) -> None:
     """End this process at once; with a client, after the others were told why."""
-    print(f"krl: {reason}; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+    print(f"krl: {reason}", file=sys.stderr, flush=True)
     if client is not None:
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client.key_value_set("krl/ended", reason, allow_overwrite=True)
@@ -172,7 +179,7 @@ def check_agreement(*arrays: jax.Array | np.ndarray) -> None:
     """End the run if processes that must know the same do not.
 
     Raises:
-        RuntimeError: they differ; the message names this process and the others.
+        RuntimeError: they differ; the message says which.
     """
     if jax.process_count() == 1:
         return
