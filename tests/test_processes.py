@@ -62,7 +62,7 @@ def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path)
     run[1].kill()
     began = time.monotonic()
     codes, outputs = finish(run)
-    assert codes == [processes.ENDED_BY_ANOTHER, -signal.SIGKILL]
+    assert codes == [processes.ENDED_BY_ANOTHER, -signal.SIGKILL], outputs
     assert time.monotonic() - began < 60
     assert re.search(r"^krl: process 1 has been silent for 30 s; the same command continues", outputs[0], re.M)
     assert "knapsack" not in outputs[1]  # one process tells how the run is
@@ -71,7 +71,7 @@ def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path)
     wait_for(run, workdir / "checkpoints" / "4")
     run[1].send_signal(signal.SIGTERM)
     codes, outputs = finish(run)
-    assert codes == [processes.STOPPED] * 2
+    assert codes == [processes.STOPPED] * 2, outputs
     stopped = int(re.search(r"krl: stopped after step (\d)", outputs[0])[1])
     assert stopped in (4, 5)
 
@@ -91,7 +91,7 @@ def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path)
 def test_what_one_process_refuses_ends_all_in_one_line(tmp_path):
     began = time.monotonic()
     codes, outputs = finish(start(tmp_path / "pod", **{"alloc.prior": "groups", "alloc.prior_field": "nothing"}))
-    assert codes == [1, processes.ENDED_BY_ANOTHER]
+    assert codes == [1, processes.ENDED_BY_ANOTHER], outputs
     assert time.monotonic() - began < 60
     for output in outputs:
         said = [line for line in output.splitlines() if line.startswith("krl: process 0 ends")]

@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -78,39 +79,48 @@ def stay_together() -> Iterator[None]:
         return
     client = ocp.multihost.get_jax_distributed_client()
     over = threading.Event()
-    threading.Thread(target=_listen, args=(client, over), daemon=True).start()
+    heard = {f"krl/alive/{index}": Sign(0, 0) for index in range(jax.process_count())}
+    threading.Thread(target=_listen, args=(client, over, heard), daemon=True).start()
     try:
         yield
     except BaseException as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):  # perhaps because another one is gone: `_listen` finds out
-            time.sleep(SILENCE_SECONDS + 2 * BEAT_SECONDS)
-        over.set()
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         if not isinstance(error, SystemExit):
             traceback.print_exc()
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        # A collective also fails here when another process is gone: if one is, `_listen` ends this process meanwhile.
+        before = dict(heard)
+        while not all(heard[name].said >= sign.said + 3 for name, sign in before.items()):
+            time.sleep(BEAT_SECONDS / 4)
+        over.set()
         _leave(f"process {jax.process_index()} ends: {reason}", 1, client)  # what to do is for the reason to say
     finally:
         over.set()
 
 
-def _listen(client, over: threading.Event) -> None:
-    """Say that this process lives, and hear whether the others do."""
-    me = str(jax.process_index())
-    heard: dict[str, tuple[str, int]] = {}  # what each process last said, and at which beat of this one
+class Sign(NamedTuple):
+    """The last sign of life of a process."""
+
+    said: int  # its own number of it
+    beat: int  # of the process that heard it, when it did
+
+
+def _listen(client, over: threading.Event, heard: dict[str, Sign]) -> None:
+    """Say that this process lives, and hear whether the others do; `heard` has the last sign of each."""
     beat = 0
     while not over.wait(BEAT_SECONDS):
         beat += 1
         try:
-            client.key_value_set(f"krl/alive/{me}", str(beat), allow_overwrite=True)
+            client.key_value_set(f"krl/alive/{jax.process_index()}", str(beat), allow_overwrite=True)
             said = dict(client.key_value_dir_get("krl/"))
         except jax.errors.JaxRuntimeError:
             _leave(f"process 0, which the others meet at, is gone; {_GO_ON}", ENDED_BY_ANOTHER)
         if "krl/ended" in said:
             _leave(said["krl/ended"], ENDED_BY_ANOTHER)
-        for name, value in said.items():
-            if heard.get(name, ("", 0))[0] != value:
-                heard[name] = (value, beat)
-            elif (beat - heard[name][1]) * BEAT_SECONDS > SILENCE_SECONDS:
+        for name, last in heard.items():
+            number = int(said.get(name, 0))
+            if number != last.said:
+                heard[name] = Sign(number, beat)
+            elif (beat - last.beat) * BEAT_SECONDS > SILENCE_SECONDS:
                 lost = name.rpartition("/")[2]
                 _leave(f"process {lost} has been silent for {SILENCE_SECONDS} s; {_GO_ON}", ENDED_BY_ANOTHER)
 
