@@ -114,13 +114,13 @@ def batch_devices(mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[name] for name in RULES["batch"] if name in mesh.axis_names)
 
 
-def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Ask the compiler to lay an array out by the rules on the mesh of `jax.set_mesh`, if one is set.
-
-    Inside `jax.shard_map` only the axes that it leaves to the compiler count.
-    """
+def open_axes() -> tuple[str, ...]:
+    """The axes of the mesh of `jax.set_mesh`, if one is set, that no `jax.shard_map` around this takes."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
-    if not axes:
-        return array
-    return jax.lax.with_sharding_constraint(array, partition_spec(logical_axes, axes))
+    return tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
+
+
+def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Ask the compiler to lay an array out by the rules on the open axes of the mesh."""
+    axes = open_axes()
+    return jax.lax.with_sharding_constraint(array, partition_spec(logical_axes, axes)) if axes else array

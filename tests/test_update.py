@@ -1,5 +1,7 @@
 """The optimiser steps: micro-batches, skipped rollouts, devices and faults change nothing they should not."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from krl import policy, rollout
 from krl.learn import policy_loss
 from krl.run.pack import pack
 from krl.run.update import (
+    _accumulate,
     for_this_backend,
     init_state,
     make_optimizer,
@@ -214,6 +217,26 @@ def test_eight_devices_equal_one(shape, names):
         spread, same = step(state, micro_rows=8)
     assert_close(spread.params, alone.params, atol=2e-4)
     assert_close(same, metrics, atol=1e-4)
+
+
+def test_gradients_travel_once_however_many_micro_batches_there_are():
+    rows, weights = jnp.arange(32.0 * 3).reshape(32, 3), jnp.arange(3.0)
+
+    def loss_of(weights, _, part):
+        total = jnp.tanh(part @ weights).sum()
+        return total, {"ratio_max": (part.max(), jnp.float32(part.size))}
+
+    def total(weights, rows):
+        return _accumulate(loss_of, weights, (), rows, 24, 8)
+
+    alone = jax.jit(total)(weights, rows)
+    with jax.set_mesh(make_mesh((8,), ("data",))):
+        compiled = jax.jit(total).lower(weights, rows).compile()
+        assert_close(compiled(weights, rows), alone)
+    computations = {text.split()[0].strip("%"): text for text in compiled.as_text().split("\n\n") if text}
+    (loop,) = re.findall(r"body=%([\w.]+)", compiled.as_text())
+    assert "all-reduce" not in computations[loop]
+    assert "all-reduce" in compiled.as_text()
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted():

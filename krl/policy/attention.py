@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from krl.sharding import partition_spec
+from krl.sharding import open_axes, partition_spec
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
 _BLOCK = 512  # queries whose attention XLA computes at a time
@@ -172,13 +172,14 @@ def splash(
         ids = None if segments is None else kernels.SegmentIds(segments, segments)
         return jax.vmap(kernel)(*heads_first, ids).swapaxes(1, 2)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    axes = open_axes()
+    if not axes:
         return local(query, key, value, segments)
-    spec = functools.partial(partition_spec, mesh_axes=mesh.axis_names)
+    spec = functools.partial(partition_spec, mesh_axes=axes)
     wide, narrow = spec(("batch", "length", "heads", "head")), spec(("batch", "length", "kv_heads", "head"))
     specs = (wide, narrow, narrow, None if segments is None else spec(("batch", "length")))
-    return jax.shard_map(local, in_specs=specs, out_specs=wide, check_vma=False)(query, key, value, segments)
+    each = jax.shard_map(local, in_specs=specs, out_specs=wide, axis_names=set(axes), check_vma=False)
+    return each(query, key, value, segments)
 
 
 def why_not(kernel: str, query: jax.Array, segments: jax.Array | None, softcap: float) -> str:

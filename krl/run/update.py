@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import PartitionSpec
 
 from krl import policy
 from krl.learn import policy_loss
@@ -175,15 +176,15 @@ def policy_update(
     shares = jax.random.permutation(key, advantages.shape[0]).reshape(num_updates, -1)
     rows, num_rows, micro_rows = _rows(prompts, rollouts, run, shares, micro_tokens, packed)
     scores_of = functools.partial(_scores, config, temperature=temperature, packed=packed)
-    columns_of = functools.partial(_columns, prompts, rollouts, advantages)
+    drawn = (prompts, rollouts, advantages)
     loss_of = functools.partial(
-        _loss, scores_of, columns_of, surrogate=surrogate, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
-        importance_cap=importance_cap, kl_coefficient=kl_coefficient, kl_estimator=kl_estimator,
-        entropy_coefficient=entropy_coefficient,
+        _loss, scores_of, surrogate=surrogate, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, importance_cap=importance_cap,
+        kl_coefficient=kl_coefficient, kl_estimator=kl_estimator, entropy_coefficient=entropy_coefficient,
     )  # fmt: skip
 
     def score(params: dict) -> jax.Array:
-        return _map_rows(lambda part: scores_of(params, columns_of(part), entropy=False)[0], rows, num_rows, micro_rows)
+        one = lambda place: scores_of(params, _columns(place, *drawn), entropy=False)[0]  # noqa: E731
+        return _map_rows(one, rows, num_rows, micro_rows)
 
     known = {"old_logps": score(state.params)} if importance_cap else {}
     if reference is not None and kl_coefficient:
@@ -192,7 +193,7 @@ def policy_update(
 
     def update(state: TrainState, share):
         rows, num_rows, known = share
-        (loss_sum, metrics), grads = _accumulate(loss_of, state.params, (rows, known), num_rows, micro_rows)
+        (loss_sum, metrics), grads = _accumulate(loss_of, state.params, drawn, (rows, known), num_rows, micro_rows)
         state, grad_norm = apply_gradients(config, optimizer, state, grads, loss_sum, tokens_in_share)
         return state, (divide(loss_sum, tokens_in_share), grad_norm, metrics)
 
@@ -200,10 +201,13 @@ def policy_update(
     return state, _means(metrics) | {"loss": losses.mean(), "grad_norm": grad_norms.mean()}
 
 
-def _loss(scores_of, columns_of, params: dict, part, *, importance_cap, entropy_coefficient, **options):
-    """(loss sum, metrics) of some rows: where their rollouts stand, and [W, C] log-probabilities computed before."""
+def _loss(scores_of, params: dict, drawn, part, *, importance_cap, entropy_coefficient, **options):
+    """(loss sum, metrics) of some rows: where their rollouts stand, and [W, C] log-probabilities computed before.
+
+    What was drawn is (prompts, rollouts, advantages).
+    """
     place, known = part
-    columns = columns_of(place)
+    columns = _columns(place, *drawn)
     logps, entropies = scores_of(params, columns, entropy=bool(entropy_coefficient))
     known = known | {"sampler_logps" if importance_cap else "old_logps": columns.logps}
     (loss_sum, _), metrics = policy_loss(
@@ -272,7 +276,7 @@ def _prompt_lengths(prompts: Prompts) -> jax.Array:
     return jnp.asarray(prompts.mask).sum(axis=1, dtype=jnp.int32)
 
 
-def _columns(prompts, rollouts, advantages, place: Place) -> Columns:
+def _columns(place: Place, prompts, rollouts, advantages) -> Columns:
     """Fill the columns of some rows."""
     which = jnp.maximum(place.rollout, 0)
     prompt = _prompt_of(prompts, rollouts)[which]
@@ -306,16 +310,29 @@ def _scores(config, params, columns: Columns, *, temperature, packed, entropy):
 # ---------------------------------------------------------------- micro-batches
 
 
-def _accumulate(loss_of, params, rows, num_rows, micro_rows):
-    """((loss sum, metrics), gradients) of loss_of(params, some rows) over the first num_rows of a tree of [W, ...]."""
-    run = jax.value_and_grad(loss_of, has_aux=True)
+def _accumulate(loss_of, params, source, rows, num_rows, micro_rows):
+    """((loss sum, metrics), gradients) of loss_of(params, source, rows) over the first num_rows of a tree of [W, ...].
 
-    def one(index, total):
-        return _add_metrics(total, run(params, _part(rows, index, micro_rows)))
+    On a mesh that splits rows alone, devices add up what they find in their own rows of all micro-batches and meet once
+    at the end: gradients do not travel for each micro-batch. (Beside other axes XLA cannot compile that.)
+    """
+    run, mesh = jax.value_and_grad(loss_of, has_aux=True), jax.sharding.get_abstract_mesh()
+    apart = not mesh.empty and mesh.shape.get("data") == mesh.size
 
-    nothing = jax.eval_shape(run, params, _part(rows, 0, micro_rows))
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing)
-    return jax.lax.fori_loop(0, _batches(num_rows, micro_rows), one, nothing)
+    def add_up(params, source, batches, num_batches):
+        def one(index, total):
+            return _add_metrics(total, run(params, source, jax.tree.map(lambda leaf: leaf[index], batches)))
+
+        nothing = jax.eval_shape(run, params, source, jax.tree.map(lambda leaf: leaf[0], batches))
+        nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nothing)
+        total = jax.lax.fori_loop(0, num_batches, one, nothing)
+        return _meet(total, "data") if apart else total
+
+    if apart:
+        whole, split = PartitionSpec(), PartitionSpec(None, "data")
+        add_up = jax.shard_map(add_up, in_specs=(whole, whole, split, whole), out_specs=whole, check_vma=False)
+    batches = jax.tree.map(lambda leaf: leaf.reshape(-1, micro_rows, *leaf.shape[1:]), rows)
+    return add_up(params, source, batches, _batches(num_rows, micro_rows))
 
 
 def _map_rows(function, rows, num_rows, micro_rows):
@@ -350,12 +367,21 @@ def _batches(num_rows, micro_rows):
 
 def _add_metrics(total, more):
     """Sum two ((loss, metrics), grads) trees; a maximum stays a maximum."""
-    summed = jax.tree.map(jnp.add, total, more)
+    summed, ((_, before), _), ((_, after), _) = jax.tree.map(jnp.add, total, more), total, more
+    return _with_largest(summed, lambda: jnp.maximum(before["ratio_max"][0], after["ratio_max"][0]))
+
+
+def _meet(total, axis):
+    """Sum a ((loss, metrics), grads) tree over the devices along a mesh axis; a maximum stays a maximum."""
+    (_, metrics), _ = total
+    return _with_largest(jax.lax.psum(total, axis), lambda: jax.lax.pmax(metrics["ratio_max"][0], axis))
+
+
+def _with_largest(summed, largest):
+    """A summed tree with the maximum, if it has one, in the place of a sum of maxima."""
     (_, metrics), _ = summed
     if "ratio_max" in metrics:
-        (_, before), _ = total
-        (_, after), _ = more
-        metrics["ratio_max"] = (jnp.maximum(before["ratio_max"][0], after["ratio_max"][0]), metrics["ratio_max"][1])
+        metrics["ratio_max"] = (largest(), metrics["ratio_max"][1])
     return summed
 
 
@@ -409,13 +435,13 @@ def supervised_update(
     more = -tokens.shape[0] % micro_rows
     rows = [jnp.pad(part, ((0, more), (0, 0))) for part in (tokens, layout, target_mask)]
 
-    def loss_of(params, part):
+    def loss_of(params, _, part):
         tokens, layout, target_mask = (constrain(part, "batch", "length") for part in part)
         mask, segments = (layout, None) if layout.dtype == bool else (None, layout)
         logps = policy.token_logps(config, params, tokens, mask, segments)
         return masked_sum(-logps, target_mask[:, 1:] & _follows(layout))[0], {}
 
-    (loss_sum, _), grads = _accumulate(loss_of, state.params, rows, tokens.shape[0], micro_rows)
+    (loss_sum, _), grads = _accumulate(loss_of, state.params, (), rows, tokens.shape[0], micro_rows)
     count = (target_mask[:, 1:] & _follows(layout)).sum(dtype=jnp.float32)
     state, grad_norm = apply_gradients(config, optimizer, state, grads, loss_sum, count)
     return state, {"loss": divide(loss_sum, count), "grad_norm": grad_norm}
