@@ -32,6 +32,7 @@ from krl import budget, learn, rollout
 from krl.run import report
 from krl.run.checkpoint import Checkpoints, stop_on_signal
 from krl.run.evaluate import Scoring, evaluate, score_rollouts
+from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
     CompileCounter,
@@ -91,9 +92,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
 
     Raises:
         ValueError: a config or data that cannot work; the message says the fix.
-        FloatingPointError: too many updates in a row were not finite.
+        FloatingPointError: too many updates in a row were not finite, or too many steps beyond config.guard.
     """
-    # ---------------------------------------------------------------- refuse what cannot work
     workdir = pathlib.Path(workdir)
     check(config, **NAMES)
     with first_before_others("set up"):
@@ -104,8 +104,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
         f"{len(parts.train)} training prompts ({parts.train.dropped} too long), {size:,} parameters, "
         f"mesh {dict(parts.mesh.shape)} of {jax.devices()[0].device_kind}"
     )
-    compiles, optimizer = CompileCounter(), find_optimizer(config)
-
+    compiles = CompileCounter()
     with (
         stop_on_signal() as asked,
         hold_workdir(workdir) if is_first() else contextlib.nullcontext(),
@@ -113,51 +112,66 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
         parts.verifiers,
         Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
     ):
-        # ------------------------------------------------------------ where the run starts from
+        outcome = "went back"
+        while outcome == "went back":
+            outcome = take_steps(config, workdir, parts, checkpoints, compiles, lambda: any_process(asked.is_set()))
+    return last_row(config, workdir) if outcome == "finished" else None
 
-        def should_stop() -> bool:
-            return any_process(asked.is_set())
 
-        first, learner, reference = start_or_continue(config, parts, optimizer, checkpoints, should_stop)
-        if learner is None:
-            say("krl: stopped during supervised fine-tuning; the same command continues it")
-            return None
-        run = make_run(config, parts, optimizer, reference)
+def take_steps(
+    config: ConfigDict, workdir: pathlib.Path, parts: Setup, checkpoints: Checkpoints, compiles: CompileCounter,
+    should_stop: Callable[[], bool],
+) -> str:  # fmt: skip
+    """Take the steps that are left, from the newest checkpoint on or from the start.
 
-        # ------------------------------------------------------------ the loop
-        with (
-            MetricsLog(workdir, first_step=first) as log,
-            progress(config.steps, first, config.alloc.rule) as show,
-            profile(workdir / "profile", begin=first + 2, steps=config.profile.steps if is_first() else 0) as record,
-        ):
-            if first == 0 and config.eval.every:
-                metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
-                log.write(0, metrics)
-                show(0, f"accuracy {metrics['eval/accuracy']:.3f}")
-            if config.steps == 0:
-                checkpoints.save(0, saved(learner))
-            step = first
-            while step < config.steps and not should_stop():
-                record(step)
-                learner, metrics, groups = take_step(run, learner, step)
-                step += 1
-                metrics["compiles"] = compiles.count
-                text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  counts {metrics['count_min']:.0f}-{metrics['count_max']:.0f}"
-                if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
-                    metrics |= evaluate_held_out(run, learner, log, step)
-                    text += f"  accuracy {metrics['eval/accuracy']:.3f}"
-                log.write(step, metrics)
-                log.write_groups(step, groups)
-                show(step, text)
-                refuse_bad_updates(learner.state, config.max_bad_updates)
-                if step % config.checkpoint.every == 0 or step == config.steps:
-                    checkpoints.save(step, saved(learner))
-        if step < config.steps:
-            checkpoints.save(step, saved(learner))
-            say(f"krl: stopped after step {step}; the same command continues from there")
-            return None
+    Returns:
+        "finished"; "stopped", everything being saved; or "went back": the same call goes on from the last checkpoint.
+    """
+    # ---------------------------------------------------------------- where the run starts from
+    optimizer = find_optimizer(config)
+    step, learner, reference = start_or_continue(config, parts, optimizer, checkpoints, should_stop)
+    if learner is None:
+        say("krl: stopped during supervised fine-tuning; the same command continues it")
+        return "stopped"
+    run = make_run(config, parts, optimizer, reference)
+    rollbacks = read_rollbacks(workdir)
 
-    return last_row(config, workdir)
+    # ---------------------------------------------------------------- the loop
+    with (
+        MetricsLog(workdir, first_step=step) as log,
+        progress(config.steps, step, config.alloc.rule) as show,
+        profile(workdir / "profile", begin=step + 2, steps=config.profile.steps if is_first() else 0) as record,
+    ):
+        if step == 0 and config.eval.every:
+            metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
+            log.write(0, metrics)
+            show(0, f"accuracy {metrics['eval/accuracy']:.3f}")
+        if config.steps == 0:
+            checkpoints.save(0, saved(learner))
+        while step < config.steps and not should_stop():
+            record(step)
+            learner, metrics, groups = take_step(run, learner, step, draws_before(rollbacks, step))
+            step += 1
+            spike = find_spike(metrics, config.guard)
+            if spike:
+                go_back(workdir, step, checkpoints.latest_step() or 0, spike, most=config.guard.rollbacks)
+                return "went back"
+            metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)}
+            text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  counts {metrics['count_min']:.0f}-{metrics['count_max']:.0f}"
+            if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
+                metrics |= evaluate_held_out(run, learner, log, step)
+                text += f"  accuracy {metrics['eval/accuracy']:.3f}"
+            log.write(step, metrics)
+            log.write_groups(step, groups)
+            show(step, text)
+            refuse_bad_updates(learner.state, config.max_bad_updates)
+            if step % config.checkpoint.every == 0 or step == config.steps:
+                checkpoints.save(step, saved(learner))
+    if step < config.steps:
+        checkpoints.save(step, saved(learner))
+        say(f"krl: stopped after step {step}; the same command continues from there")
+        return "stopped"
+    return "finished"
 
 
 def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:
@@ -310,19 +324,21 @@ def saved(learner: Learner) -> dict:
 # -------------------------------------------------------------------- one step
 
 
-def take_step(run: Run, learner: Learner, step: int) -> tuple[Learner, dict[str, float], dict]:
+def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Learner, dict[str, float], dict]:
     """One step: choose prompts and counts, sample, score, and learn.
 
     Args:
         run: what stays the same.
         learner: before the step; its buffers are given away.
         step: steps done before this one; it decides prompts and random keys.
+        draw: how often it was taken before, and undone: every time its rollouts are others.
 
     Returns:
         (learner after the step, its metrics, [M] quantities of its groups); docs/metrics.md defines both.
     """
     config, clock, (state, belief, prior) = run.config, PhaseClock(run.config.stuck_seconds), learner
-    sample_key, shuffle_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), step))
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    sample_key, shuffle_key = jax.random.split(jax.random.fold_in(key, draw) if draw else key)
     with clock.phase("budget"):
         task_ids = step_task_ids(len(run.tasks), config.prompts_per_step, step, seed=config.seed)
         prompts = run.place(Prompts(run.tasks.tokens[task_ids], run.tasks.mask[task_ids], task_ids))

@@ -50,6 +50,13 @@ def get_config() -> ConfigDict:
     config.checkpoint.every = 25  # steps
     config.checkpoint.keep = 2  # newest checkpoints kept
 
+    # A step beyond one of these is undone: the run goes on from its last checkpoint, with other rollouts. 0 for no limit.
+    config.guard = ConfigDict()
+    config.guard.loss = 0.0  # largest size of the loss
+    config.guard.ratio = 0.0  # largest ratio_max
+    config.guard.kl = 0.0  # largest divergence from the first policy, where loss.kl_coefficient has it computed; nats
+    config.guard.rollbacks = 3  # that a run may have; the next one ends it
+
     config.profile = ConfigDict()
     config.profile.steps = 0  # that JAX's profiler records, from the third of a start on
 

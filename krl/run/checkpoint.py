@@ -69,6 +69,8 @@ class Checkpoints:
         Raises:
             ValueError: no checkpoint can be read, or its arrays are not those of `like`; the message names the directory.
         """
+        with self._disk_errors():
+            self._manager.wait_until_finished()
         abstract, problems = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), {}
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         for step in sorted(self._manager.all_steps(), reverse=True):

@@ -1,0 +1,64 @@
+"""Going back to the last checkpoint when a step shows that the policy has left the road."""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from krl.run.metrics import read_rows
+from krl.run.processes import is_first, say
+
+LIMITS = {"loss": "loss", "ratio": "ratio_max", "kl": "kl"}  # key of config.guard -> metric of a step
+_FILE = "rollbacks.jsonl"
+
+
+def read_rollbacks(workdir: pathlib.Path) -> list[dict]:
+    """The rollbacks of a run until now: {"step" that showed the spike, checkpoint "to" go on from, "reason"} each."""
+    return read_rows(workdir / _FILE)
+
+
+def find_spike(metrics: dict[str, float], guard: ConfigDict) -> str:
+    """Which metric of a step is beyond its limit, in words; "" if none is.
+
+    Args:
+        metrics: of the step.
+        guard: `loss`, `ratio` and `kl`, the largest sizes allowed; 0 for any.
+    """
+    for key, name in LIMITS.items():
+        if guard[key] and abs(metrics.get(name, 0.0)) > guard[key]:
+            return f"{name} {metrics[name]:.4g} is beyond config.guard.{key}={guard[key]:g}"
+    return ""
+
+
+def draws_before(rollbacks: Sequence[dict], step: int) -> int:
+    """How often a step was drawn before, given the steps taken before it: it gets other random numbers every time."""
+    return sum(row["to"] <= step for row in rollbacks)
+
+
+def go_back(workdir: pathlib.Path, step: int, to: int, reason: str, *, most: int) -> None:
+    """Write down that the run goes on from an earlier checkpoint, before it does, so that a kill changes nothing.
+
+    Args:
+        workdir: of the run.
+        step: that showed the spike.
+        to: steps of the checkpoint.
+        reason: from `find_spike`.
+        most: rollbacks that a run may have.
+
+    Raises:
+        FloatingPointError: the run has had them.
+    """
+    done = len(read_rollbacks(workdir))
+    if done >= most:
+        raise FloatingPointError(
+            f"step {step}: {reason}, after {done} rollbacks (config.guard.rollbacks={most}); "
+            "lower config.optim.learning_rate, or raise the limit if it is too strict"
+        )
+    say(f"krl: step {step}: {reason}; going back to step {to} for other rollouts, time {done + 1} of {most}")
+    if is_first():
+        with (workdir / _FILE).open("a") as file:
+            file.write(json.dumps({"step": step, "to": to, "reason": reason}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

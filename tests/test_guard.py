@@ -1,0 +1,76 @@
+"""Steps that leave the road are undone, as often as the config allows."""
+
+import json
+
+import pytest
+
+import train as script
+from configs import arithmetic
+from krl.run.guard import draws_before, find_spike
+from tests.command_line import rows, run_here
+from tests.test_train import learnt
+
+pytestmark = pytest.mark.usefixtures("compiled")
+PLAIN = {"sft.steps": 0, "optim.learning_rate": 1e-9}
+
+
+def spikes_at(monkeypatch, *calls):
+    """Have the given calls of take_step, counted from 1, show a large loss."""
+    take_step, seen = script.take_step, []
+
+    def spiked(run, learner, step, draw):
+        seen.append((step, draw))
+        learner, metrics, groups = take_step(run, learner, step, draw)
+        return learner, metrics | ({"loss": -50.0} if len(seen) in calls else {}), groups
+
+    monkeypatch.setattr(script, "take_step", spiked)
+    return seen
+
+
+def test_a_spike_goes_back_to_the_last_checkpoint_and_draws_other_rollouts(tmp_path, monkeypatch, capsys):
+    limits = PLAIN | {"guard.loss": 10.0, "checkpoint.every": 2, "steps": 4}
+    run_here(tmp_path / "calm", **limits)
+    with monkeypatch.context() as patch:
+        seen = spikes_at(patch, 4)  # the fourth step, after the checkpoint of the second
+        run_here(tmp_path / "spiked", **limits)
+    assert seen == [(0, 0), (1, 0), (2, 0), (3, 0), (2, 1), (3, 1)]
+    said = "krl: step 4: loss -50 is beyond config.guard.loss=10; going back to step 2 for other rollouts, time 1 of 3"
+    assert said in capsys.readouterr().out
+    found, calm = learnt(tmp_path / "spiked"), learnt(tmp_path / "calm")
+    assert [row["step"] for row in found] == [0, 1, 2, 3, 4]
+    assert found[:3] == calm[:3]
+    assert [row["rollbacks"] for row in found[1:]] == [0, 0, 1, 1]
+    drawn, before = (rows(tmp_path / name, "groups") for name in ("spiked", "calm"))
+    assert [row["task_ids"] for row in drawn] == [row["task_ids"] for row in before]
+    assert found[3]["entropy"] != calm[3]["entropy"]  # other rollouts of the same prompts
+
+
+def test_a_run_that_was_killed_after_going_back_draws_the_same(tmp_path, monkeypatch):
+    limits = PLAIN | {"guard.loss": 10.0, "checkpoint.every": 1, "steps": 4, "eval.every": 1}
+    with monkeypatch.context() as patch:
+        spikes_at(patch, 3)
+        run_here(tmp_path / "whole", **limits)
+    workdir = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        spikes_at(patch, 3)
+        run_here(workdir, **limits | {"steps": 3})
+    run_here(workdir, **limits)
+    assert learnt(workdir) == learnt(tmp_path / "whole")
+
+
+def test_a_run_goes_back_only_so_often(tmp_path, monkeypatch):
+    spikes_at(monkeypatch, 1, 2, 3)
+    with pytest.raises(
+        FloatingPointError, match=r"step 1: loss -50 is beyond .* after 2 rollbacks \(config.guard.rollbacks=2\)"
+    ):
+        run_here(tmp_path, **PLAIN | {"guard.loss": 10.0, "guard.rollbacks": 2, "eval.every": 0})  # fmt: skip
+    assert [row["to"] for row in map(json.loads, (tmp_path / "rollbacks.jsonl").read_text().splitlines())] == [0, 0]
+
+
+def test_limits_are_of_sizes_and_0_is_none():
+    guard = arithmetic.get_config().guard
+    assert not find_spike({"loss": 1e9, "ratio_max": 1e9}, guard)
+    guard.ratio = 5.0
+    assert not find_spike({"loss": 1e9, "ratio_max": 5.0}, guard)
+    assert find_spike({"ratio_max": 5.5}, guard) == "ratio_max 5.5 is beyond config.guard.ratio=5"
+    assert [draws_before([{"to": 2}, {"to": 4}], step) for step in range(6)] == [0, 0, 1, 1, 2, 2]
