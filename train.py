@@ -31,7 +31,7 @@ from configs.flags import define_flags, one_line_errors, parse_flags
 from krl import budget, learn, rollout
 from krl.run import report
 from krl.run.checkpoint import Checkpoints, stop_on_signal
-from krl.run.evaluate import Scoring, evaluate, score_rollouts
+from krl.run.evaluate import Scoring, evaluate, score_rollouts, share_scores
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
@@ -39,6 +39,8 @@ from krl.run.metrics import (
     MetricsLog,
     PhaseClock,
     keep_compilations,
+    memory_used,
+    over_processes,
     profile,
     progress,
     read_rows,
@@ -49,6 +51,7 @@ from krl.run.processes import (
     any_process,
     check_agreement,
     first_before_others,
+    gather,
     is_first,
     join_processes,
     place_whole,
@@ -156,13 +159,17 @@ def take_steps(
             if spike:
                 go_back(workdir, step, checkpoints.latest_step() or 0, spike, most=config.guard.rollbacks)
                 return "went back"
-            metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)}
+            every = gather({k: v for k, v in metrics.items() if k.startswith("seconds/")} | memory_used())
+            metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)} | over_processes(every)
             text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  counts {metrics['count_min']:.0f}-{metrics['count_max']:.0f}"
             if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
                 metrics |= evaluate_held_out(run, learner, log, step)
                 text += f"  accuracy {metrics['eval/accuracy']:.3f}"
             log.write(step, metrics)
             log.write_groups(step, groups)
+            log.write_processes(step, every)
+            if metrics.get("seconds/behind", 0.0) > 0.2 * metrics["seconds/step"]:
+                text += f"  waited {metrics['seconds/behind']:.1f} s for process {metrics['slowest_process']}"
             show(step, text)
             refuse_bad_updates(learner.state, config.max_bad_updates)
             if step % config.checkpoint.every == 0 or step == config.steps:
@@ -407,7 +414,9 @@ def spend_budget(
             options |= {"num_rollouts": num_rollouts, "expected_tokens": lengths, "watch": scoring.watch}
             rollouts = jax.block_until_ready(run.sample(params, prompts, counts, key, **options))
         with clock.phase("verify"):
-            return rollouts, *scoring.finish(num_rollouts)
+            own = scoring.finish(num_rollouts)
+        with clock.phase("wait"):  # for the other processes
+            return rollouts, *share_scores(*own)
 
     def learn_from(known, rollouts, outcomes):
         index, mask, lengths = rollouts.prompt_index, rollouts.mask, rollouts.lengths

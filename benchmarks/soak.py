@@ -26,7 +26,7 @@ CONFIG = {
     "sft.learning_rate": 1e-2, "sft.save_every": 20, "optim.micro_tokens": 64, "eval.every": 10, "eval.samples": 2,
     "checkpoint.every": 3, "data.max_prompt_tokens": 8, "sample.max_new_tokens": 4,
 }  # fmt: skip
-TIMED = ("seconds", "tokens_per_second", "compiles")
+TIMED = ("seconds", "memory", "tokens_per_second", "compiles")
 
 
 def main():

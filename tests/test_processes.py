@@ -80,6 +80,9 @@ def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path)
     assert f"krl: continuing from step {stopped}" in outputs[0]
     assert (workdir / "figures.png").exists()
 
+    told = rows(workdir, "processes")
+    assert [row["step"] for row in told] == [1, 2, 3, 4, 5, 6]
+    assert all(len(row["seconds/wait"]) == len(row["memory/host_gb"]) == 2 for row in told)
     assert rows(workdir, "groups") == rows(alone, "groups")
     assert rows(workdir, "evaluations") == rows(alone, "evaluations")
     for row, expected in zip(rows(workdir), rows(alone), strict=True):

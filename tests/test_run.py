@@ -27,6 +27,8 @@ from krl.run.metrics import (
     format_seconds,
     gini,
     keep_compilations,
+    memory_used,
+    over_processes,
     profile,
     read_rows,
     step_metrics,
@@ -427,3 +429,11 @@ def test_what_was_compiled_is_kept_below_the_users_cache_unless_jax_was_told_whe
         assert jax.config.jax_compilation_cache_dir == "elsewhere"
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
+
+
+def test_the_process_that_the_others_waited_for_is_named():
+    every = {"seconds/wait": [0.5, 0.1, 0.7], "seconds/rollout": [1.0, 1.4, 0.8], "memory/host_gb": [1.0, 2.0, 1.5]}
+    found = over_processes(every)
+    assert found == {"memory/host_gb": 2.0, "slowest_process": 1, "seconds/behind": pytest.approx(0.6)}
+    assert over_processes({"seconds/wait": [0.1], "memory/host_gb": [1.0]}) == {"memory/host_gb": 1.0}
+    assert memory_used()["memory/host_gb"] > 0.05

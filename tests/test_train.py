@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 def learnt(workdir):
     """What a run measured, without its times."""
-    timed = ("seconds", "tokens_per_second", "compiles")
+    timed = ("seconds", "memory", "tokens_per_second", "compiles")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(workdir)]
 
 

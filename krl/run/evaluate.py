@@ -42,11 +42,11 @@ def score_rollouts(
     texts = decode_rollouts(tokenizer, rollouts)
     rewards = np.zeros(len(index), np.float32)
     rewards[mine], faults = score([(prompts[index[row]], texts[row], answers[index[row]]) for row in mine])
-    return _together(rewards, faults)
+    return share_scores(rewards, faults)
 
 
-def _together(rewards: np.ndarray, faults: dict[str, int]) -> tuple[np.ndarray, dict[str, int]]:
-    """What all processes found, each for rollouts of its own."""
+def share_scores(rewards: np.ndarray, faults: dict[str, int]) -> tuple[np.ndarray, dict[str, int]]:
+    """What all processes found, each for rollouts of its own: (rewards [R] float32, faults by kind)."""
     counts = sum_over_processes(np.array(list(faults.values()), np.int32))
     return sum_over_processes(rewards), dict(zip(faults, counts.tolist(), strict=True))
 
@@ -87,11 +87,11 @@ class Scoring:
         """Wait for what is left.
 
         Returns:
-            As `score_rollouts`, of R = num_rollouts rows.
+            (rewards [R = num_rollouts] float32, verifier faults by kind), of this process's rollouts; see `share_scores`.
         """
         rewards = np.zeros(num_rollouts, np.float32)
         rewards[self._rows], faults = self._verifiers.finish()
-        return _together(rewards, faults)
+        return rewards, faults
 
 
 def sample_tasks(

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import platform
+import resource
 import sys
 import threading
 import time
@@ -131,6 +132,32 @@ class PhaseClock:
         os._exit(STUCK)
 
 
+def memory_used() -> dict[str, float]:
+    """The most memory that this process has had until now, GB: of the host, and of a device where the backend tells."""
+    used = {
+        "memory/host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 1024)
+        / 1e9
+    }
+    stats = [stats for stats in (device.memory_stats() for device in jax.local_devices()) if stats]
+    if stats:
+        used["memory/device_gb"] = max(each["peak_bytes_in_use"] for each in stats) / 1e9
+    return used
+
+
+def over_processes(every: dict[str, list[float]]) -> dict[str, float]:
+    """The metrics that follow from what every process has, see `krl.run.processes.gather`.
+
+    `memory/*` are the largest. Of several processes `slowest_process` is the number of the one that the others waited for
+    when rewards were exchanged, and `seconds/behind` how long.
+    """
+    shown = {name: max(values) for name, values in every.items() if name.startswith("memory/")}
+    waited = every["seconds/wait"]
+    if len(waited) > 1:
+        shown |= {"slowest_process": int(np.argmin(waited)), "seconds/behind": max(waited) - min(waited)}
+    return shown
+
+
 @contextmanager
 def profile(directory: pathlib.Path, *, begin: int, steps: int) -> Iterator[Callable[[int], None]]:
     """A function to be called before each step, with the steps taken, that has JAX's profiler record some of them.
@@ -180,7 +207,7 @@ def keep_compilations() -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl, groups.jsonl, evaluations.jsonl and TensorBoard events of a work directory.
+    """metrics.jsonl, groups.jsonl, evaluations.jsonl, processes.jsonl and TensorBoard events of a work directory.
 
     A run that continues from step s drops the rows of later steps, which it will write again. One that has
     taken no step begins anew: it drops its row of step 0 too. Of several processes the first writes.
@@ -197,7 +224,7 @@ class MetricsLog:
         self._board: Any = None
         if not is_first():
             return
-        for name in ("metrics", "groups", "evaluations"):
+        for name in ("metrics", "groups", "evaluations", *(("processes",) if jax.process_count() > 1 else ())):
             path = workdir / f"{name}.jsonl"
             kept = [row for row in read_rows(path) if first_step and row["step"] <= first_step]
             partial = path.with_suffix(".partial")
@@ -229,6 +256,10 @@ class MetricsLog:
     def write_groups(self, step: int, groups: dict[str, np.ndarray]) -> None:
         """Add a row with an [M] list for each quantity of the step's groups."""
         self._append("groups", {"step": step, **{k: np.asarray(v).tolist() for k, v in groups.items()}})
+
+    def write_processes(self, step: int, every: dict[str, list[float]]) -> None:
+        """Add a row of what every process has, if there are several; see `krl.run.processes.gather`."""
+        self._append("processes", {"step": step, **every})
 
     def write_evaluation(self, step: int, *, rollouts_total: int, samples: int, solved: np.ndarray) -> None:
         """Add a row of the held-out prompts: how many of each one's k samples were solved.

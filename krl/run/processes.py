@@ -185,6 +185,14 @@ def sum_over_processes(values: np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(values).sum(axis=0, dtype=values.dtype)
 
 
+def gather(values: dict[str, float]) -> dict[str, list[float]]:
+    """What every process has under each name, in the order of the processes; all have the same names."""
+    if jax.process_count() == 1:
+        return {name: [value] for name, value in values.items()}
+    found = multihost_utils.process_allgather(np.array(list(values.values()), np.float32))
+    return dict(zip(values, found.T.tolist(), strict=True))
+
+
 def check_agreement(*arrays: jax.Array | np.ndarray) -> None:
     """End the run if processes that must know the same do not.
 
