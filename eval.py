@@ -4,9 +4,9 @@
     python eval.py --config configs/qwen2_5_math_7b.py --config.policy.path=DIR --workdir runs/base \\
         --config.eval.sets=aime,amc,math500 [--config.eval.dir=FILES]
 
-Measures the run in the work directory, whose keys must be the config's but for those of the eval and verify
-sections; a work directory without a run measures config.policy.path. Without eval.sets it takes the
-run's held-out tasks. Samples go to eval/{policy}/{set}.jsonl in the work directory, from
+Measures the run in the work directory, at its newest checkpoint or with eval.best at its best one. Its keys must be the
+config's but for those of the eval and verify sections; a work directory without a run measures config.policy.path.
+Without eval.sets it takes the run's held-out tasks. Samples go to eval/{policy}/{set}.jsonl in the work directory, from
 where the same command continues if it was stopped, and the table to results.json. In a notebook,
 `measure(config, workdir)` does the same.
 """
@@ -141,10 +141,12 @@ def load_params(
         path = pathlib.Path(config.policy.path)
         _, params = policy.load_hf(path, mesh)
         return f"checkpoint {fingerprint(path)}", params
-    with Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints:
+    place, keep = ("best", 1) if config.eval.best else ("checkpoints", config.checkpoint.keep)
+    with Checkpoints(workdir / place, keep=keep) as checkpoints:
         restored = checkpoints.restore({"params": abstract_params(policy_config, mesh)}, move_aside=False)
     if restored is None:
-        raise ValueError(f"{workdir} holds no checkpoint yet; let train.py take {config.checkpoint.every} steps")
+        every = config.eval.every if config.eval.best else config.checkpoint.every
+        raise ValueError(f"{workdir / place} holds no checkpoint yet; let train.py take {every} steps")
     return f"step {restored[0]}", restored[1]["params"]
 
 

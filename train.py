@@ -14,6 +14,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -137,20 +139,23 @@ def take_steps(
         say("krl: stopped during supervised fine-tuning; the same command continues it")
         return "stopped"
     run = make_run(config, parts, optimizer, reference)
-    rollbacks = read_rollbacks(workdir)
+    rollbacks, about = read_rollbacks(workdir), about_run(config, parts)
 
     # ---------------------------------------------------------------- the loop
     with (
+        Checkpoints(workdir / "best", keep=1) as best,
         MetricsLog(workdir, first_step=step) as log,
         progress(config.steps, step, config.alloc.rule) as show,
         profile(workdir / "profile", begin=step + 2, steps=config.profile.steps if is_first() else 0) as record,
     ):
+        best.forget_after(step)
+        highest = highest_accuracy(workdir, step)
         if step == 0 and config.eval.every:
             metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
             log.write(0, metrics)
             show(0, f"accuracy {metrics['eval/accuracy']:.3f}")
         if config.steps == 0:
-            checkpoints.save(0, saved(learner))
+            checkpoints.save(0, saved(learner), about | {"step": 0})
         while step < config.steps and not should_stop():
             record(step)
             learner, metrics, groups = take_step(run, learner, step, draws_before(rollbacks, step))
@@ -164,6 +169,9 @@ def take_steps(
             text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  counts {metrics['count_min']:.0f}-{metrics['count_max']:.0f}"
             if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
                 metrics |= evaluate_held_out(run, learner, log, step)
+                if metrics["eval/accuracy"] > highest:
+                    highest = metrics["eval/accuracy"]
+                    best.save(step, {"params": learner.state.params}, about | {"step": step, "accuracy": highest})
                 text += f"  accuracy {metrics['eval/accuracy']:.3f}"
             log.write(step, metrics)
             log.write_groups(step, groups)
@@ -173,12 +181,18 @@ def take_steps(
             show(step, text)
             refuse_bad_updates(learner.state, config.max_bad_updates)
             if step % config.checkpoint.every == 0 or step == config.steps:
-                checkpoints.save(step, saved(learner))
+                checkpoints.save(step, saved(learner), about | {"step": step})
     if step < config.steps:
-        checkpoints.save(step, saved(learner))
+        checkpoints.save(step, saved(learner), about | {"step": step})
         say(f"krl: stopped after step {step}; the same command continues from there")
         return "stopped"
     return "finished"
+
+
+def highest_accuracy(workdir: pathlib.Path, step: int) -> float:
+    """The highest held-out accuracy that a run measured after training in its first steps; -1 if it measured none."""
+    rows = [row for row in read_rows(workdir / "metrics.jsonl") if 0 < row["step"] <= step]
+    return max((row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None), default=-1.0)
 
 
 def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:
@@ -316,9 +330,23 @@ def start_or_continue(
     found = checkpoints.restore(like)
     assert found is not None  # latest_step has seen it
     first, trees = found
+    about, now = trees["about"], about_run(config, parts)
+    if about.get("train", now["train"]) != now["train"]:
+        raise ValueError(
+            f"the training prompts are not those of the run: {about['train']} at step {first}, {now['train']} now; what is "
+            "believed of each would be of another one; bring its data back or choose another --workdir"
+        )
     say(f"krl: continuing from step {first}")
     state = TrainState(trees["params"], trees["opt_state"])
     return first, Learner(state, trees["belief"], trees.get("prior")), reference
+
+
+def about_run(config: ConfigDict, parts: Setup) -> dict:
+    """What a checkpoint says of its run: the config, a digest of its keys that may not change, and the training prompts."""
+    flat = json.loads(json.dumps(flatten(config)))
+    bound = json.dumps({key: flat[key] for key in sorted(flat.keys() - set(FREE_KEYS))})
+    digest = hashlib.blake2b(bound.encode(), digest_size=8).hexdigest()
+    return {"config": flat, "config_digest": digest, "train": parts.train.identity()}
 
 
 def saved(learner: Learner) -> dict:

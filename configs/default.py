@@ -44,11 +44,15 @@ def get_config() -> ConfigDict:
     config.eval.sets = (
         ""  # benchmarks of eval.py, keys of krl.tasks.SOURCES: "aime,amc,math500"; "" for held-out prompts
     )
+    config.eval.best = False  # eval.py measures the parameters of the highest held-out accuracy, not the newest
     config.eval.dir = ""  # directory with {set}.jsonl files to read instead of the hub
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 25  # steps
     config.checkpoint.keep = 2  # newest checkpoints kept
+    config.checkpoint.best = (
+        True  # keep the parameters of the highest held-out accuracy too, in the work directory's best/
+    )
 
     # A step beyond one of these is undone: the run goes on from its last checkpoint, with other rollouts. 0 for no limit.
     config.guard = ConfigDict()

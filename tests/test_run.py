@@ -163,6 +163,20 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_is_used(tmp_p
         assert checkpoints.restore(like)[0] == 3
 
 
+def test_a_checkpoint_tells_of_itself_and_later_ones_can_be_forgotten(tmp_path):
+    state = {"a": jnp.arange(3)}
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(1, {"state": state})
+        checkpoints.save(2, {"state": state}, {"step": 2, "config": {"mesh.shape": [8]}})
+        checkpoints.save(3, {"state": state})
+        assert checkpoints.restore({"state": state})[1]["about"] == {}
+        checkpoints.forget_after(2)
+        step, found = checkpoints.restore({"state": state})
+        assert (step, found["about"]) == (2, {"step": 2, "config": {"mesh.shape": [8]}})
+        checkpoints.save(3, {"state": state})
+        assert checkpoints.latest_step() == 3
+
+
 def test_a_checkpoint_that_another_process_cannot_read_is_used_by_none(tmp_path, monkeypatch, capsys):
     like = {"state": {"a": jnp.ones(2)}}
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 
+import train as script
 from configs import arithmetic
 from eval import measure
 from tests.command_line import ROOT, TINY, command, environment, rows, run, run_here
@@ -32,6 +33,40 @@ def finished(tmp_path_factory):
     done = run(workdir, **{"sft.dir": workdir.with_name("sft")})
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
+
+
+def test_the_best_checkpoint_is_kept_and_measured(tmp_path, monkeypatch):
+    accuracies = iter([0.9, 0.1, 0.4, 0.4, 0.2])
+    evaluate_held_out = script.evaluate_held_out
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            script, "evaluate_held_out", lambda *where: evaluate_held_out(*where) | {"eval/accuracy": next(accuracies)}
+        )
+        run_here(tmp_path, **{"eval.every": 1, "checkpoint.every": 4, "checkpoint.keep": 1})
+    assert [path.name for path in (tmp_path / "best").iterdir()] == ["2"]  # the first of the highest after training
+    about = json.loads((tmp_path / "best" / "2" / "about" / "metadata").read_text())
+    assert (about["step"], about["accuracy"], about["config"]["seed"]) == (2, 0.4, 0)
+    config = arithmetic.get_config()
+    config.update_from_flattened_dict(TINY | {"eval.every": 1, "checkpoint.every": 4, "checkpoint.keep": 1})
+    measure(config, tmp_path)
+    config.eval.best = True
+    measure(config, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["step_2", "step_4"]
+
+
+def test_a_run_is_not_continued_on_other_data(tmp_path):
+    data = tmp_path / "sums.jsonl"
+    write = lambda rows: data.write_text("".join(json.dumps({"q": f"{i}+{i}", "a": f"{2 * i}"}) + "\n" for i in rows))  # noqa: E731
+    keys = {"data.source": "dataset", "data.path": str(data), "data.prompt_field": "q", "data.answer_field": "a", "sft.steps": 0, "eval.every": 0}  # fmt: skip
+    write(range(30))
+    run_here(tmp_path / "run", **keys | {"steps": 2})
+    write(range(1, 31))
+    with pytest.raises(
+        ValueError, match=r"the training prompts are not those of the run: 15 with digest .* at step 2"
+    ):
+        run_here(tmp_path / "run", **keys)
+    write(range(30))
+    run_here(tmp_path / "run", **keys)
 
 
 def test_a_run_leaves_everything_a_user_looks_for(finished):

@@ -1,6 +1,5 @@
 """Benchmarks: every sample of a policy in a file, from where a measurement that was stopped goes on."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -70,7 +69,7 @@ def evaluate_set(
     Raises:
         ValueError: the file was made with other settings, or is no file of samples.
     """
-    settings = {"set": name, "tasks": _identify(encoded), "samples": samples, **settings}
+    settings = {"set": name, "tasks": encoded.identity(), "samples": samples, **settings}
     rows, faults = _resume(path, settings, samples)
     report(len(rows) // samples, "")
     batches = sample_tasks(
@@ -104,14 +103,6 @@ def evaluate_set(
         grid("reward", float), grid("length", int), grid("finished", bool), grid("key", object).tolist()
     )
     return summary | {"faults": dict(faults)}
-
-
-def _identify(encoded: EncodedTasks) -> str:
-    """The number of tasks and a digest of their tokens, questions and answers; padding does not count."""
-    digest = hashlib.blake2b(json.dumps([encoded.tasks.prompts, encoded.tasks.answers]).encode(), digest_size=6)
-    digest.update(encoded.mask.sum(axis=1).astype(np.int64).tobytes())
-    digest.update(encoded.tokens[encoded.mask].astype(np.int64).tobytes())
-    return f"{len(encoded)} with digest {digest.hexdigest()}"
 
 
 def _resume(path: pathlib.Path, settings: dict, samples: int) -> tuple[list[Measured], Counter]:

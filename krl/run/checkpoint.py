@@ -15,6 +15,8 @@ import orbax.checkpoint as ocp
 
 from krl.run.processes import any_process, is_first, say
 
+_ABOUT = "about"  # the item of a checkpoint that is no tree of arrays
+
 
 class Checkpoints:
     """The numbered checkpoints of one directory; use it as a context so that writes finish."""
@@ -33,13 +35,15 @@ class Checkpoints:
             self._manager.wait_until_finished()
         self._manager.close()
 
-    def save(self, step: int, trees: dict) -> None:
-        """Write pytrees of arrays under a step; returns once they are copied from the devices.
+    def save(self, step: int, trees: dict, about: dict | None = None) -> None:
+        """Write pytrees of arrays, and JSON values about them, under a step; returns once they are copied from the devices.
 
         Raises:
             ValueError: this one or the one before, whose writing ends meanwhile, found no space on the disk.
         """
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        if about:
+            arguments[_ABOUT] = ocp.args.JsonSave(about)
         with self._disk_errors():
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=ocp.args.Composite(**arguments))
@@ -56,12 +60,20 @@ class Checkpoints:
                 "free some space and give the same command again"
             ) from None
 
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, which a run that goes on from this one takes again."""
+        for later in self._manager.all_steps():
+            if later > step:
+                self._manager.delete(later)
+
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""
         return self._manager.latest_step()
 
     def restore(self, like: dict, *, move_aside: bool = True) -> tuple[int, dict] | None:
         """The newest checkpoint that every process can read, placed like the given trees, or None if there is none.
+
+        What was saved about it, {} if nothing, is under "about".
 
         Newer ones that cannot be read are said to be damaged, and moved to the directory's sibling `damaged` unless
         move_aside is False.
@@ -76,8 +88,9 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             problem, found = "another process could not", {}
             try:
-                restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-                found = {name: restored[name] for name in like}
+                told = {_ABOUT: ocp.args.JsonRestore()} if (self.directory / str(step) / _ABOUT).exists() else {}
+                restored = self._manager.restore(step, args=ocp.args.Composite(**arguments, **told))
+                found = {name: restored[name] for name in like} | {_ABOUT: restored[_ABOUT] if told else {}}
             except (ValueError, KeyError, OSError) as error:
                 problem = str(error).strip().splitlines()[0]
             if any_process(not found):

@@ -1,7 +1,9 @@
 """Data sets to prompts: loading, encoding, and the resumable order in which steps visit them."""
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import logging
 import math
 import os
@@ -47,6 +49,13 @@ class EncodedTasks:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    def identity(self) -> str:
+        """The number of tasks and a digest of their tokens, questions and answers; padding does not count."""
+        digest = hashlib.blake2b(json.dumps([self.tasks.prompts, self.tasks.answers]).encode(), digest_size=6)
+        digest.update(self.mask.sum(axis=1).astype(np.int64).tobytes())
+        digest.update(self.tokens[self.mask].astype(np.int64).tobytes())
+        return f"{len(self)} with digest {digest.hexdigest()}"
 
 
 def load_tasks(
