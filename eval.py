@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import jax
 from absl import app, flags
+from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -30,8 +31,9 @@ from krl.run.benchmark import evaluate_set
 from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir, write_json
 from krl.run.estimates import table
 from krl.run.metrics import keep_compilations, progress
+from krl.run.processes import is_first, join_processes, place_whole, say, stay_together
 from krl.run.setup import NAMES, abstract_params, encode, find_policy, find_slots, load_task_sets, make_verifiers
-from krl.sharding import make_mesh, named_sharding, reshape_mesh
+from krl.sharding import make_mesh, reshape_mesh
 from krl.tasks import SOURCES, TaskSet, load_named
 from krl.tasks.verify import answer_key
 
@@ -45,6 +47,8 @@ VOTES: dict[str, Callable[[str], str | None]] = {
 def main(_):
     """The command line."""
     with one_line_errors("eval.py"):
+        join_processes(flags.FLAGS.config.distributed)
+    with stay_together(), one_line_errors("eval.py"):
         keep_compilations()
         measure(flags.FLAGS.config, flags.FLAGS.workdir)
 
@@ -57,7 +61,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
         workdir: of a run; without a run in it, where the samples go.
 
     Returns:
-        The statistics by name of the set, see `krl.run.estimates.summarize`.
+        The statistics by name of the set, see `krl.run.estimates.summarize`; of several processes the first has them.
 
     Raises:
         ValueError: a config, data or samples of an earlier call that do not fit; the message says the fix.
@@ -66,7 +70,8 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
     workdir = pathlib.Path(workdir)
     check(config, **NAMES)
     has_run = (workdir / "config.json").exists()
-    open_place(workdir, config, has_run=has_run)
+    if is_first():
+        open_place(workdir, config, has_run=has_run)
     mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
     mesh = reshape_mesh(mesh, tuple(config.mesh.decode))  # there is no update
     verifiers = make_verifiers(config)
@@ -78,7 +83,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
     identity, params = load_params(config, policy_config, workdir if has_run else None, mesh)
 
     # ---------------------------------------------------------------- measure it
-    print(f"krl: measuring {identity}, {config.eval.samples} samples of each task")
+    say(f"krl: measuring {identity}, {config.eval.samples} samples of each task")
     generate = functools.partial(
         rollout.generate, policy_config, max_new_tokens=config.sample.max_new_tokens, eos_ids=tokenizer.eos_ids,
         pad_id=tokenizer.pad_id, num_slots=find_slots(config, policy_config, mesh), temperature=config.eval.temperature, top_p=config.eval.top_p,
@@ -98,15 +103,14 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
                 results[name] = evaluate_set(
                     name, generate, verifiers.score, params, tasks, key,
                     tokenizer=tokenizer, answer_key=VOTES.get(config.data.reward, answer_key), samples=config.eval.samples,
-                    num_rollouts=config.alloc.budget, place=functools.partial(jax.device_put, device=named_sharding(mesh)),
+                    num_rollouts=config.alloc.budget, place=functools.partial(place_whole, mesh),
                     path=workdir / "eval" / identity.replace(" ", "_") / f"{name}.jsonl", settings=settings, report=report,
                 )  # fmt: skip
             if tasks.dropped:
-                print(
-                    f"krl: {name}: {tasks.dropped} prompts longer than {config.data.max_prompt_tokens} tokens left out"
-                )
-    write_json(workdir / "results.json", {"settings": settings, "sets": results})
-    Console().print(table(results))
+                say(f"krl: {name}: {tasks.dropped} prompts longer than {config.data.max_prompt_tokens} tokens left out")
+    if is_first():
+        write_json(workdir / "results.json", {"settings": settings, "sets": results})
+        Console().print(table(results))
     return results
 
 
@@ -141,12 +145,13 @@ def load_params(
         path = pathlib.Path(config.policy.path)
         _, params = policy.load_hf(path, mesh)
         return f"checkpoint {fingerprint(path)}", params
-    place, keep = ("best", 1) if config.eval.best else ("checkpoints", config.checkpoint.keep)
-    with Checkpoints(workdir / place, keep=keep) as checkpoints:
+    name, keep = ("best", 1) if config.eval.best else ("checkpoints", config.checkpoint.keep)
+    directory = epath.Path(config.checkpoint.dir or workdir) / name
+    with Checkpoints(directory, keep=keep) as checkpoints:
         restored = checkpoints.restore({"params": abstract_params(policy_config, mesh)}, move_aside=False)
     if restored is None:
         every = config.eval.every if config.eval.best else config.checkpoint.every
-        raise ValueError(f"{workdir / place} holds no checkpoint yet; let train.py take {every} steps")
+        raise ValueError(f"{directory} holds no checkpoint yet; let train.py take {every} steps")
     return f"step {restored[0]}", restored[1]["params"]
 
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
+from etils import epath
 from ml_collections import ConfigDict
 
 from configs.check import FREE_KEYS, check, flatten
@@ -40,6 +41,7 @@ from krl.run.metrics import (
     CompileCounter,
     MetricsLog,
     PhaseClock,
+    highest_accuracy,
     keep_compilations,
     memory_used,
     over_processes,
@@ -99,33 +101,36 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
         ValueError: a config or data that cannot work; the message says the fix.
         FloatingPointError: too many updates in a row were not finite, or too many steps beyond config.guard.
     """
-    workdir = pathlib.Path(workdir)
+    workdir, compiles = pathlib.Path(workdir), CompileCounter()
     check(config, **NAMES)
-    with first_before_others("set up"):
-        parts = set_up(config, workdir, flatten(config), FREE_KEYS)
-    size = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
-    say(
-        f"krl: {config.alloc.rule} budgets, {config.prompts_per_step} prompts and {config.alloc.budget} rollouts a step, "
-        f"{len(parts.train)} training prompts ({parts.train.dropped} too long), {size:,} parameters, "
-        f"mesh {dict(parts.mesh.shape)} of {jax.devices()[0].device_kind}"
-    )
-    compiles = CompileCounter()
-    with (
-        stop_on_signal() as asked,
-        hold_workdir(workdir) if is_first() else contextlib.nullcontext(),
-        jax.set_mesh(parts.mesh),
-        parts.verifiers,
-        Checkpoints(workdir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
-    ):
-        outcome = "went back"
-        while outcome == "went back":
-            outcome = take_steps(config, workdir, parts, checkpoints, compiles, lambda: any_process(asked.is_set()))
+    with stop_on_signal() as asked:
+        with first_before_others("set up"):
+            parts = set_up(config, workdir, flatten(config), FREE_KEYS)
+        size = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
+        say(
+            f"krl: {config.alloc.rule} budgets, {config.prompts_per_step} prompts and {config.alloc.budget} rollouts a step, "
+            f"{len(parts.train)} training prompts ({parts.train.dropped} too long), {size:,} parameters, "
+            f"mesh {dict(parts.mesh.shape)} of {jax.devices()[0].device_kind}"
+        )
+        place = epath.Path(config.checkpoint.dir or workdir)
+        with (
+            hold_workdir(workdir) if is_first() else contextlib.nullcontext(),
+            jax.set_mesh(parts.mesh),
+            parts.verifiers,
+            Checkpoints(place / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+            Checkpoints(place / "best", keep=1) as best,
+        ):
+            outcome = "went back"
+            while outcome == "went back":
+                outcome = take_steps(
+                    config, workdir, parts, checkpoints, best, compiles, lambda: any_process(asked.is_set())
+                )
     return last_row(config, workdir) if outcome == "finished" else None
 
 
 def take_steps(
-    config: ConfigDict, workdir: pathlib.Path, parts: Setup, checkpoints: Checkpoints, compiles: CompileCounter,
-    should_stop: Callable[[], bool],
+    config: ConfigDict, workdir: pathlib.Path, parts: Setup, checkpoints: Checkpoints, best: Checkpoints,
+    compiles: CompileCounter, should_stop: Callable[[], bool],
 ) -> str:  # fmt: skip
     """Take the steps that are left, from the newest checkpoint on or from the start.
 
@@ -143,14 +148,13 @@ def take_steps(
 
     # ---------------------------------------------------------------- the loop
     with (
-        Checkpoints(workdir / "best", keep=1) as best,
         MetricsLog(workdir, first_step=step) as log,
         progress(config.steps, step, config.alloc.rule) as show,
         profile(workdir / "profile", begin=step + 2, steps=config.profile.steps if is_first() else 0) as record,
     ):
         best.forget_after(step)
         highest = highest_accuracy(workdir, step)
-        if step == 0 and config.eval.every:
+        if step == 0 and config.eval.every and not should_stop():
             metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
             log.write(0, metrics)
             show(0, f"accuracy {metrics['eval/accuracy']:.3f}")
@@ -187,12 +191,6 @@ def take_steps(
         say(f"krl: stopped after step {step}; the same command continues from there")
         return "stopped"
     return "finished"
-
-
-def highest_accuracy(workdir: pathlib.Path, step: int) -> float:
-    """The highest held-out accuracy that a run measured after training in its first steps; -1 if it measured none."""
-    rows = [row for row in read_rows(workdir / "metrics.jsonl") if 0 < row["step"] <= step]
-    return max((row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None), default=-1.0)
 
 
 def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:

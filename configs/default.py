@@ -49,6 +49,9 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 25  # steps
+    config.checkpoint.dir = (
+        ""  # where they go, such as "gs://bucket/run", "" for the work directory; each run has its own
+    )
     config.checkpoint.keep = 2  # newest checkpoints kept
     config.checkpoint.best = (
         True  # keep the parameters of the highest held-out accuracy too, in the work directory's best/

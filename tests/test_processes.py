@@ -1,7 +1,9 @@
 """Several real processes on this machine, joined as a cluster's are, against one process."""
 
 import os
+import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,22 +14,24 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from configs import arithmetic
+from eval import measure
 from krl.run import processes
-from tests.command_line import ROOT, command, environment, rows, run_here
+from tests.command_line import ROOT, TINY, command, environment, rows, run_here
 
 pytestmark = pytest.mark.usefixtures("compiled")
 STEPS = {"steps": 6, "mesh.shape": (2,)}
 
 
-def start(workdir, count=2, **changes):
-    """The processes of a run, one device each."""
+def start(workdir, count=2, script="train.py", **changes):
+    """The processes of a run or a measurement, one device each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     joined = {"distributed.coordinator": f"127.0.0.1:{port}", "distributed.processes": count}
     return [
         subprocess.Popen(
-            command(workdir, **STEPS, **joined, **{"distributed.process": number}, **changes), cwd=ROOT, text=True,
+            command(workdir, script=script, **STEPS, **joined, **{"distributed.process": number}, **changes), cwd=ROOT, text=True,
             env=environment(workdir.parent) | {"JAX_NUM_CPU_DEVICES": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for number in range(count)
@@ -89,6 +93,16 @@ def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path)
         for name in ("reward_mean", "loss", "grad_norm", "entropy", "kl"):
             if name in expected:
                 np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+    copy = shutil.copytree(workdir, tmp_path / "copy")
+    codes, outputs = finish(start(workdir, script="eval.py", **warm))
+    assert codes == [0, 0], outputs
+    assert "held_out" not in outputs[1]
+    config = arithmetic.get_config()
+    config.update_from_flattened_dict(TINY | STEPS | warm)
+    measure(config, copy)
+    samples = (f"{place}/eval/step_6/held_out.jsonl" for place in (workdir, copy))
+    assert len({pathlib.Path(path).read_text() for path in samples}) == 1
 
 
 def test_what_one_process_refuses_ends_all_in_one_line(tmp_path):

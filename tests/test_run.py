@@ -177,6 +177,15 @@ def test_a_checkpoint_tells_of_itself_and_later_ones_can_be_forgotten(tmp_path):
         assert checkpoints.latest_step() == 3
 
 
+def test_checkpoints_may_lie_in_object_storage(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", lambda directory, **_: asked.append(str(directory)))
+    monkeypatch.chdir(tmp_path)
+    for given in ("gs://bucket/run/checkpoints", "s3://bucket/run/checkpoints", "run/checkpoints"):
+        Checkpoints(given, keep=1)
+    assert asked == ["gs://bucket/run/checkpoints", "s3://bucket/run/checkpoints", f"{tmp_path}/run/checkpoints"]
+
+
 def test_a_checkpoint_that_another_process_cannot_read_is_used_by_none(tmp_path, monkeypatch, capsys):
     like = {"state": {"a": jnp.ones(2)}}
     with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:

@@ -61,9 +61,7 @@ def test_a_run_is_not_continued_on_other_data(tmp_path):
     write(range(30))
     run_here(tmp_path / "run", **keys | {"steps": 2})
     write(range(1, 31))
-    with pytest.raises(
-        ValueError, match=r"the training prompts are not those of the run: 15 with digest .* at step 2"
-    ):
+    with pytest.raises(ValueError, match=r"the training prompts are not those of the run: 15 with digest .* at step 2"):
         run_here(tmp_path / "run", **keys)
     write(range(30))
     run_here(tmp_path / "run", **keys)

@@ -1,5 +1,6 @@
 """Benchmarks: every sample of a policy in a file, from where a measurement that was stopped goes on."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -12,7 +13,8 @@ import numpy as np
 
 from krl.policy.tokenizer import Tokenizer
 from krl.run.estimates import summarize
-from krl.run.evaluate import Score, decode_rollouts, sample_tasks
+from krl.run.evaluate import Score, decode_rollouts, sample_tasks, score_apart
+from krl.run.processes import is_first, sum_over_processes
 from krl.tasks import EncodedTasks
 from krl.types import Prompts, Rollouts
 
@@ -64,24 +66,26 @@ def evaluate_set(
         report: called with the tasks done and a few words after every batch.
 
     Returns:
-        `summarize` of all D * k samples, and `faults`: how often the verifiers failed, by kind.
+        `summarize` of all D * k samples, and `faults` of the verifiers by kind; {} but in the process that keeps the file.
 
     Raises:
         ValueError: the file was made with other settings, or is no file of samples.
     """
     settings = {"set": name, "tasks": encoded.identity(), "samples": samples, **settings}
-    rows, faults = _resume(path, settings, samples)
-    report(len(rows) // samples, "")
+    rows, faults = _resume(path, settings, samples) if is_first() else ([], Counter())
+    first_task = int(sum_over_processes(np.array(len(rows) // samples)))
+    report(first_task, "")
     batches = sample_tasks(
-        sample, params, encoded, key,
-        samples=samples, num_rollouts=num_rollouts, place=place, first_task=len(rows) // samples,
-    )  # fmt: skip
-    with path.open("ab") as file:
+        sample, params, encoded, key, samples=samples, num_rollouts=num_rollouts, place=place, first_task=first_task
+    )
+    with path.open("ab") if is_first() else contextlib.nullcontext() as file:
         for ids, rollouts in batches:
             texts, task_ids = decode_rollouts(tokenizer, rollouts), ids[rollouts.prompt_index].tolist()
             prompts = [encoded.tasks.prompts[i] for i in task_ids]
             answers = [encoded.tasks.answers[i] for i in task_ids]
-            rewards, failed = score(list(zip(prompts, texts, answers, strict=True)))
+            rewards, failed = score_apart(score, list(zip(prompts, texts, answers, strict=True)))
+            if file is None:
+                continue
             batch = [
                 {
                     "set": name, "task": task_ids[i], "sample": int(rollouts.sample_index[i]), "response": text,
@@ -95,14 +99,16 @@ def evaluate_set(
             rows += [_measure(row) for row in batch]
             faults.update(failed)
             report(len(rows) // samples, f"mean reward {np.mean([row.reward for row in rows]):.3f}")
+    return _summary(rows, samples) | {"faults": dict(faults)} if is_first() else {}
+
+
+def _summary(rows: Sequence[Measured], samples: int) -> dict:
+    """`summarize` of all samples in their order."""
 
     def grid(field: str, dtype: type) -> np.ndarray:
         return np.array([getattr(row, field) for row in rows], dtype).reshape(-1, samples)
 
-    summary = summarize(
-        grid("reward", float), grid("length", int), grid("finished", bool), grid("key", object).tolist()
-    )
-    return summary | {"faults": dict(faults)}
+    return summarize(grid("reward", float), grid("length", int), grid("finished", bool), grid("key", object).tolist())
 
 
 def _resume(path: pathlib.Path, settings: dict, samples: int) -> tuple[list[Measured], Counter]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from krl.run.processes import any_process, is_first, say
 
@@ -21,9 +22,10 @@ _ABOUT = "about"  # the item of a checkpoint that is no tree of arrays
 class Checkpoints:
     """The numbered checkpoints of one directory; use it as a context so that writes finish."""
 
-    def __init__(self, directory: pathlib.Path, *, keep: int):
-        """Open or create a directory that keeps its newest `keep` checkpoints."""
-        self.directory = directory.absolute()
+    def __init__(self, directory: epath.PathLike, *, keep: int):
+        """Open or create a directory, which may be in object storage, that keeps its newest `keep` checkpoints."""
+        local = "://" not in str(directory)
+        self.directory = epath.Path(directory).absolute() if local else epath.Path(directory)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -110,7 +112,7 @@ class Checkpoints:
 
     def _move_aside(self, steps: Sequence[int]) -> None:
         if is_first():
-            aside = self.directory.with_name("damaged")
+            aside = self.directory.parent / "damaged"
             aside.mkdir(exist_ok=True)
             for step in steps:
                 (self.directory / str(step)).rename(aside / f"{step}_{time.time_ns()}")

@@ -38,10 +38,16 @@ def score_rollouts(
         (rewards [R] float32, 0 on padding rows; how often the verifiers failed, by kind).
     """
     index, real = np.asarray(rollouts.prompt_index), np.flatnonzero(rollouts.mask)
-    mine = real[jax.process_index() :: jax.process_count()]
-    texts = decode_rollouts(tokenizer, rollouts)
-    rewards = np.zeros(len(index), np.float32)
-    rewards[mine], faults = score([(prompts[index[row]], texts[row], answers[index[row]]) for row in mine])
+    texts, rewards = decode_rollouts(tokenizer, rollouts), np.zeros(len(index), np.float32)
+    items = [(prompts[index[row]], texts[row], answers[index[row]]) for row in real]
+    rewards[real], faults = score_apart(score, items)
+    return rewards, faults
+
+
+def score_apart(score: Score, items: Sequence[tuple[str, str, Answer]]) -> tuple[np.ndarray, dict[str, int]]:
+    """What `score` finds of items that all processes have, of which each has its share verified."""
+    mine, rewards = slice(jax.process_index(), None, jax.process_count()), np.zeros(len(items), np.float32)
+    rewards[mine], faults = score(items[mine])
     return share_scores(rewards, faults)
 
 
