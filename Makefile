@@ -1,7 +1,7 @@
 # make demo   from one warm start: uniform budgets, uniform with twice the rollouts, the knapsack; and compare
 # make pod    two processes on this machine that train one policy
 # make test   the test suite
-# make slow   tests that take minutes each: several processes
+# make slow   tests that take minutes each: several processes; compiled as for users
 # make check  format, lint, types
 # make clean  remove what make demo wrote (.venv stays)
 
@@ -35,7 +35,7 @@ test: $(VENV)/dev-installed
 	$(VENV)/bin/python -m pytest
 
 slow: $(VENV)/dev-installed
-	$(VENV)/bin/python -m pytest -m slow tests
+	XLA_FLAGS= $(VENV)/bin/python -m pytest -m slow tests
 
 check: $(VENV)/dev-installed
 	$(VENV)/bin/ruff format --check .

@@ -1,6 +1,7 @@
 """The optimiser steps: micro-batches, skipped rollouts, devices and faults change nothing they should not."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,12 +137,13 @@ def test_an_entropy_bonus_is_the_mean_entropy_of_the_response_tokens():
 
 def test_what_is_fastest_here_computes_the_same():
     plain, metrics = step()
-    fast = for_this_backend(
+    fast: Any = for_this_backend(
         policy_update, tiny.CONFIG, OPTIMIZER, num_updates=1, micro_tokens=4 * ROW_TOKENS, temperature=1.0, **CLIPS
     )
-    state, same = fast(
+    arguments = (
         fresh_state(), tiny.prompts(), tiny.rollouts(INDEX), jnp.asarray(ADVANTAGES, jnp.float32), jax.random.key(0)
-    )
+    )  # fmt: skip
+    state, same = fast.lower(*arguments).compile(tiny.AS_FOR_USERS)(*arguments)
     assert_close(state.params, plain.params, atol=1e-4)
     assert_close(same, metrics, atol=1e-5)
 

@@ -13,6 +13,11 @@ CONFIG = policy.PolicyConfig(
 )
 EOS = (1,)
 
+# What undoes the quick compilations of tests, for those that look at the compiled program or compare it.
+AS_FOR_USERS: dict[str, int | bool] = {
+    "xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False, "xla_cpu_use_fusion_emitters": True
+}  # fmt: skip
+
 
 def params(seed: int = 0, config: policy.PolicyConfig = CONFIG) -> dict:
     """Random parameters, larger than a fresh model's so that logits differ clearly."""
