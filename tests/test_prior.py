@@ -10,6 +10,8 @@ from krl.budget import prior as priors
 from krl.budget.belief import init_belief, take, update
 from krl.sharding import make_mesh
 
+INFORM, LEARN, UPDATE = map(jax.jit, (priors.inform, priors.learn_prior, update))  # once for all tests
+
 
 def known(num_prompts, alpha=0.5, beta=0.5, successes=0.0, failures=0.0):
     belief = take(init_belief(num_prompts), jnp.arange(num_prompts))
@@ -163,21 +165,20 @@ def predicted(source, features, rates, *, steps=60, prompts=32, each=8, seed=0, 
     num_tasks = len(rates)
     features = features if informative else features[rng.permutation(num_tasks)]
     belief, prior = init_belief(num_tasks), priors.init_prior(source, int(features.max()) + 1)
-    learn = jax.jit(priors.learn_prior)
     total = np.zeros(2)
     for step in range(steps):
         ids = rng.choice(num_tasks, prompts, replace=False)
         rewards = (rng.random((prompts, each)) < rates[ids, None]).astype(np.float32)
         wins, outcomes = rewards.sum(axis=1), np.full(prompts, each)
         before, known_features = take(belief, jnp.asarray(ids)), jnp.asarray(features[ids])
-        for number, told in enumerate((priors.inform(prior, before, known_features), before)):
+        for number, told in enumerate((INFORM(prior, before, known_features), before)):
             a = np.asarray(told.prior_alpha + told.successes)
             b = np.asarray(told.prior_beta + told.failures)
             total[number] += (betaln(a + wins, b + outcomes - wins) - betaln(a, b)).sum()
         index = jnp.repeat(jnp.arange(prompts), each)
         groups = jnp.asarray(rewards).reshape(-1), index, jnp.ones(len(index), bool)
-        prior = learn(prior, before, known_features, *groups)
-        belief = update(belief, jnp.asarray(ids), *groups, step)
+        prior = LEARN(prior, before, known_features, *groups)
+        belief = UPDATE(belief, jnp.asarray(ids), *groups, step)
     return total / (steps * prompts)
 
 
@@ -248,8 +249,8 @@ def test_eight_devices_learn_what_one_learns(source):
         spread.append(jax.device_put(leaf, rows if splits else whole))
     placed = jax.tree.unflatten(jax.tree.structure((prior, *arguments)), jax.tree.leaves(spread))
     for alone, shared in zip(
-        jax.tree.leaves(jax.jit(priors.learn_prior)(prior, *arguments)),
-        jax.tree.leaves(jax.jit(priors.learn_prior)(*placed)),
+        jax.tree.leaves(LEARN(prior, *arguments)),
+        jax.tree.leaves(LEARN(*placed)),
         strict=True,
     ):
         np.testing.assert_allclose(shared, alone, rtol=2e-4, atol=2e-4)
@@ -260,9 +261,8 @@ def test_candidates_that_never_see_two_rates_stay_finite():
     features = jnp.arange(40)[:, None] % 4 + jnp.array([0, 10])
     wins, outcomes = np.where(np.arange(40) % 4 < 2, 60, 0), np.full(40, 60)
     prior = priors.init_prior("features", 32)
-    learn = jax.jit(priors.learn_prior)
     for _ in range(30):
-        prior = learn(prior, known(40, 1.0, 1.0), features, *rollouts(wins, outcomes))
+        prior = LEARN(prior, known(40, 1.0, 1.0), features, *rollouts(wins, outcomes))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(prior))
     told = priors.inform(prior, known(40, 1.0, 1.0), features)
     rate = told.prior_alpha / (told.prior_alpha + told.prior_beta)
