@@ -249,7 +249,8 @@ def test_real_rows_go_through_the_whole_path(tmp_path, capsys):
     run_here(
         tmp_path / "work", config="gsm8k", **{
             "data.path": str(file), "alloc.rule": "uniform", "eval.prompts": 6, "data.max_prompt_tokens": 64,
-            "sample.max_new_tokens": 24, "policy.num_layers": 1, "tokenizer.vocab_size": 400, "steps": 2,
+            "sample.max_new_tokens": 24, "policy.num_layers": 1, "tokenizer.vocab_size": 400, "sft.steps": 2,
+            "steps": 2,
         },
     )  # fmt: skip
     assert "30 training prompts" in capsys.readouterr().out
