@@ -111,6 +111,26 @@ def test_bad_files_are_refused_in_one_line(tmp_path, name, content, changes, mes
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        b'{"question": "1", "ans',
+        b"\0\xff",
+        b'{"question": "1"}',
+        b'{"question": "\xff", "answer": "2"}',
+        b'{"answer": 1]',
+    ],
+)
+def test_a_row_that_is_broken_is_told_by_its_number_and_nothing_else_is_said(tmp_path, row, capfd):
+    path, good = tmp_path / "rows.jsonl", GOOD.encode()
+    path.write_bytes(good * 2000 + b"\n" + good + row + b"\n" + good)  # empty lines are no rows
+    with pytest.raises(ValueError, match=r"\brow 2001\b") as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_chats_are_read_as_questions_and_solutions(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": [USER, REPLY]}) + "\n")

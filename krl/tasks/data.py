@@ -176,8 +176,42 @@ def read_rows(*, name: str, subset: str, split: str, path: str) -> tuple[Iterato
     data, source = _open(name, subset, split, path)
     if not len(data):
         raise ValueError(f"{source} is empty")
-    batches = data.with_format("arrow").iter(batch_size=1000)  # many times faster than row by row
-    return (row for batch in batches for row in batch.to_pylist()), data.column_names, source
+    return _rows(data, source), data.column_names, source
+
+
+def _rows(data, source: str) -> Iterator[dict]:
+    """The rows of a datasets.Dataset, many times faster than one by one."""
+    begin = 0
+    for batch in data.with_format("arrow").iter(batch_size=1000):
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"row {begin + _first_unreadable(batch)} of {source} is not UTF-8; mend or remove it"
+            ) from None
+        yield from rows
+        begin += len(rows)
+
+
+def _first_unreadable(batch) -> int:
+    """The first row of an arrow table whose texts are not UTF-8."""
+    for number in range(len(batch)):
+        try:
+            batch.slice(number, 1).to_pylist()
+        except UnicodeDecodeError:
+            return number
+    return 0
+
+
+def _broken_row(file: pathlib.Path) -> str:
+    """ ", row 3" if that is the first of a file of JSON lines that is no JSON; "" if all are."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(line for line in lines if line.strip()):
+            try:
+                json.loads(line)
+            except ValueError:
+                return f", row {number}"
+    return ""
 
 
 def _open(name: str, subset: str, split: str, path: str):
@@ -186,6 +220,7 @@ def _open(name: str, subset: str, split: str, path: str):
 
     datasets.disable_progress_bars()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells every try of a hub that is out of reach
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it tells what is raised too
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it reports to the hub, even of local files
     if not path:
         source = f"data set {name}" + (f" ({subset})" if subset else "") + f", split {split}"
@@ -207,7 +242,8 @@ def _open(name: str, subset: str, split: str, path: str):
         return datasets.load_dataset(builder, data_files=str(file), split="train"), source
     except Exception as error:
         cause = error.__cause__ or error
-        raise ValueError(f"cannot read {source} as {builder}: {str(cause).strip().splitlines()[0]}") from None
+        row = _broken_row(file) if file.suffix == ".jsonl" else ""
+        raise ValueError(f"cannot read {source} as {builder}{row}: {str(cause).strip().splitlines()[0]}") from None
 
 
 def encode_tasks(
