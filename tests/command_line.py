@@ -49,3 +49,9 @@ def run_here(workdir, config="arithmetic", **changes):
 
 def rows(workdir, name="metrics"):
     return [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def learnt(workdir):
+    """What a run measured, without its times."""
+    timed = ("seconds", "memory", "tokens_per_second", "compiles")
+    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(workdir)]

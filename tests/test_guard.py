@@ -7,8 +7,7 @@ import pytest
 import train as script
 from configs import arithmetic
 from krl.run.guard import draws_before, find_spike
-from tests.command_line import rows, run_here
-from tests.test_train import learnt
+from tests.command_line import learnt, rows, run_here
 
 pytestmark = pytest.mark.usefixtures("compiled")
 PLAIN = {"sft.steps": 0, "optim.learning_rate": 1e-9}

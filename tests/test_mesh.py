@@ -28,6 +28,7 @@ OPTIMIZER = make_optimizer(
     learning_rate=0.01, warmup_steps=0, decay_steps=0, beta1=BETA1, beta2=0.98, weight_decay=0.0, grad_clip=1e9
 )
 COUNTS = [9, 2, 7, 6]
+QUICK = {"xla_backend_optimization_level": 0}  # compiles in half the time; the partition over devices is the same
 GREEDY = {"max_new_tokens": 6, "eos_ids": tiny.EOS, "num_slots": 10, "temperature": 0.0}
 
 
@@ -49,7 +50,7 @@ def stepped(mesh_of):
         dual_clip=10.0,
     )  # fmt: skip
     with jax.set_mesh(mesh):
-        return jax.jit(update, compiler_options={"xla_backend_optimization_level": 0})(  # compiles in half the time
+        return jax.jit(update, compiler_options=QUICK)(
             init_state(CONFIG, OPTIMIZER, params), tiny.prompts(), tiny.rollouts(index),
             jnp.asarray(advantages, jnp.float32), jax.random.key(0),
         )  # fmt: skip
@@ -114,7 +115,8 @@ def greedy(mesh_of):
     mesh, params = on(mesh_of)
     with jax.set_mesh(mesh):
         prompts = place_whole(mesh, tiny.prompts())
-        return rollout.generate(CONFIG, params, prompts, jnp.array(COUNTS), jax.random.key(0), **GREEDY)
+        generate = functools.partial(rollout.generate, CONFIG, num_rollouts=24, **GREEDY)
+        return jax.jit(generate, compiler_options=QUICK)(params, prompts, jnp.array(COUNTS), jax.random.key(0))
 
 
 @pytest.mark.parametrize("mesh_of", MESHES)
@@ -138,7 +140,8 @@ def test_decoding_gathers_logits_and_never_a_parameter(mesh_of):
         for path, leaf in jax.tree.leaves_with_path(work.layers):
             cuts = 1 if leaf.ndim == 1 else model
             assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * cuts == leaf.size, path
-        text = sampler._PROGRAMS["serve"].lower(CONFIG, options, jnp.asarray(0.0), work, state, 2).compile().as_text()
+        serving = sampler._PROGRAMS["serve"].lower(CONFIG, options, 1.0, work, state, 2)
+        text = serving.compile(compiler_options=QUICK).as_text()
     gathered = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", text)}
     assert gathered == ({(slots, CONFIG.vocab_size)} if model > 1 else set())
 

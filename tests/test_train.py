@@ -14,16 +14,10 @@ from absl import flags
 import train as script
 from configs import arithmetic
 from eval import measure
-from tests.command_line import ROOT, TINY, command, environment, rows, run, run_here
+from tests.command_line import ROOT, TINY, command, environment, learnt, rows, run, run_here
 from train import train
 
 pytestmark = pytest.mark.usefixtures("compiled")
-
-
-def learnt(workdir):
-    """What a run measured, without its times."""
-    timed = ("seconds", "memory", "tokens_per_second", "compiles")
-    return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(workdir)]
 
 
 @pytest.fixture(scope="module")
