@@ -1,5 +1,6 @@
 """What a run leaves on disk: metrics, checkpoints, claims."""
 
+import errno
 import json
 import os
 import pathlib
@@ -116,6 +117,25 @@ def test_a_work_directory_belongs_to_one_config(tmp_path):
         open_workdir(workdir, config, ())
 
 
+@pytest.mark.parametrize("reason", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_directory_that_cannot_be_written_is_refused_in_one_line(tmp_path, monkeypatch, reason):
+    """Also one that is there, as on a file system that is mounted for reading; the error is the system's own."""
+
+    def refuse(path, *_, **__):
+        raise OSError(reason, os.strerror(reason), str(path))
+
+    monkeypatch.setattr(pathlib.Path, "touch", refuse)
+    with pytest.raises(ValueError, match=f"^cannot write the work directory .*{os.strerror(reason)}.*; choose another"):
+        open_workdir(tmp_path, {"seed": 0}, ())
+    monkeypatch.undo()
+    for place in ("/proc/krl", "/dev/null/krl"):
+        with pytest.raises(
+            ValueError, match=rf"^cannot write the work directory {place}: .*; choose another"
+        ) as refused:
+            open_workdir(pathlib.Path(place), {"seed": 0}, ())
+        assert "\n" not in str(refused.value)
+
+
 def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     mesh = make_mesh((4,), ("data",))
     state = {"a": jax.device_put(jnp.arange(8.0), named_sharding(mesh, "batch")), "b": jnp.int32(3)}
@@ -184,6 +204,23 @@ def test_checkpoints_may_lie_in_object_storage(tmp_path, monkeypatch):
     for given in ("gs://bucket/run/checkpoints", "s3://bucket/run/checkpoints", "run/checkpoints"):
         Checkpoints(given, keep=1)
     assert asked == ["gs://bucket/run/checkpoints", "s3://bucket/run/checkpoints", f"{tmp_path}/run/checkpoints"]
+
+
+def test_checkpoints_that_are_all_damaged_are_refused_by_name_and_stay_where_they_are(tmp_path):
+    like = {"state": {"a": jnp.ones(200)}}
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, like)
+    for path in (tmp_path / "checkpoints").rglob("*"):
+        if path.is_file():
+            os.truncate(path, 0)
+    with Checkpoints(tmp_path / "checkpoints", keep=2) as checkpoints:
+        with pytest.raises(
+            ValueError, match=f"^cannot read checkpoint {tmp_path / 'checkpoints' / '2'}: .*"
+        ) as refused:
+            checkpoints.restore(like)
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_a_checkpoint_that_another_process_cannot_read_is_used_by_none(tmp_path, monkeypatch, capsys):

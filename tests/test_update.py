@@ -14,6 +14,7 @@ from krl.learn import policy_loss
 from krl.run.pack import pack
 from krl.run.update import (
     _accumulate,
+    apply_gradients,
     for_this_backend,
     init_state,
     make_optimizer,
@@ -250,6 +251,21 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
     assert skipped_updates(state) == (2, 2)
     state, _ = step(state)
     assert skipped_updates(state) == (0, 2)
+
+
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_is_enough(bad, value):
+    """The loss alone, or one number of one gradient."""
+    grads = jax.tree.map(jnp.ones_like, tiny.params())
+    if bad == "gradient":
+        grads["blocks"]["gate"] = grads["blocks"]["gate"].at[1, 2, 3].set(value)
+    loss = jnp.float32(value if bad == "loss" else 1.0)
+    state, _ = jax.jit(apply_gradients, static_argnums=(0, 1))(
+        tiny.CONFIG, OPTIMIZER, fresh_state(), grads, loss, jnp.float32(7)
+    )
+    assert_close(state.params, tiny.params(), atol=0)
+    assert skipped_updates(state) == (1, 1)
 
 
 def test_supervised_update_is_cross_entropy_on_the_targets():
