@@ -28,7 +28,7 @@ from configs.flags import define_flags, one_line_errors, parse_flags
 from krl import policy, rollout
 from krl.policy.tokenizer import load_tokenizer
 from krl.run.benchmark import evaluate_set
-from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir, write_json
+from krl.run.checkpoint import Checkpoints, check_workdir, keep_from_others, open_workdir, write_json
 from krl.run.estimates import table
 from krl.run.metrics import keep_compilations, progress
 from krl.run.processes import is_first, join_processes, place_whole, say, stay_together
@@ -49,6 +49,7 @@ def main(_):
     with one_line_errors("eval.py"):
         join_processes(flags.FLAGS.config.distributed)
     with stay_together(), one_line_errors("eval.py"):
+        keep_from_others()
         keep_compilations()
         measure(flags.FLAGS.config, flags.FLAGS.workdir)
 

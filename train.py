@@ -33,7 +33,7 @@ from configs.check import FREE_KEYS, check, flatten
 from configs.flags import define_flags, one_line_errors, parse_flags
 from krl import budget, learn, rollout
 from krl.run import report
-from krl.run.checkpoint import Checkpoints, stop_on_signal
+from krl.run.checkpoint import Checkpoints, keep_from_others, stop_on_signal
 from krl.run.evaluate import Scoring, evaluate, score_rollouts, share_scores
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks
 from krl.run.lock import hold_workdir
@@ -81,6 +81,7 @@ def main(_):
     with one_line_errors("train.py"):
         join_processes(flags.FLAGS.config.distributed)
     with stay_together(), one_line_errors("train.py"):
+        keep_from_others()
         keep_compilations()
         last = train(flags.FLAGS.config, flags.FLAGS.workdir)
     if last is None:

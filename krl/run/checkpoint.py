@@ -120,6 +120,11 @@ class Checkpoints:
         self._manager.reload()
 
 
+def keep_from_others() -> None:
+    """Let nobody but this user and, where the umask says so, the group change what this process writes from now on."""
+    os.umask(os.umask(0o077) | 0o002)
+
+
 def open_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> None:
     """Make a work directory, or check that the run in it has this config.
 
