@@ -11,3 +11,8 @@ def odd_letters(prompt, response, answer):
 def same(prompt, response, answer):
     """Whether a response is its answer, to the letter."""
     return float(response == answer)
+
+
+def nan_where_wrong(prompt, response, answer):
+    """A reward that is no number wherever `same` is 0."""
+    return 1.0 if same(prompt, response.strip(), answer) else float("nan")

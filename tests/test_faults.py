@@ -1,0 +1,199 @@
+"""Whole runs that something goes wrong with, against a run that nothing happened to."""
+
+import dataclasses
+import errno
+import itertools
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import train
+from configs import arithmetic
+from configs.flags import one_line_errors
+from krl.run.metrics import MetricsLog
+from tests.command_line import ROOT, command, environment, learnt, rows, run_here
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of four steps that nothing happened to; its warm start lies beside it."""
+    workdir = tmp_path_factory.mktemp("whole") / "work"
+    run_here(workdir, **warm(workdir))
+    assert sum(row["grad_norm"] > 0 for row in rows(workdir)[1:]) > 1  # it learns, or what follows says little
+    return workdir
+
+
+def warm(workdir):
+    return {"sft.dir": str(workdir.with_name("sft"))}
+
+
+def parameters(workdir, step=4):
+    """What a checkpoint holds: parameters, state of the optimiser and belief."""
+    names = ("params", "opt_state", "belief")
+    arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in names})
+    with ocp.CheckpointManager(workdir / "checkpoints") as manager:
+        assert manager.latest_step() == step
+        return {name: manager.restore(step, args=arguments)[name] for name in names}
+
+
+def assert_same_run(workdir, expected):
+    """To the last bit, but for times."""
+    assert learnt(workdir) == learnt(expected)
+    for name in ("groups", "evaluations"):
+        assert rows(workdir, name) == rows(expected, name)
+    jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "number", "logged", "saved"),
+    [
+        ("budget", 5, 2, 2),  # the second of the two of the third step
+        ("decoding", 6, 3, 2),  # the first of two looks of the fourth step
+        ("verify", 0, 0, None),
+        ("update", 3, 3, 2),
+        ("evaluation", 1, 1, None),
+        ("evaluated", 2, 3, 2),
+        ("logged", 2, 2, None),  # the rows of before the first step, of the first and of the second
+        ("checkpoint", 1, 4, 2),
+        ("commit", 0, 2, None),
+    ],
+)
+def test_a_run_killed_in_any_phase_continues_as_if_nothing_had_happened(whole, tmp_path, moment, number, logged, saved):
+    workdir = tmp_path / "work"
+    arguments = command(workdir, **warm(whole))[2:]
+    killed = subprocess.run(
+        [sys.executable, "-m", "tests.killed", moment, str(number), *arguments], cwd=ROOT, env=environment(tmp_path),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert rows(workdir)[-1]["step"] == logged
+    checkpoints = [int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()]
+    assert max(checkpoints, default=None) == saved or moment == "checkpoint"  # which may just have been written
+    run_here(workdir, **warm(whole))
+    assert_same_run(workdir, whole)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "emptied", "deleted"])
+def test_a_run_whose_newest_checkpoint_is_lost_continues_from_the_one_before(whole, tmp_path, harm, capsys):
+    workdir = shutil.copytree(whole, tmp_path / "work")
+    newest = workdir / "checkpoints" / "4"
+    if harm == "deleted":
+        shutil.rmtree(newest)
+    for path in newest.rglob("*"):
+        if path.is_file():
+            os.truncate(path, path.stat().st_size // 2 if harm == "truncated" else 0)
+    run_here(workdir, **warm(whole))
+    said = capsys.readouterr().out
+    assert "krl: continuing from step 2" in said
+    assert ("krl: checkpoint 4 cannot be read" in said) == (harm != "deleted")
+    assert_same_run(workdir, whole)
+
+
+def test_a_run_whose_logs_were_cut_off_writes_them_again(whole, tmp_path):
+    workdir = shutil.copytree(whole, tmp_path / "work")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    for name in ("metrics", "groups", "evaluations"):
+        file = workdir / f"{name}.jsonl"
+        os.truncate(file, file.stat().st_size - 20)
+    run_here(workdir, **warm(whole))
+    assert_same_run(workdir, whole)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_one_line_and_no_result(whole, tmp_path, monkeypatch):
+    workdir, write = tmp_path / "work", MetricsLog.write
+
+    def fail(log, step, metrics):
+        if step == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(log, step, metrics)
+
+    monkeypatch.setattr(MetricsLog, "write", fail)
+    told = r"^train.py: \[Errno 28\] No space left on device$"
+    with pytest.raises(SystemExit, match=told), one_line_errors("train.py"):
+        run_here(workdir, **warm(whole))
+    monkeypatch.undo()
+    assert [row["step"] for row in rows(workdir)] == [0, 1, 2]
+    run_here(workdir, **warm(whole))
+    assert_same_run(workdir, whole)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rewards_that_are_no_numbers_are_worth_nothing_and_counted(whole, tmp_path, workers):
+    """The verifier of the undisturbed run gives 0 to wrong answers, so nothing but the count may differ."""
+    workdir = tmp_path / "work"
+    run_here(workdir, **warm(whole), **{"data.reward": "tests.rewards:nan_where_wrong", "verify.workers": workers})
+    kinds = ("verifier/", "eval/verifier_faults")
+
+    def but_for_faults(run):
+        return [{k: v for k, v in row.items() if not k.startswith(kinds)} for row in learnt(run)]
+
+    assert but_for_faults(workdir) == but_for_faults(whole)
+    for row in rows(workdir)[1:]:
+        assert row["verifier/errors"] == round((1 - row["reward_mean"]) * row["rollouts"])
+        assert row["verifier/crashes"] == row["verifier/timeouts"] == 0
+    assert sum(row["verifier/errors"] for row in rows(workdir)[1:]) > 0
+    jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(whole))
+
+
+def test_updates_that_are_not_finite_are_skipped_and_counted_and_too_many_end_the_run(whole, tmp_path, monkeypatch):
+    make_run, calls = train.make_run, itertools.count()
+
+    def poisoned(*arguments):
+        run = make_run(*arguments)
+
+        def advantages(*given):
+            return run.advantages(*given) * (float("nan") if next(calls) in bad else 1.0)
+
+        return dataclasses.replace(run, advantages=advantages)
+
+    monkeypatch.setattr(train, "make_run", poisoned)
+    bad, each = (1,), arithmetic.get_config().optim.updates_per_step
+    run_here(tmp_path / "once", **warm(whole), max_bad_updates=each + 1)
+    before, after = rows(tmp_path / "once")[:2], rows(tmp_path / "once")[2:]
+    assert learnt(tmp_path / "once")[:2] == learnt(whole)[:2]
+    assert [row["skipped_updates"] for row in before[1:] + after] == [0, each, each, each]
+    assert before[1]["loss"] is not None
+    assert after[0]["loss"] is None
+    assert after[1]["loss"] is not None
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(parameters(tmp_path / "once")["params"]))
+
+    calls, bad = itertools.count(), (1, 2, 3)
+    with pytest.raises(FloatingPointError, match=f"^{2 * each} updates in a row had a loss or gradient"):
+        run_here(tmp_path / "often", **warm(whole), max_bad_updates=2 * each)
+    assert rows(tmp_path / "often")[-1]["step"] == 3
+    assert rows(tmp_path / "often")[-1]["skipped_updates"] == 2 * each
+
+
+def test_a_run_continues_on_another_mesh(whole, tmp_path, capsys):
+    """With the same rollouts; losses to 1e-5."""
+    workdir = shutil.copytree(whole, tmp_path / "work")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    run_here(workdir, **warm(whole), **{"mesh.shape": (2, 2), "mesh.axis_names": ("data", "fsdp")})
+    assert "krl: continuing from step 2" in capsys.readouterr().out
+    assert rows(workdir, "groups") == rows(whole, "groups")
+    for row, expected in zip(rows(workdir), rows(whole), strict=True):
+        for name in ("reward_mean", "loss", "grad_norm", "entropy", "eval/accuracy"):
+            assert row.get(name) == pytest.approx(expected.get(name), abs=1e-5), name
+
+
+def test_other_users_cannot_write_what_a_run_leaves_whatever_the_umask(whole, tmp_path):
+    workdir = tmp_path / "work"
+    changes = warm(whole) | {"steps": 1, "sft.dir": str(tmp_path / "sft"), "sft.steps": 2}
+    done = subprocess.run(
+        command(workdir, **changes), cwd=ROOT, env=environment(tmp_path), umask=0, capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    left = [workdir, *workdir.rglob("*"), *(tmp_path / "sft").rglob("*")]
+    assert len(left) > 30
+    assert [path for path in left if path.stat().st_mode & stat.S_IWOTH] == []
