@@ -21,6 +21,7 @@ from tests.command_line import ROOT, TINY, command, environment, rows, run_here
 
 pytestmark = pytest.mark.usefixtures("compiled")
 STEPS = {"steps": 6, "mesh.shape": (2,)}
+SQUARE = {"mesh.shape": (2, 2), "mesh.axis_names": ("fsdp", "model"), "policy.num_kv_heads": 2, "steps": 4}
 
 
 def start(workdir, count=2, script="train.py", **changes):
@@ -31,7 +32,7 @@ def start(workdir, count=2, script="train.py", **changes):
     joined = {"distributed.coordinator": f"127.0.0.1:{port}", "distributed.processes": count}
     return [
         subprocess.Popen(
-            command(workdir, script=script, **STEPS, **joined, **{"distributed.process": number}, **changes), cwd=ROOT, text=True,
+            command(workdir, script=script, **STEPS | joined | {"distributed.process": number} | changes), cwd=ROOT, text=True,
             env=environment(workdir.parent) | {"JAX_NUM_CPU_DEVICES": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for number in range(count)
@@ -55,6 +56,14 @@ def wait_for(run, path, seconds=180):
         assert all(process.poll() is None for process in run), finish(run)
         time.sleep(0.02)
     assert path.exists()
+
+
+def assert_close(workdir, other):
+    """What two runs measured is the same but for the order in which devices add."""
+    for row, expected in zip(rows(workdir), rows(other), strict=True):
+        for name in ("reward_mean", "loss", "grad_norm", "entropy", "kl"):
+            if name in expected:
+                np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.slow
@@ -89,10 +98,7 @@ def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path)
     assert all(len(row["seconds/wait"]) == len(row["memory/host_gb"]) == 2 for row in told)
     assert rows(workdir, "groups") == rows(alone, "groups")
     assert rows(workdir, "evaluations") == rows(alone, "evaluations")
-    for row, expected in zip(rows(workdir), rows(alone), strict=True):
-        for name in ("reward_mean", "loss", "grad_norm", "entropy", "kl"):
-            if name in expected:
-                np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+    assert_close(workdir, alone)
 
     copy = shutil.copytree(workdir, tmp_path / "copy")
     codes, outputs = finish(start(workdir, script="eval.py", **warm))
@@ -103,6 +109,18 @@ def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path)
     measure(config, copy)
     samples = (f"{place}/eval/step_6/held_out.jsonl" for place in (workdir, copy))
     assert len({pathlib.Path(path).read_text() for path in samples}) == 1
+
+
+@pytest.mark.slow
+def test_four_processes_that_split_parameters_are_continued_by_one(tmp_path):
+    workdir, alone, warm = tmp_path / "pod", tmp_path / "alone", {"sft.dir": str(tmp_path / "sft")}
+    run_here(alone, **SQUARE | warm)
+    codes, outputs = finish(start(workdir, count=4, **SQUARE | warm | {"steps": 2}))
+    assert codes == [0] * 4, outputs
+    run_here(workdir, **SQUARE | warm)
+    assert rows(workdir, "groups") == rows(alone, "groups")
+    assert rows(workdir, "evaluations") == rows(alone, "evaluations")
+    assert_close(workdir, alone)
 
 
 def test_what_one_process_refuses_ends_all_in_one_line(tmp_path):
