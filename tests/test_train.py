@@ -1,6 +1,7 @@
 """train.py and eval.py as a user runs them, on a policy that trains in seconds."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -46,6 +47,22 @@ def test_the_best_checkpoint_is_kept_and_measured(tmp_path, monkeypatch):
     config.eval.best = True
     measure(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["step_2", "step_4"]
+
+
+def test_a_signal_while_a_run_is_set_up_stops_it_before_its_first_step(tmp_path, monkeypatch, capsys):
+    set_up = script.set_up
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return set_up(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "set_up", interrupted)
+        assert run_here(tmp_path, **{"sft.steps": 0}) is None
+    assert "krl: stopped after step 0; the same command continues from there" in capsys.readouterr().out
+    assert rows(tmp_path) == []
+    assert run_here(tmp_path, **{"sft.steps": 0})["step"] == 4
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4]
 
 
 def test_a_run_is_not_continued_on_other_data(tmp_path):
