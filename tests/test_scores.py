@@ -7,6 +7,8 @@ import pytest
 
 from krl import policy
 from krl.policy.scores import token_scores
+from krl.run.hlo import read_cost
+from krl.sharding import make_mesh, named_sharding
 from tests import tiny
 
 
@@ -63,3 +65,36 @@ def test_memory_of_4096_tokens_stays_below_600_megabytes(rows, length):
 
     compiled = jax.jit(jax.value_and_grad(loss)).lower(params, tokens).compile(tiny.AS_FOR_USERS)
     assert compiled.memory_analysis().temp_size_in_bytes < 0.6e9
+
+
+@pytest.mark.parametrize(("shape", "names"), [((8,), ("fsdp",)), ((2, 2, 2), ("data", "fsdp", "model"))])
+def test_devices_score_their_own_rows_and_sum_the_heads_gradient_once(shape, names):
+    rng = np.random.default_rng(0)
+    hidden, head = (
+        jnp.array(rng.normal(size=(8, 12, 16)), jnp.float32),
+        jnp.array(rng.normal(size=(16, 24)), jnp.float32),
+    )
+    targets, weights = jnp.array(rng.integers(0, 24, (8, 12))), jnp.array(rng.normal(size=(8, 12)), jnp.float32)
+
+    def total(hidden, head):
+        scores = token_scores(
+            hidden, head, targets, temperature=0.7, softcap=0.0, vocab_first=False, chunk=3, entropy=True
+        )
+        return (scores[0] * weights).sum() + scores[1].sum()
+
+    alone = jax.value_and_grad(total, (0, 1))(hidden, head)
+    mesh = make_mesh(shape, names)
+    placed = (
+        jax.device_put(array, named_sharding(mesh, *axes))
+        for array, axes in ((hidden, ("batch", None, None)), (head, ("embed", "vocab")))
+    )
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(jax.value_and_grad(total, (0, 1))).lower(*placed).compile()
+        together = compiled(
+            *(jax.device_put(array, at) for array, at in zip((hidden, head), compiled.input_shardings[0], strict=True))
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), alone, together)
+    a_head = 16 * 24 * 4 / (2 if "model" in names else 1)
+    moved = [one for one in read_cost(compiled.as_text()).collectives if one.size >= a_head]
+    assert sum(one.times for one in moved if one.kind == "all-gather") <= 2  # once a direction, and not once a chunk
+    assert sum(one.times for one in moved if one.kind in ("all-reduce", "reduce-scatter")) <= 2

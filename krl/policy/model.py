@@ -247,7 +247,7 @@ def token_logps(
         mask, segments: as for `apply`. The first token of a packed sequence has no meaningful score.
         start: the first position to score, >= 1 because nothing predicts position 0; static.
         temperature: the logits are divided by it, > 0.
-        chunk: tokens, over all rows, whose logits are alive at a time; static.
+        chunk: tokens, over all rows of a device, whose logits are alive at a time; static.
         entropy: also return the entropy of the distribution that each token was drawn from; static.
 
     Returns:

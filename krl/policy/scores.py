@@ -1,9 +1,13 @@
 """Log-probabilities and entropies of tokens from hidden states, without the logits of a whole batch."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from krl.sharding import RULES
 
 
 def token_scores(
@@ -22,6 +26,9 @@ def token_scores(
     Logits exist for about `chunk` tokens at a time. The backward pass makes them again and keeps of the
     forward pass two numbers a token, so memory does not grow with T * V.
 
+    On a mesh every device goes through the chunks of its own rows with the whole head (but for the axis "model"), and what they found of
+    its gradient is summed once: XLA by itself gathers the head and sums its gradient for every chunk.
+
     Args:
         hidden: [B, T, E] in the compute dtype.
         head: [V, E], or [E, V] unless vocab_first, in the compute dtype.
@@ -29,14 +36,14 @@ def token_scores(
         temperature: the logits are divided by it, > 0; no gradient flows to it.
         softcap: bound on logits before the temperature, 0 for none.
         vocab_first: the layout of the head.
-        chunk: tokens, over all rows, whose logits are alive at a time.
+        chunk: tokens, over all rows of a device, whose logits are alive at a time.
         entropy: whether entropies are wanted.
 
     Returns:
         (log-probabilities [B, T], entropies [B, T]), float32, nats; entropies are 0 if not wanted.
     """
     rows, length = targets.shape
-    columns = min(max(chunk // rows, 1), max(length, 1))
+    columns = min(max(chunk * _devices(rows) // rows, 1), max(length, 1))
     padding = -length % columns
 
     def cut(array):
@@ -54,9 +61,43 @@ def _scores(hidden, head, targets, temperature, options):
     return _forward(hidden, head, targets, temperature, options)[0]
 
 
+def _batch_axes(rows: int) -> tuple[str, ...]:
+    """The axes of the mesh that split so many rows; none if they do not divide them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in RULES["batch"] if name in mesh.axis_names and name not in mesh.manual_axes)
+    return axes if rows % math.prod(mesh.shape[name] for name in axes) == 0 else ()
+
+
+def _devices(rows: int) -> int:
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in _batch_axes(rows))
+
+
+def _on_own_rows(function, kinds: str, results: str):
+    """A function of (batch axes, arguments) on the rows of each device: "r" has them along its second axis, "w" is whole."""
+
+    def on_own_rows(*arguments):
+        rows = next(argument.shape[1] for argument, kind in zip(arguments, kinds, strict=True) if kind == "r")
+        axes = _batch_axes(rows)
+        if not axes:
+            return function(axes, *arguments)
+        specs = {"r": PartitionSpec(None, axes), "w": PartitionSpec()}
+        return jax.shard_map(
+            functools.partial(function, axes), in_specs=tuple(specs[kind] for kind in kinds),
+            out_specs=tuple(specs[kind] for kind in results), axis_names=set(axes), check_vma=False,
+        )(*arguments)  # fmt: skip
+
+    return on_own_rows
+
+
 def _forward(hidden, head, targets, temperature, options):
     """Scores [n, B, c] of n chunks, and what the backward pass needs."""
+    local = _on_own_rows(functools.partial(_forward_here, options), "rwrw", "rrr")
+    logps, entropies, normalisers = local(hidden, head, targets, temperature)
+    return (logps, entropies), (hidden, head, targets, temperature, entropies, normalisers)
 
+
+def _forward_here(options, _, hidden, head, targets, temperature):
     def one(chunk):
         hidden, targets = chunk
         logits, _ = _logits(hidden, head, temperature, options)
@@ -69,12 +110,16 @@ def _forward(hidden, head, targets, temperature, options):
             return logps, jnp.zeros_like(logps), normaliser
         return logps, normaliser - (shares * logits).sum(axis=-1) / total, normaliser
 
-    logps, entropies, normalisers = jax.lax.map(one, (hidden, targets))
-    return (logps, entropies), (hidden, head, targets, temperature, entropies, normalisers)
+    return jax.lax.map(one, (hidden, targets))
 
 
 def _backward(options, kept, gradients):
-    hidden, head, targets, temperature, entropies, normalisers = kept
+    local = _on_own_rows(functools.partial(_backward_here, options), "rwrwrrrr", "rw")
+    hidden_gradient, head_gradient = local(*kept, *gradients)
+    return hidden_gradient, head_gradient, None, None
+
+
+def _backward_here(options, batch_axes, hidden, head, targets, temperature, entropies, normalisers, *gradients):
     _, vocab_first, entropy = options
 
     def one(head_gradient, chunk):
@@ -94,7 +139,9 @@ def _backward(options, kept, gradients):
 
     chunks = (hidden, targets, entropies, normalisers, *gradients)
     head_gradient, hidden_gradient = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), chunks)
-    return hidden_gradient, head_gradient.astype(head.dtype), None, None
+    if batch_axes:
+        head_gradient = jax.lax.psum(head_gradient, batch_axes)
+    return hidden_gradient, head_gradient.astype(head.dtype)
 
 
 def _logits(hidden, head, temperature, options):
