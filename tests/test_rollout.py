@@ -16,6 +16,7 @@ from krl import policy, rollout
 from krl.rollout import sampler, serve
 from krl.rollout.sampler import slot_bytes, slots_in_memory
 from krl.rollout.tokens import draw_tokens, least_logit
+from krl.run.hlo import read_cost
 from krl.sharding import make_mesh, named_sharding, reshape_mesh, tree_sharding
 from krl.types import Prompts
 from tests import tiny
@@ -110,6 +111,31 @@ def test_prompts_in_parts_are_the_prompts_at_once(monkeypatch):
     begin.clear_cache()
     np.testing.assert_array_equal(parts.tokens, whole.tokens)
     np.testing.assert_allclose(parts.logps, whole.logps, atol=1e-4)
+
+
+def test_devices_read_equally_many_prompts(monkeypatch):
+    """At least one each at a time, or most would compute padding: the products of eight prompts are an eighth on each of eight."""
+    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 1)
+    prompts, options = tiny.prompts((5,) * 8), serve.Options(8, 8, 6, tiny.EOS, 0, (0, 1.0, 0.0))
+    arguments = tiny.CONFIG, options, tiny.params(), prompts, jnp.ones(8, jnp.int32), jax.random.key(0), 0, jnp.ones(8)
+
+    def flops():
+        return read_cost(jax.jit(sampler._begin, static_argnums=(0, 1)).lower(*arguments).compile().as_text()).flops
+
+    alone = flops()
+    with jax.set_mesh(make_mesh((8,), ("data",))):
+        assert flops() == alone / 8 > 0
+
+
+def test_unused_columns_of_long_caches_change_nothing(monkeypatch):
+    assert serve.cache_columns(4 + 140) == 144
+    assert serve.cache_columns(4 + 141) == 160
+    counts, options = [3, 0, 5, 2], {"max_new_tokens": 141, "num_slots": 4}
+    padded = sample(counts, **options)
+    monkeypatch.setattr(serve, "TILE", 1)
+    jax.clear_caches()
+    exact = sample(counts, **options)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), padded, exact)
 
 
 def test_prompts_of_one_token():
@@ -249,12 +275,12 @@ def test_another_layout_decodes_the_same_and_holds_no_parameter_whole():
     with jax.set_mesh(layout):
         options = serve.Options(19, 6, 6, tiny.EOS, 0, (0, 1.0, 0.0))
         arguments = params, prompts, jnp.array([9, 0, 7, 3]), jax.random.key(0), 0, jnp.ones(4)
-        work, state = sampler._PROGRAMS["begin"](tiny.CONFIG, options, *arguments)
+        work, state = sampler.PROGRAMS["begin"](tiny.CONFIG, options, *arguments)
         for name in ("gate", "up", "down", "query", "output"):
             assert not work.layers["blocks"][0][name].sharding.is_fully_replicated
         whole = state.slots.cache.keys[0]
         assert whole.sharding.shard_shape(whole.shape) == (whole.shape[0] // 4, whole.shape[1] // 2, *whole.shape[2:])
-        lowered = sampler._PROGRAMS["serve"].lower(tiny.CONFIG, options, 1.0, work, state, 6)
+        lowered = sampler.PROGRAMS["serve"].lower(tiny.CONFIG, options, 1.0, work, state, 6)
         decode = lowered.compile(tiny.AS_FOR_USERS).as_text()
     gathered = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", decode)}
     assert gathered == {(2, 16)}  # the logits of two slots: parameters and prompts are gathered before, once

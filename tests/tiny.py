@@ -53,4 +53,4 @@ def rollouts(prompt_index, length: int = 4, seed: int = 0, num_prompts: int = 4)
 
 def sampler_programs() -> int:
     """How many programs the sampler has compiled and still has."""
-    return sum(program._cache_size() for program in sampler._PROGRAMS.values())
+    return sum(program._cache_size() for program in sampler.PROGRAMS.values())

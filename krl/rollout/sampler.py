@@ -156,19 +156,19 @@ class Work(struct.PyTreeNode):
 def _generate(
     config, options, watch, temperature, params, prompts, counts, key, first_sample, expected_tokens
 ) -> Rollouts:
-    work, state = _PROGRAMS["begin"](config, options, params, prompts, counts, key, first_sample, expected_tokens)
+    work, state = PROGRAMS["begin"](config, options, params, prompts, counts, key, first_sample, expected_tokens)
     slots, rows = _slots_each(options), len(work.order) // _devices()
     parts = _WATCHED if watch and rows > slots else 1
     known, before = np.zeros(len(work.order), bool), None
     targets = [slots + (rows - slots) * (part + 1) // parts for part in range(parts)]
     for name, amount in [("serve", until) for until in targets] + [("drain", fewer) for fewer in drains(slots)]:
-        state, ended = _PROGRAMS[name](config, options, temperature, work, state, amount)
+        state, ended = PROGRAMS[name](config, options, temperature, work, state, amount)
         if name == "drain":
-            state, ended = _PROGRAMS["shrink"](amount, state)
+            state, ended = PROGRAMS["shrink"](amount, state)
         if watch and before:
             watch(*_newly_ended(work.order, known, *before), ended[1].is_ready)
         before = ended
-    rollouts = _PROGRAMS["collect"](options, counts, first_sample, work.order, state.responses)
+    rollouts = PROGRAMS["collect"](options, counts, first_sample, work.order, state.responses)
     if watch and before:
         watch(*_newly_ended(work.order, known, *before), rollouts.lengths.is_ready)
     return rollouts
@@ -231,12 +231,19 @@ def _begin(config, options, params, prompts, counts, key, first_sample, expected
 def _for_decoding(config: policy.PolicyConfig, params: dict) -> dict:
     """The layers in the compute dtype, gathered once: whole on every device but for the axis "model"."""
 
-    def place(leaf, axes):
-        return constrain(leaf, *(None if axis == "embed" else axis for axis in axes))
+    layers = policy.for_decoding(config, params)
+    return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), layers, decoding_axes(config))
 
-    axes = policy.param_axes(config)
+
+def decoding_axes(config: policy.PolicyConfig) -> dict:
+    """The logical axes of the layers that decode, those along which they are split: a tree with PartitionSpec leaves."""
+
+    def split(axes):
+        return PartitionSpec(*(None if axis == "embed" else axis for axis in axes))
+
+    axes = jax.tree.map(split, policy.param_axes(config))
     one_layer = jax.tree.map(lambda axes: PartitionSpec(*axes[1:]), axes["blocks"])
-    return jax.tree.map(place, policy.for_decoding(config, params), axes | {"blocks": (one_layer,) * config.num_layers})
+    return axes | {"blocks": (one_layer,) * config.num_layers}
 
 
 def _serve(config, options, temperature, work, state, until) -> State:
@@ -285,7 +292,7 @@ def _with_a_look(function: Callable) -> Callable:
     return looked_at
 
 
-_PROGRAMS = {
+PROGRAMS = {  # that sample a step's rollouts one after the other, the state donated from one to the next
     "begin": jax.jit(_begin, static_argnums=(0, 1)),
     "serve": jax.jit(_with_a_look(_serve), static_argnums=(0, 1), donate_argnums=4),
     "drain": jax.jit(_with_a_look(_drain), static_argnums=(0, 1), donate_argnums=4),
@@ -315,11 +322,12 @@ def _deal(expected: jax.Array, mask: jax.Array, devices: int) -> jax.Array:
 
 
 def _prefill(config: policy.PolicyConfig, layers: dict, prompts: Prompts) -> PromptCache:
-    """Read every prompt once, PREFILL_TOKENS at a time."""
+    """Read every prompt once, PREFILL_TOKENS at a time, but a prompt on each device at least."""
     tokens, mask = jnp.asarray(prompts.tokens), jnp.asarray(prompts.mask)
     num_prompts, columns = tokens.shape[0], tokens.shape[1] - 1
     positions = jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, -1)
-    at_once = min(max(PREFILL_TOKENS // max(columns, 1), 1), num_prompts)
+    at_once = max(PREFILL_TOKENS // max(columns, 1), 1)
+    at_once = min(-(-at_once // _devices()) * _devices(), num_prompts)  # equally many for all devices
     spare = -num_prompts % at_once
 
     def cut(array):

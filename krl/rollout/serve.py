@@ -11,8 +11,10 @@ from krl import policy
 from krl.rollout.tokens import draw_tokens
 from krl.sharding import constrain
 
+REFILL = 8  # slots are refilled when so large a part of them idles, one in eight
 SHRINK = 4  # how many times fewer slots go on when nothing waits and so few are live
 FEWEST = 16  # slots that are not shrunk further
+TILE = 16  # rows of a TPU's tiles, of 16 bits
 
 
 class Options(NamedTuple):
@@ -55,7 +57,7 @@ class Slots(struct.PyTreeNode):
     tokens: jax.Array  # [S, T] int32, the responses; what step s drew is in column s modulo T
     logps: jax.Array  # [S, T] float32
     policy_logps: jax.Array  # [S, T] float32
-    cache: policy.Cache  # P - 1 + T columns
+    cache: policy.Cache  # P - 1 columns of the prompt, a few unused ones, T of the response
 
 
 class Responses(struct.PyTreeNode):
@@ -98,7 +100,7 @@ def serve(
         prompts, queue, state: what has been read, what is to be served, and how far that is.
         until: [] int32.
     """
-    at_once = max(len(state.slots.row) // 8, 1)
+    at_once = max(len(state.slots.row) // REFILL, 1)
     num_waiting = (queue.source < len(prompts.last)).sum(dtype=jnp.int32)
     step = functools.partial(_step, config, options, layers, temperature)
 
@@ -150,7 +152,7 @@ def _anywhere(batch_axes: tuple[str, ...], flag: jax.Array) -> jax.Array:
 def idle(config: policy.PolicyConfig, options: Options, num_slots: int, prompts: PromptCache, queue: Queue) -> State:
     """Idle slots, and nothing served."""
     num_rows, max_new_tokens = len(queue.source), options.max_new_tokens
-    columns = prompts.cache.positions.shape[1] + max_new_tokens
+    columns = cache_columns(prompts.cache.positions.shape[1] + max_new_tokens)
     zeros, no = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, bool)
     slots = Slots(
         row=jnp.full(num_slots, num_rows, jnp.int32), token=zeros, position=zeros, count=zeros, start=zeros, live=no,
@@ -167,6 +169,15 @@ def idle(config: policy.PolicyConfig, options: Options, num_slots: int, prompts:
         finished=jnp.zeros(num_rows, bool),
     )
     return State(slots=slots, responses=responses, next_row=jnp.zeros(1, jnp.int32), step=jnp.zeros(1, jnp.int32))
+
+
+def cache_columns(tokens: int) -> int:
+    """Columns of a slot's cache that holds so many tokens.
+
+    A TPU keeps an array whose next to last axis is not a multiple of its tiles in another order than attention reads it, and copies
+    all caches at the beginning and end of every program, which takes their memory twice. Where caches are short, a few columns more would cost more.
+    """
+    return -(-tokens // TILE) * TILE if tokens >= 8 * TILE else tokens
 
 
 def _by_heads(leaf: jax.Array) -> jax.Array:
@@ -248,7 +259,8 @@ def _refill(state: State, prompts: PromptCache, queue: Queue, at_once: int) -> S
     def put_prompt(whole, part):
         return whole.at[chosen, :, : part.shape[2]].set(part[prompt], mode="drop")
 
-    nothing = jnp.full((at_once, slots.tokens.shape[1]), -1, jnp.int32)
+    left = slots.cache.positions.shape[1] - prompts.cache.positions.shape[1]
+    nothing = jnp.full((at_once, left), -1, jnp.int32)
     cache = policy.Cache(
         keys=jax.tree.map(put_prompt, slots.cache.keys, prompts.cache.keys),
         values=jax.tree.map(put_prompt, slots.cache.values, prompts.cache.values),
