@@ -1,33 +1,179 @@
-"""What a run needs of a device, found by compiling its programs."""
+"""What a run needs of a device, found by compiling its programs, against what its sizes say."""
 
+import jax
 import pytest
+from rich.console import Console
 
 from configs import arithmetic
-from krl.run.plan import plan, show
+from krl.rollout.sampler import PROGRAMS
+from krl.run.plan import advise, find_sizes, plan, show
+from krl.run.programs import abstract_sampler
+from krl.run.roofline import Accelerator, decode_layouts, seconds
+from krl.run.setup import abstract_params
+from krl.sharding import make_mesh
+
+GROUPS, SPLIT, SLOTS, PROMPTS, ROLLOUTS = 4, 2, 16, 8, 64
+TOKENS = 5  # of every response; the longest has 7
+ACCELERATOR = Accelerator(memory_gb=1.0, flops=1e9, bandwidth=1e8, links=1e7)
 
 
 def make_config(**changes):
     config = arithmetic.get_config()
     config.update_from_flattened_dict(
-        {"prompts_per_step": 8, "alloc.budget": 64, "policy.num_layers": 2, "mesh.shape": (4, 2), "mesh.axis_names": ("fsdp", "model")}
+        {"prompts_per_step": PROMPTS, "alloc.budget": ROLLOUTS, "mesh.shape": (GROUPS, SPLIT), "policy.num_layers": 2,
+         "mesh.axis_names": ("fsdp", "model"), "sample.slots": SLOTS, "loss.importance_cap": 2.0, "policy.unroll": 1}
         | changes
     )  # fmt: skip
     return config
 
 
-def test_a_plan_counts_what_a_device_holds():
-    config = make_config(**{"sample.slots": 16})
-    held = plan(config, "")
-    c, tokens = config.policy, config.data.max_prompt_tokens + config.sample.max_new_tokens
-    a_slot = 2 * c.num_layers * c.num_kv_heads * c.head_size * tokens * 4
-    rollout, update = held["rollout"], held["update"]
-    assert rollout["keys and values of slots"] == pytest.approx(16 / 4 * a_slot / 2 / 1e9)
-    assert rollout["temporaries"] > rollout["keys and values of slots"] + rollout["keys and values of prompts"]
-    assert update["parameters"] < update["optimizer"] < 2.2 * update["parameters"]
-    assert update["arguments"] > update["parameters"] + update["optimizer"]
-    more = plan(make_config(**{"sample.memory_gb": 2 * 4 * a_slot / 2 / 1e9}), "")
-    assert more["rollout"]["slots"] == 32  # eight on each of four groups
-    assert show(held).row_count > 8
+@pytest.fixture(scope="module")
+def planned():
+    return plan(make_config(), "", tokens=TOKENS, accelerator=ACCELERATOR)
+
+
+def test_parts_are_what_the_sizes_say(planned):
+    config = make_config()
+    c, prompt = config.policy, config.data.max_prompt_tokens
+    a_token = 2 * c.num_layers * c.num_kv_heads * c.head_size * 4 / SPLIT / 1e9
+    positions = SLOTS / GROUPS * (prompt - 1 + config.sample.max_new_tokens) * 4 / 1e9
+    slots = SLOTS / GROUPS * (prompt - 1 + config.sample.max_new_tokens) * a_token
+    assert planned.parts["keys and values of slots"] == pytest.approx(slots + positions)
+    assert planned.parts["keys and values of prompts"] == pytest.approx(PROMPTS * (prompt - 1) * (a_token + 4e-9))
+    assert planned.parts["parameters"] < planned.parts["optimiser"] < 2.2 * planned.parts["parameters"]
+    assert planned.slots == SLOTS
+
+
+def test_a_program_holds_what_lives_beside_it(planned):
+    kept = planned.parts["parameters"] + planned.parts["optimiser"]
+    decoding = sum(planned.parts.values())
+    prefill, decode, update = (planned.programs[name] for name in ("prefill", "decode", "update"))
+    assert prefill.beside == pytest.approx(planned.parts["optimiser"], rel=0.05)
+    assert prefill.held > kept + prefill.results > decoding
+    assert decode.beside + decode.arguments > decoding
+    assert decode.results < 0.1 * planned.parts["keys and values of slots"]  # the state is given away
+    assert update.beside < 0.01 * update.arguments
+    assert update.arguments > kept
+
+
+def test_loops_are_multiplied_out(planned):
+    """FLOPs of all products as counted by hand, on each of eight devices; XLA itself counts one turn of each loop."""
+    config = make_config()
+    c, vocabulary = config.policy, config.tokenizer.vocab_size
+    prompt, response = config.data.max_prompt_tokens, config.sample.max_new_tokens
+    keys = 2 * c.embed_size * 2 * c.num_kv_heads * c.head_size
+    heads = 2 * 2 * c.embed_size * c.num_heads * c.head_size
+    layer = keys + heads + 3 * 2 * c.embed_size * c.mlp_size
+    a_pair = 2 * 2 * c.num_heads * c.head_size  # a query and a key
+    logits = 2 * c.embed_size * vocabulary
+    devices = GROUPS * SPLIT
+
+    step = SLOTS * (2 * (layer + (prompt - 1 + response) * a_pair) + logits) / devices
+    waves = ROLLOUTS // SLOTS
+    assert planned.programs["decode"].cost.flops == (waves - 1) * TOKENS * step
+    assert planned.programs["drain"].cost.flops == TOKENS * step
+    # Of the last layer a prompt needs keys and values and nothing that follows.
+    read = (prompt - 1) * (layer + (prompt - 1) * a_pair + keys)
+    assert planned.programs["prefill"].cost.flops == PROMPTS * read / devices
+
+    row = prompt + response
+    columns = 32  # of 18 scored ones in chunks of 16: 128 tokens in 8 rows on each device
+    forward = ROLLOUTS * row * 2 * (layer + row * a_pair)
+    scores = ROLLOUTS * columns * logits
+    assert planned.programs["log-probs"].cost.flops == (forward + scores) / devices
+    assert (
+        planned.programs["update"].cost.flops == (4 * forward + 5 * scores) / devices
+    )  # gradients count twice, logits again
+
+
+def test_collectives_have_their_sizes(planned):
+    """Decoding adds what heads and hidden units of a group make: two sums a layer, one for the embeddings."""
+    config = make_config()
+    summed = [one for one in planned.programs["drain"].cost.collectives if one.kind == "all-reduce"]
+    assert {one.group for one in summed} == {SPLIT}
+    assert sum(one.times for one in summed) == TOKENS * (2 * config.policy.num_layers + 1)
+    assert {one.size for one in summed} == {SLOTS / GROUPS * config.policy.embed_size * 4}
+    assert sum(one.sent for one in summed) == sum(one.times * one.size for one in summed)  # twice the half
+
+
+def test_the_sampler_lays_its_arrays_out_as_planned():
+    config, mesh = make_config(), make_mesh((GROUPS, SPLIT), ("fsdp", "model"))
+    sizes = find_sizes(config, on_tpu=False)
+    with jax.set_mesh(mesh):
+        sampler = abstract_sampler(config, sizes, abstract_params(sizes, mesh), mesh)
+        compiled = PROGRAMS["begin"].lower(sizes, sampler.options, *sampler.inputs).compile()
+
+    def same(planned, found):
+        assert planned.sharding.is_equivalent_to(found, planned.ndim), (planned, found)
+
+    jax.tree.map(
+        same, (sampler.work.layers, sampler.state), (compiled.output_shardings[0].layers, compiled.output_shardings[1])
+    )
+    jax.tree.map(same, sampler.work.prompts.cache, compiled.output_shardings[0].prompts.cache)
+
+
+def test_time_is_that_of_the_slowest_part(planned):
+    cost = planned.programs["update"].cost
+    time = seconds(cost, ACCELERATOR)
+    assert time == (cost.flops / 1e9, cost.bytes / 1e8, cost.sent / 1e7)
+    assert time.least == max(time)
+    assert planned.seconds("update") == time
+
+
+def test_layouts_of_decoding_by_hand():
+    """Four devices of 10 GB: 2 are kept, the policy takes 6, prompts 1, a slot 1 and half of that again."""
+    one, two, four = decode_layouts(
+        devices=4, splits=[1, 2, 4], accelerator=Accelerator(10, 1e12, 1e9, 1e9), kept_gb=2, weights_gb=6, prompts_gb=1,
+        slot_gb=1, room=1.5, num_rollouts=16, tokens=10,
+    )  # fmt: skip
+    assert (one.fixed_gb, one.slots) == (9, 0)
+    assert one.seconds == float("inf")
+    assert (two.fixed_gb, two.slots) == (5.5, 2 * 6)
+    assert two.seconds == 2 * 10 * (6 + 6) / 2  # 8 rollouts a group in 2 waves, 12 GB a step at 2 GB/s
+    assert (four.fixed_gb, four.slots) == (3.75, 16)
+    assert four.seconds == 10 * (6 + 16) / 4
+
+
+def advice(planned, memory_gb):
+    config, mesh = make_config(), make_mesh((GROUPS, SPLIT), ("fsdp", "model"))
+    found = planned._replace(accelerator=ACCELERATOR._replace(memory_gb=memory_gb))
+    return " | ".join(advise(config, find_sizes(config, on_tpu=False), mesh, found, TOKENS))
+
+
+def test_what_does_not_fit_is_said_with_a_way_out(planned):
+    assert "everything fits" in " | ".join(planned.advice)
+    update = planned.programs["update"]
+    a_half_less = advice(planned, update.held - 0.5 * update.temporaries)
+    assert "update does not fit" in a_half_less
+    row = make_config().data.max_prompt_tokens + make_config().sample.max_new_tokens
+    assert f"--config.optim.micro_tokens={4 * row * GROUPS}" in a_half_less  # 4 rows a device instead of 8
+    hopeless = advice(planned, 1e-6)
+    assert "no layout of decoding fits" in hopeless
+    assert "not even one row" in hopeless
+
+
+def test_the_way_out_for_decoding_is_the_fastest_layout_that_fits(planned):
+    """Decoding needs half the policy on each device; with the other half there is no room."""
+    kept = planned.parts["parameters"] + planned.parts["optimiser"]
+    whole = 2 * (planned.parts["parameters for decoding"] + planned.parts["keys and values of prompts"])
+    temporaries = max(planned.programs[name].temporaries for name in ("prefill", "decode"))
+    said = advice(planned, kept + temporaries + 0.9 * whole)
+    assert "split over 1: " in said
+    assert "room for no slot" in said
+    assert '--config.mesh.decode="(4, 2)"' in said
+
+
+def test_of_unknown_devices_nothing_is_claimed(planned):
+    found = planned._replace(accelerator=None)
+    config, mesh = make_config(), make_mesh((GROUPS, SPLIT), ("fsdp", "model"))
+    said = advise(config, find_sizes(config, on_tpu=False), mesh, found, TOKENS)
+    assert said == ("nothing is known of 'cpu': neither its memory nor its speed",)
+    assert found.seconds("update") is None
+    console = Console(record=True, width=200)
+    show(found, console)
+    text = console.export_text()
+    assert "TFLOP of products" in text
+    assert "seconds of network" not in text
 
 
 def test_a_mesh_that_is_not_the_topologys_is_refused():

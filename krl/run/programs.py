@@ -1,0 +1,218 @@
+"""The programs of a step, compiled from shapes alone: what they hold, compute, move and send on every device."""
+
+import functools
+import math
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from krl import policy
+from krl.rollout.sampler import PROGRAMS, Work, decoding_axes
+from krl.rollout.serve import REFILL, Options, State, drains
+from krl.run.hlo import Cost, read_cost
+from krl.run.setup import find_slots
+from krl.run.update import for_this_backend, make_optimizer, policy_update, rows_at_once
+from krl.sharding import batch_devices, named_sharding
+from krl.types import Prompts, Rollouts, TrainState
+
+
+class Program(NamedTuple):
+    """One compiled program, and what it asks of a device; GB are 1e9 bytes."""
+
+    beside: float  # GB that a device holds meanwhile and the program does not see, such as the optimiser's moments
+    arguments: float  # GB
+    results: float  # GB, without those that take the place of arguments
+    temporaries: float  # GB; all that it needs if it does not compile
+    code: float  # GB
+    cost: Cost | None  # of a step, None if it does not compile, for want of memory
+    compile_seconds: float
+
+    @property
+    def held(self) -> float:
+        """GB at the worst moment."""
+        return self.beside + self.arguments + self.results + self.temporaries + self.code
+
+
+# ---------------------------------------------------------------- the rollout
+
+
+class Sampler(NamedTuple):
+    """What the sampler's programs are called with, as shapes."""
+
+    options: Options
+    inputs: tuple  # of "begin", after the sizes and the options
+    temperature: Any
+    work: Work
+    state: State
+    queues: int  # each on devices of its own
+
+
+def abstract_sampler(config: ConfigDict, policy_config: policy.PolicyConfig, params: dict, mesh: Mesh) -> Sampler:
+    """The sampler of a config; to be called inside `jax.set_mesh(mesh)`.
+
+    Args:
+        config, policy_config: of the run; the policy's sizes.
+        params: abstract, on the mesh of the update.
+        mesh: that of decoding.
+    """
+
+    def by_heads(tree, rows):
+        return jax.tree.map(
+            lambda leaf: _array(mesh, leaf.shape, leaf.dtype, rows, *("kv_heads",) * (leaf.ndim == 4)), tree
+        )
+
+    sizes, prompts = config.sample, _prompts(config, mesh)
+    options = Options(
+        num_rollouts=config.alloc.budget, num_slots=_slots(config, policy_config, mesh), pad_id=0, eos_ids=(0,),
+        max_new_tokens=sizes.max_new_tokens, limits=(sizes.top_k, sizes.top_p, sizes.min_p),
+    )  # fmt: skip
+    counts, expected = (_array(mesh, prompts.task_ids.shape, dtype) for dtype in (jnp.int32, jnp.float32))
+    inputs = (params, prompts, counts, jax.eval_shape(jax.random.key, 0), 0, expected)
+    work, state = PROGRAMS["begin"].eval_shape(policy_config, options, *inputs)
+    layers = jax.tree.map(
+        lambda leaf, axes: _array(mesh, leaf.shape, leaf.dtype, *axes), work.layers, decoding_axes(policy_config)
+    )
+    work = work.replace(
+        layers=layers, prompts=by_heads(work.prompts, None), queue=by_heads(work.queue, "batch"),
+        order=by_heads(work.order, None),
+    )  # fmt: skip
+    return Sampler(options, inputs, _array(mesh, (), jnp.float32), work, by_heads(state, "batch"), batch_devices(mesh))
+
+
+def compile_rollout(
+    policy_config: policy.PolicyConfig, sampler: Sampler, kept: float, tokens: int
+) -> dict[str, Program]:
+    """The sampler's programs; to be called inside `jax.set_mesh` of the mesh of decoding.
+
+    Args:
+        policy_config, sampler: the policy's sizes; from `abstract_sampler`.
+        kept: GB of parameters, optimiser and reference.
+        tokens: of every response.
+    """
+    options, work, state = sampler.options, sampler.work, sampler.state
+    slots, rows = (len(array) // sampler.queues for array in (state.slots.row, work.order))
+    refills = math.ceil(rows / max(slots // REFILL, 1))
+    steps = (math.ceil(rows / slots) - 1) * tokens  # until the last rollout has got a slot
+    alive, decode = kept + gigabytes((work, state)), (policy_config, options, sampler.temperature, work, state)
+    return {
+        "prefill": _compile(PROGRAMS["begin"], kept, (), policy_config, options, *sampler.inputs),
+        "decode": _compile(PROGRAMS["serve"], alive, (refills, steps / refills), *decode, 0),
+        "drain": _compile(PROGRAMS["drain"], alive, (tokens,), *decode, 0),
+        "shrink": _compile(PROGRAMS["shrink"], alive, (), drains(slots)[0], state),
+    }
+
+
+# ---------------------------------------------------------------- the update
+
+
+def compile_update(
+    config: ConfigDict, policy_config: policy.PolicyConfig, optimizer: Any, learner: TrainState, mesh: Mesh, tokens: int, *, here: bool
+) -> dict[str, Program]:  # fmt: skip
+    """`policy_update` on a step's rollouts, and the log-probabilities in it apart; inside `jax.set_mesh(mesh)`.
+
+    Args:
+        config, policy_config, optimizer: of the run; the policy's sizes.
+        learner: the training state, abstract.
+        mesh: of the update.
+        tokens: of every response; all rollouts have a gradient.
+        here: whether the devices are this process's own.
+    """
+    optim, loss, rollouts = config.optim, config.loss, config.alloc.budget
+    options = {
+        "num_updates": optim.updates_per_step, "micro_tokens": optim.micro_tokens, "packed": optim.packed,
+        "temperature": config.sample.temperature, "importance_cap": loss.importance_cap,
+        **{name: loss[name] for name in ("surrogate", "clip_low", "clip_high", "dual_clip")},
+        **{name: loss[name] for name in ("kl_coefficient", "kl_estimator", "entropy_coefficient")},
+    }  # fmt: skip
+    if here:
+        update = for_this_backend(policy_update, policy_config, optimizer, **options)
+    else:
+        update = jax.jit(functools.partial(policy_update, policy_config, optimizer, **options), donate_argnums=0)
+    row, sequence = (config.data.max_prompt_tokens + length for length in (config.sample.max_new_tokens, tokens))
+    share = rollouts // optim.updates_per_step
+    micro_rows = rows_at_once(optim.micro_tokens, row, share)
+    batches = math.ceil(math.ceil(share / (row // sequence if optim.packed else 1)) / micro_rows)
+    reference = learner.params if loss.kl_coefficient else None
+    kept = gigabytes(learner) + gigabytes(reference)
+    programs = {
+        "update": _compile(
+            update, kept, (batches,), learner, _prompts(config, mesh), _rollouts(config, mesh),
+            _array(mesh, (rollouts,), jnp.float32), jax.eval_shape(jax.random.key, 0), reference=reference,
+        )
+    }  # fmt: skip
+    passes = bool(loss.importance_cap) + bool(loss.kl_coefficient)
+    if passes:
+        tokens_of = functools.partial(_array, mesh, (micro_rows, row))
+        layout = {"segments": tokens_of(jnp.int32, "batch")} if optim.packed else {"mask": tokens_of(bool, "batch")}
+        score = functools.partial(policy.token_logps, policy_config)
+        one = _compile(jax.jit(score), kept, (), learner.params, tokens_of(jnp.int32, "batch"), **layout)
+        times = passes * batches * optim.updates_per_step
+        programs["log-probs"] = one._replace(cost=one.cost and one.cost.times(times))
+    return programs
+
+
+def find_optimizer(config: ConfigDict) -> Any:
+    """The optimiser of a config."""
+    optim = config.optim
+    return make_optimizer(
+        learning_rate=optim.learning_rate, warmup_steps=optim.warmup_steps, decay_steps=optim.decay_steps,
+        beta1=optim.beta1, beta2=optim.beta2, weight_decay=optim.weight_decay, grad_clip=optim.grad_clip,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- shapes and programs
+
+
+def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=named_sharding(mesh, *axes))
+
+
+def _prompts(config: ConfigDict, mesh: Mesh) -> Prompts:
+    shape = (config.prompts_per_step, config.data.max_prompt_tokens)
+    return Prompts(_array(mesh, shape, jnp.int32), _array(mesh, shape, bool), _array(mesh, shape[:1], jnp.int32))
+
+
+def _rollouts(config: ConfigDict, mesh: Mesh) -> Rollouts:
+    rows, each = (config.alloc.budget,), (config.alloc.budget, config.sample.max_new_tokens)
+    array = functools.partial(_array, mesh)
+    return Rollouts(
+        prompt_index=array(rows, jnp.int32), sample_index=array(rows, jnp.int32), mask=array(rows, bool),
+        tokens=array(each, jnp.int32), logps=array(each, jnp.float32), policy_logps=array(each, jnp.float32),
+        lengths=array(rows, jnp.int32), finished=array(rows, bool),
+    )  # fmt: skip
+
+
+def _slots(config: ConfigDict, policy_config: policy.PolicyConfig, mesh: Mesh) -> int:
+    return min(find_slots(config, policy_config, mesh) or config.alloc.budget, config.alloc.budget)
+
+
+def gigabytes(tree: Any) -> float:
+    """GB a device holds of a tree of abstract arrays."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves) / 1e9
+
+
+def _compile(jitted: Any, alive: float, trips: tuple[float, ...], *arguments: Any, **named: Any) -> Program:
+    """Compile a program that runs while `alive` GB are in memory, its own arguments among them."""
+    began, lowered = time.perf_counter(), jitted.lower(*arguments, **named)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:  # XLA for TPUs refuses what does not fit
+        used = re.search(r"Used ([\d.]+)([MG]) of|temporaries \(([\d.]+)([MG])\)", str(error))
+        if not used:
+            raise
+        number, unit = used[1] or used[3], used[2] or used[4]
+        needed = float(number) * {"M": 2**20, "G": 2**30}[unit] / 1e9
+        return Program(0, 0, 0, needed, 0, None, time.perf_counter() - began)
+    found = compiled.memory_analysis()
+    given = found.argument_size_in_bytes / 1e9
+    return Program(
+        beside=max(alive - given, 0), arguments=given, temporaries=found.temp_size_in_bytes / 1e9,
+        results=(found.output_size_in_bytes - found.alias_size_in_bytes) / 1e9, code=found.generated_code_size_in_bytes / 1e9,
+        cost=read_cost(compiled.as_text(), trips), compile_seconds=time.perf_counter() - began,
+    )  # fmt: skip
