@@ -69,9 +69,7 @@ def test_loops_are_multiplied_out(planned):
     devices = GROUPS * SPLIT
 
     step = SLOTS * (2 * (layer + (prompt - 1 + response) * a_pair) + logits) / devices
-    waves = ROLLOUTS // SLOTS
-    assert planned.programs["decode"].cost.flops == (waves - 1) * TOKENS * step
-    assert planned.programs["drain"].cost.flops == TOKENS * step
+    assert planned.programs["decode"].cost.flops == ROLLOUTS // SLOTS * TOKENS * step
     # Of the last layer a prompt needs keys and values and nothing that follows.
     read = (prompt - 1) * (layer + (prompt - 1) * a_pair + keys)
     assert planned.programs["prefill"].cost.flops == PROMPTS * read / devices
@@ -88,10 +86,10 @@ def test_loops_are_multiplied_out(planned):
 
 def test_collectives_have_their_sizes(planned):
     """Decoding adds what heads and hidden units of a group make: two sums a layer, one for the embeddings."""
-    config = make_config()
-    summed = [one for one in planned.programs["drain"].cost.collectives if one.kind == "all-reduce"]
-    assert {one.group for one in summed} == {SPLIT}
-    assert sum(one.times for one in summed) == TOKENS * (2 * config.policy.num_layers + 1)
+    config, steps = make_config(), ROLLOUTS // SLOTS * TOKENS
+    decoding = planned.programs["decode"].cost.collectives
+    summed = [one for one in decoding if (one.kind, one.group) == ("all-reduce", SPLIT)]
+    assert sum(one.times for one in summed) == steps * (2 * config.policy.num_layers + 1)
     assert {one.size for one in summed} == {SLOTS / GROUPS * config.policy.embed_size * 4}
     assert sum(one.sent for one in summed) == sum(one.times * one.size for one in summed)  # twice the half
 

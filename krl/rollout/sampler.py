@@ -17,7 +17,19 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from krl import policy
-from krl.rollout.serve import Options, PromptCache, Queue, Responses, State, drain, drains, idle, serve, shrink
+from krl.rollout.serve import (
+    Options,
+    PromptCache,
+    Queue,
+    Responses,
+    State,
+    cache_columns,
+    drain,
+    drains,
+    idle,
+    serve,
+    shrink,
+)
 from krl.rollout.slots import make_slots
 from krl.sharding import RULES, batch_devices, constrain
 from krl.types import Prompts, Rollouts
@@ -336,7 +348,7 @@ def _prefill(config: policy.PolicyConfig, layers: dict, prompts: Prompts) -> Pro
 
     def one(chunk):
         tokens, positions = (constrain(part, "batch", "length") for part in chunk)
-        empty = policy.init_cache(config, at_once, columns)
+        empty = policy.init_cache(config, at_once, cache_columns(columns))
         return policy.read(config, layers, jnp.maximum(tokens, 0), positions, empty, 0)[1]
 
     if columns:

@@ -31,7 +31,7 @@ class Options(NamedTuple):
 class PromptCache(struct.PyTreeNode):
     """All but the last token of every prompt, read; the last one is a slot's first step."""
 
-    cache: policy.Cache  # [M, K, P - 1, Q] and [M, P - 1]
+    cache: policy.Cache  # of P - 1 columns, and unused ones where that is many
     last: jax.Array  # [M] int32, the last tokens
     lengths: jax.Array  # [M] int32, tokens
 
@@ -172,7 +172,7 @@ def idle(config: policy.PolicyConfig, options: Options, num_slots: int, prompts:
 
 
 def cache_columns(tokens: int) -> int:
-    """Columns of a slot's cache that holds so many tokens.
+    """Columns of a cache that holds so many tokens.
 
     A TPU keeps an array whose next to last axis is not a multiple of its tiles in another order than attention reads it, and copies
     all caches at the beginning and end of every program, which takes their memory twice. Where caches are short, a few columns more would cost more.

@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     """What a step of a config takes of every device of a mesh."""
 
     parts: dict[str, float]  # GB of what is there for long, from shapes alone
-    programs: dict[str, Program]  # "prefill", "decode", "drain", "shrink", "log-probs" and "update"
+    programs: dict[str, Program]  # "prefill", "decode", "shrink", "update", and its "log-probs" if it has any
     kind: str  # of the devices
     accelerator: Accelerator | None  # None if nothing is known of that kind
     slots: int  # S

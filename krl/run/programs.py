@@ -97,12 +97,12 @@ def compile_rollout(
     options, work, state = sampler.options, sampler.work, sampler.state
     slots, rows = (len(array) // sampler.queues for array in (state.slots.row, work.order))
     refills = math.ceil(rows / max(slots // REFILL, 1))
-    steps = (math.ceil(rows / slots) - 1) * tokens  # until the last rollout has got a slot
-    alive, decode = kept + gigabytes((work, state)), (policy_config, options, sampler.temperature, work, state)
+    # The last rollouts to get a slot are decoded by "drain": it takes the same steps, so they are counted here.
+    steps = math.ceil(rows / slots) * tokens
+    alive, decode = kept + gigabytes((work, state)), (policy_config, options, sampler.temperature, work, state, 0)
     return {
         "prefill": _compile(PROGRAMS["begin"], kept, (), policy_config, options, *sampler.inputs),
-        "decode": _compile(PROGRAMS["serve"], alive, (refills, steps / refills), *decode, 0),
-        "drain": _compile(PROGRAMS["drain"], alive, (tokens,), *decode, 0),
+        "decode": _compile(PROGRAMS["serve"], alive, (refills, steps / refills), *decode),
         "shrink": _compile(PROGRAMS["shrink"], alive, (), drains(slots)[0], state),
     }
 
