@@ -340,22 +340,26 @@ def _prefill(config: policy.PolicyConfig, layers: dict, prompts: Prompts) -> Pro
     positions = jnp.where(mask, jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, -1)
     at_once = max(PREFILL_TOKENS // max(columns, 1), 1)
     at_once = min(-(-at_once // _devices()) * _devices(), num_prompts)  # equally many for all devices
-    spare = -num_prompts % at_once
 
-    def cut(array):
-        array = jnp.pad(array[:, :columns], ((0, spare), (0, 0)), constant_values=-1)
-        return array.reshape(-1, at_once, columns)
+    def everywhere(cache):
+        return jax.tree.map(
+            lambda leaf: constrain(leaf, *((None, "kv_heads", None, None) if leaf.ndim == 4 else (None, None))), cache
+        )
 
-    def one(chunk):
-        tokens, positions = (constrain(part, "batch", "length") for part in chunk)
+    def one(number, cache):
+        """Some more prompts; where they do not come out even, the last ones have some of those before in them again."""
+        begin = number * at_once
+
+        def some(array):
+            return constrain(jax.lax.dynamic_slice_in_dim(array[:, :columns], begin, at_once), "batch", "length")
+
         empty = policy.init_cache(config, at_once, cache_columns(columns))
-        return policy.read(config, layers, jnp.maximum(tokens, 0), positions, empty, 0)[1]
+        read = policy.read(config, layers, some(tokens), some(positions), empty, 0)[1]
+        # Written where they stay: results that a loop stacks are kept twice while they are gathered and put in order.
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=begin, axis=0)
+        return everywhere(jax.tree.map(put, cache, everywhere(read)))
 
+    cache = everywhere(policy.init_cache(config, num_prompts, cache_columns(columns)))
     if columns:
-        read = jax.lax.map(one, (cut(tokens), cut(positions)))
-        cache = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num_prompts], read)
-    else:
-        cache = policy.init_cache(config, num_prompts, 0)
-    everywhere = jax.tree.map(lambda leaf: constrain(leaf, None, "kv_heads", None, None), (cache.keys, cache.values))
-    cache = cache.replace(keys=everywhere[0], values=everywhere[1], positions=constrain(cache.positions, None, None))
+        cache = jax.lax.fori_loop(0, -(-num_prompts // at_once), one, cache)
     return PromptCache(cache=cache, last=tokens[:, -1], lengths=mask.sum(axis=1, dtype=jnp.int32))
