@@ -116,6 +116,8 @@ def test_time_is_that_of_the_slowest_part(planned):
     assert time == (cost.flops / 1e9, cost.bytes / 1e8, cost.sent / 1e7)
     assert time.least == max(time)
     assert planned.seconds("update") == time
+    parts = [planned.seconds(name).least for name in ("prefill", "decode", "shrink", "update")]
+    assert planned.step_seconds == pytest.approx(sum(parts))
 
 
 def test_layouts_of_decoding_by_hand():

@@ -50,6 +50,12 @@ class Plan(NamedTuple):
         cost = self.programs[name].cost
         return seconds(cost, self.accelerator) if cost and self.accelerator else None
 
+    @property
+    def step_seconds(self) -> float | None:
+        """How long its programs take together, at least; log-probabilities are a part of the update."""
+        times = [self.seconds(name) for name in self.programs if name != "log-probs"]
+        return sum(time.least for time in times if time) if all(times) else None
+
 
 def main(_):
     """The command line."""
@@ -223,6 +229,8 @@ def show(found: Plan, console: Console) -> None:
     console.print(parts)
     console.print(_programs(found))
     console.print(_collectives(found))
+    if found.step_seconds is not None:
+        console.print(f"a step takes at least {found.step_seconds:.3g} s", highlight=False)
     for line in found.advice:
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -238,6 +246,9 @@ def _programs(found: Plan) -> Table:
         "code, GB": [one.code for one in found.programs.values()],
         "together, GB": [one.held for one in found.programs.values()],
         "TFLOP of products": [one.cost and one.cost.flops / 1e12 for one in found.programs.values()],
+        "calls of kernels that are not in it": [
+            one.cost and sum(n for _, n in one.cost.kernels) for one in found.programs.values()
+        ],
         "to and from memory, GB": [one.cost and one.cost.bytes / 1e9 for one in found.programs.values()],
         "sent to other devices, GB": [one.cost and one.cost.sent / 1e9 for one in found.programs.values()],
         "seconds of computing": [time and time.computing for time in times.values()],
