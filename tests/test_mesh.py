@@ -135,12 +135,12 @@ def test_decoding_gathers_logits_and_never_a_parameter(mesh_of):
     options = serve.Options(24, GREEDY["num_slots"], 6, tiny.EOS, 0, (0, 1.0, 0.0))
     with jax.set_mesh(mesh):
         arguments = place_whole(mesh, tiny.prompts()), jnp.array(COUNTS), jax.random.key(0), 0, jnp.ones(4)
-        work, state = sampler._PROGRAMS["begin"](CONFIG, options, params, *arguments)
+        work, state = sampler.PROGRAMS["begin"](CONFIG, options, params, *arguments)
         model, slots = mesh.shape["model"], sampler._slots_each(options)
         for path, leaf in jax.tree.leaves_with_path(work.layers):
             cuts = 1 if leaf.ndim == 1 else model
             assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * cuts == leaf.size, path
-        serving = sampler._PROGRAMS["serve"].lower(CONFIG, options, 1.0, work, state, 2)
+        serving = sampler.PROGRAMS["serve"].lower(CONFIG, options, 1.0, work, state, 2)
         text = serving.compile(compiler_options=QUICK).as_text()
     gathered = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", text)}
     assert gathered == ({(slots, CONFIG.vocab_size)} if model > 1 else set())

@@ -105,7 +105,7 @@ def test_slots_that_nothing_waits_for_are_given_up(monkeypatch):
 def test_prompts_in_parts_are_the_prompts_at_once(monkeypatch):
     whole = sample([3, 1, 2, 4])
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 12)  # three of the four prompts
-    begin: Any = sampler._PROGRAMS["begin"]
+    begin: Any = sampler.PROGRAMS["begin"]
     begin.clear_cache()
     parts = sample([3, 1, 2, 4])
     begin.clear_cache()
