@@ -31,7 +31,7 @@ from krl.run.benchmark import evaluate_set
 from krl.run.checkpoint import Checkpoints, check_workdir, keep_from_others, open_workdir, write_json
 from krl.run.estimates import table
 from krl.run.metrics import keep_compilations, progress
-from krl.run.processes import is_first, join_processes, place_whole, say, stay_together
+from krl.run.processes import first_before_others, is_first, join_processes, place_whole, say, stay_together
 from krl.run.setup import NAMES, abstract_params, encode, find_policy, find_slots, load_task_sets, make_verifiers
 from krl.sharding import make_mesh, reshape_mesh
 from krl.tasks import SOURCES, TaskSet, load_named
@@ -71,15 +71,15 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
     workdir = pathlib.Path(workdir)
     check(config, **NAMES)
     has_run = (workdir / "config.json").exists()
-    if is_first():
-        open_place(workdir, config, has_run=has_run)
+    with first_before_others("load"):  # which may fill a cache
+        if is_first():
+            open_place(workdir, config, has_run=has_run)
+        sets = load_sets(config)
     mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
     mesh = reshape_mesh(mesh, tuple(config.mesh.decode))  # there is no update
     verifiers = make_verifiers(config)
     tokenizer = load_tokenizer(workdir / "policy" if has_run else config.tokenizer.path or config.policy.path)
-    encoded = {
-        name: encode(config, tokenizer, tasks, limit=config.eval.prompts) for name, tasks in load_sets(config).items()
-    }
+    encoded = {name: encode(config, tokenizer, tasks, limit=config.eval.prompts) for name, tasks in sets.items()}
     policy_config = find_policy(config, tokenizer, workdir)
     identity, params = load_params(config, policy_config, workdir if has_run else None, mesh)
 
@@ -109,9 +109,10 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
                 )  # fmt: skip
             if tasks.dropped:
                 say(f"krl: {name}: {tasks.dropped} prompts longer than {config.data.max_prompt_tokens} tokens left out")
-    if is_first():
-        write_json(workdir / "results.json", {"settings": settings, "sets": results})
-        Console().print(table(results))
+    with first_before_others("results"):  # which all wait for
+        if is_first():
+            write_json(workdir / "results.json", {"settings": settings, "sets": results})
+            Console().print(table(results))
     return results
 
 
@@ -151,9 +152,11 @@ def load_params(
     with Checkpoints(directory, keep=keep) as checkpoints:
         restored = checkpoints.restore({"params": abstract_params(policy_config, mesh)}, move_aside=False)
     if restored is None:
-        every = config.eval.every if config.eval.best else config.checkpoint.every
-        raise ValueError(f"{directory} holds no checkpoint yet; let train.py take {every} steps")
-    return f"step {restored[0]}", restored[1]["params"]
+        until = "it has evaluated once" if config.eval.best else f"it has taken {config.checkpoint.every} steps"
+        raise ValueError(f"{directory} holds no checkpoint yet; let train.py run until {until}")
+    step, trees = restored
+    undone = trees["about"].get("rollbacks", 0)  # steps that were taken again have the same numbers
+    return f"step {step}" + (f" after {undone} rollbacks" if undone else ""), trees["params"]
 
 
 def fingerprint(path: pathlib.Path) -> str:

@@ -41,7 +41,6 @@ from krl.run.metrics import (
     CompileCounter,
     MetricsLog,
     PhaseClock,
-    highest_accuracy,
     keep_compilations,
     memory_used,
     over_processes,
@@ -62,12 +61,11 @@ from krl.run.processes import (
     say,
     stay_together,
 )
-from krl.run.setup import NAMES, Setup, find_slots, set_up, start_params
+from krl.run.setup import NAMES, Setup, find_optimizer, find_slots, set_up, start_params
 from krl.run.update import (
     abstract_state,
     for_this_backend,
     init_state,
-    make_optimizer,
     policy_update,
     skipped_updates,
 )
@@ -121,17 +119,25 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
             Checkpoints(place / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
             Checkpoints(place / "best", keep=1) as best,
         ):
-            outcome = "went back"
+            rollbacks, about, outcome = read_rollbacks(workdir), about_run(config, parts), "went back"
             while outcome == "went back":
                 outcome = take_steps(
-                    config, workdir, parts, checkpoints, best, compiles, lambda: any_process(asked.is_set())
+                    config,
+                    workdir,
+                    parts,
+                    checkpoints,
+                    best,
+                    rollbacks,
+                    about | {"rollbacks": len(rollbacks)},
+                    compiles,
+                    lambda: any_process(asked.is_set()),
                 )
     return last_row(config, workdir) if outcome == "finished" else None
 
 
 def take_steps(
-    config: ConfigDict, workdir: pathlib.Path, parts: Setup, checkpoints: Checkpoints, best: Checkpoints,
-    compiles: CompileCounter, should_stop: Callable[[], bool],
+    config: ConfigDict, workdir: pathlib.Path, parts: Setup, checkpoints: Checkpoints, best: Checkpoints, rollbacks: list[dict],
+    about: dict, compiles: CompileCounter, should_stop: Callable[[], bool],
 ) -> str:  # fmt: skip
     """Take the steps that are left, from the newest checkpoint on or from the start.
 
@@ -140,12 +146,12 @@ def take_steps(
     """
     # ---------------------------------------------------------------- where the run starts from
     optimizer = find_optimizer(config)
-    step, learner, reference = start_or_continue(config, parts, optimizer, checkpoints, should_stop)
+    step, learner, reference = start_or_continue(config, parts, optimizer, checkpoints, about, should_stop)
     if learner is None:
         say("krl: stopped during supervised fine-tuning; the same command continues it")
         return "stopped"
     run = make_run(config, parts, optimizer, reference)
-    rollbacks, about = read_rollbacks(workdir), about_run(config, parts)
+    highest = best.about_newest().get("accuracy", -1.0)
 
     # ---------------------------------------------------------------- the loop
     with (
@@ -153,8 +159,6 @@ def take_steps(
         progress(config.steps, step, config.alloc.rule) as show,
         profile(workdir / "profile", begin=step + 2, steps=config.profile.steps if is_first() else 0) as record,
     ):
-        best.forget_after(step)
-        highest = highest_accuracy(workdir, step)
         if step == 0 and config.eval.every and not should_stop():
             metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
             log.write(0, metrics)
@@ -167,7 +171,7 @@ def take_steps(
             step += 1
             spike = find_spike(metrics, config.guard)
             if spike:
-                go_back(workdir, step, checkpoints.latest_step() or 0, spike, most=config.guard.rollbacks)
+                go_back(workdir, rollbacks, step, checkpoints.latest_step() or 0, spike, most=config.guard.rollbacks)
                 return "went back"
             every = gather({k: v for k, v in metrics.items() if k.startswith("seconds/")} | memory_used())
             metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)} | over_processes(every)
@@ -200,7 +204,7 @@ def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:
         if config.steps:
             say(report.write([workdir], workdir) if is_first() else "")
         else:
-            say(f"krl: fine-tuned; the checkpoint is in {workdir / 'checkpoints'}")
+            say(f"krl: fine-tuned; the checkpoint is in {epath.Path(config.checkpoint.dir or workdir) / 'checkpoints'}")
     rows = read_rows(workdir / "metrics.jsonl")
     return rows[-1] if rows else {}
 
@@ -292,17 +296,8 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     )  # fmt: skip
 
 
-def find_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """The optimiser of the policy."""
-    optim = config.optim
-    return make_optimizer(
-        learning_rate=optim.learning_rate, warmup_steps=optim.warmup_steps, decay_steps=optim.decay_steps,
-        beta1=optim.beta1, beta2=optim.beta2, weight_decay=optim.weight_decay, grad_clip=optim.grad_clip,
-    )  # fmt: skip
-
-
 def start_or_continue(
-    config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, checkpoints: Checkpoints,
+    config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, checkpoints: Checkpoints, about: dict,
     should_stop: Callable[[], bool],
 ) -> tuple[int, Learner | None, dict | None]:  # fmt: skip
     """Read the newest checkpoint, or begin, after fine-tuning.
@@ -329,11 +324,15 @@ def start_or_continue(
     found = checkpoints.restore(like)
     assert found is not None  # latest_step has seen it
     first, trees = found
-    about, now = trees["about"], about_run(config, parts)
-    if about.get("train", now["train"]) != now["train"]:
+    was = about | trees["about"]
+    if was["train"] != about["train"]:
         raise ValueError(
-            f"the training prompts are not those of the run: {about['train']} at step {first}, {now['train']} now; what is "
+            f"the training prompts are not those of the run: {was['train']} at step {first}, {about['train']} now; what is "
             "believed of each would be of another one; bring its data back or choose another --workdir"
+        )
+    if was["config_digest"] != about["config_digest"]:
+        raise ValueError(
+            f"{checkpoints.directory} has checkpoints of a run with another config; choose another config.checkpoint.dir"
         )
     say(f"krl: continuing from step {first}")
     state = TrainState(trees["params"], trees["opt_state"])

@@ -52,9 +52,8 @@ def get_config() -> ConfigDict:
     config.checkpoint.dir = (
         ""  # where they go, such as "gs://bucket/run", "" for the work directory; each run has its own
     )
-    config.checkpoint.keep = 2  # newest checkpoints kept
-    config.checkpoint.best = (
-        True  # keep the parameters of the highest held-out accuracy too, in the work directory's best/
+    config.checkpoint.keep = (
+        2  # newest checkpoints kept, beside the parameters of the highest held-out accuracy in best/
     )
 
     # A step beyond one of these is undone: the run goes on from its last checkpoint, with other rollouts. 0 for no limit.

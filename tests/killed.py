@@ -47,13 +47,15 @@ def arm(chosen: str, number: int) -> None:
             strike(name)  # what the phase computed is there, and nobody has seen it
 
     def armed_rename(source, *arguments, **options):
-        if "orbax-checkpoint-tmp" in os.path.basename(source):
+        folder, name = os.path.split(source)
+        if "orbax-checkpoint-tmp" in name and os.path.basename(folder) == "checkpoints":
             strike("commit")  # a checkpoint is written and has no name yet
         return rename(source, *arguments, **options)
 
-    def armed_save(checkpoints, step, trees):
-        save(checkpoints, step, trees)
-        strike("checkpoint")  # another thread is writing it
+    def armed_save(checkpoints, step, trees, about):
+        save(checkpoints, step, trees, about)
+        if checkpoints.directory.name == "checkpoints":
+            strike("checkpoint")  # another thread is writing it
         if chosen != "checkpoint":
             checkpoints._manager.wait_until_finished()  # so that it is known from which one the run will continue
 

@@ -183,18 +183,21 @@ def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_it_is_used(tmp_p
         assert checkpoints.restore(like)[0] == 3
 
 
-def test_a_checkpoint_tells_of_itself_and_later_ones_can_be_forgotten(tmp_path):
+def test_a_checkpoint_tells_of_itself_and_takes_the_place_of_later_ones(tmp_path):
     state = {"a": jnp.arange(3)}
     with Checkpoints(tmp_path, keep=3) as checkpoints:
+        assert checkpoints.about_newest() == {}
         checkpoints.save(1, {"state": state})
         checkpoints.save(2, {"state": state}, {"step": 2, "config": {"mesh.shape": [8]}})
         checkpoints.save(3, {"state": state})
-        assert checkpoints.restore({"state": state})[1]["about"] == {}
-        checkpoints.forget_after(2)
+        assert checkpoints.restore({"state": state})[1]["about"] == checkpoints.about_newest() == {}
+        checkpoints.save(4, {"state": state})  # and is still being written
+        checkpoints.save(2, {"state": state}, {"never": "written"})
         step, found = checkpoints.restore({"state": state})
         assert (step, found["about"]) == (2, {"step": 2, "config": {"mesh.shape": [8]}})
-        checkpoints.save(3, {"state": state})
-        assert checkpoints.latest_step() == 3
+        assert checkpoints.about_newest() == found["about"]
+        checkpoints.save(3, {"state": state}, {"step": 3})
+        assert checkpoints.about_newest() == {"step": 3}
 
 
 def test_checkpoints_may_lie_in_object_storage(tmp_path, monkeypatch):

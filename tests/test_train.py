@@ -15,6 +15,7 @@ from absl import flags
 import train as script
 from configs import arithmetic
 from eval import measure
+from krl.policy.hf import export
 from tests.command_line import ROOT, TINY, command, environment, learnt, rows, run, run_here
 from train import train
 
@@ -47,6 +48,19 @@ def test_the_best_checkpoint_is_kept_and_measured(tmp_path, monkeypatch):
     config.eval.best = True
     measure(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["step_2", "step_4"]
+
+
+def test_checkpoints_in_a_directory_of_their_own_belong_to_one_run(tmp_path):
+    keys = {"checkpoint.dir": str(tmp_path / "kept"), "sft.steps": 0, "eval.every": 2}
+    run_here(tmp_path / "first", **keys, steps=2)
+    assert not (tmp_path / "first" / "checkpoints").exists()
+    assert (tmp_path / "kept" / "best" / "2").exists()
+    assert export(tmp_path / "first", tmp_path / "exported") == 2
+    with pytest.raises(
+        ValueError, match="kept/checkpoints has checkpoints of a run with another config; choose another"
+    ):
+        run_here(tmp_path / "second", **keys | {"optim.learning_rate": 1e-5})
+    assert run_here(tmp_path / "first", **keys)["step"] == 4
 
 
 def test_a_signal_while_a_run_is_set_up_stops_it_before_its_first_step(tmp_path, monkeypatch, capsys):

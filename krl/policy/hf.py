@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 from absl import logging
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -348,16 +349,18 @@ def export(workdir: str | pathlib.Path, path: str | pathlib.Path, *, dtype: str 
     """
     workdir = pathlib.Path(workdir)
     config = read_config(workdir / "policy")
-    directory = (workdir / "checkpoints").absolute()
+    run = workdir / "config.json"
+    elsewhere = json.loads(run.read_text()).get("checkpoint.dir") if run.exists() else ""
+    directory = epath.Path(elsewhere or workdir.absolute()) / "checkpoints"
     if not directory.is_dir():
-        raise ValueError(f"{workdir} holds no checkpoint yet; let train.py take a few steps")
+        raise ValueError(f"{directory.parent} holds no checkpoint yet; let train.py take a few steps")
     shapes = jax.eval_shape(lambda key: init(config, key), _KEY)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
     with ocp.CheckpointManager(directory) as manager:
         step = manager.latest_step()
         if step is None:
-            raise ValueError(f"{workdir} holds no checkpoint yet; let train.py take a few steps")
+            raise ValueError(f"{directory.parent} holds no checkpoint yet; let train.py take a few steps")
         try:
             found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))
         except (ValueError, KeyError, FileNotFoundError) as error:

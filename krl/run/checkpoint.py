@@ -26,19 +26,29 @@ class Checkpoints:
         """Open or create a directory, which may be in object storage, that keeps its newest `keep` checkpoints."""
         local = "://" not in str(directory)
         self.directory = epath.Path(directory).absolute() if local else epath.Path(directory)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+        # Processes wait for each other by name, and two directories may be written at a time.
+        apart = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=self.directory.name)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True, multiprocessing_options=apart
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        self._finish()
+        self._manager.close()
+
+    def _finish(self) -> None:
+        """Wait for what is being written."""
         with self._disk_errors():
             self._manager.wait_until_finished()
-        self._manager.close()
 
     def save(self, step: int, trees: dict, about: dict | None = None) -> None:
         """Write pytrees of arrays, and JSON values about them, under a step; returns once they are copied from the devices.
+
+        Checkpoints of later steps, which have been undone, are deleted first.
 
         Raises:
             ValueError: this one or the one before, whose writing ends meanwhile, found no space on the disk.
@@ -46,6 +56,11 @@ class Checkpoints:
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         if about:
             arguments[_ABOUT] = ocp.args.JsonSave(about)
+        undone = [later for later in self._manager.all_steps() if later > step]
+        if undone:
+            self._finish()
+        for later in undone:
+            self._manager.delete(later)
         with self._disk_errors():
             if step not in self._manager.all_steps():
                 self._manager.save(step, args=ocp.args.Composite(**arguments))
@@ -62,11 +77,13 @@ class Checkpoints:
                 "free some space and give the same command again"
             ) from None
 
-    def forget_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps, which a run that goes on from this one takes again."""
-        for later in self._manager.all_steps():
-            if later > step:
-                self._manager.delete(later)
+    def about_newest(self) -> dict:
+        """What was saved about the newest checkpoint; {} if nothing was, or there is none."""
+        self._finish()
+        step = self.latest_step()
+        if step is None or not (self.directory / str(step) / _ABOUT).exists():
+            return {}
+        return self._manager.restore(step, args=ocp.args.Composite(**{_ABOUT: ocp.args.JsonRestore()}))[_ABOUT]
 
     def latest_step(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""
@@ -83,8 +100,7 @@ class Checkpoints:
         Raises:
             ValueError: no checkpoint can be read, or its arrays are not those of `like`; the message names the directory.
         """
-        with self._disk_errors():
-            self._manager.wait_until_finished()
+        self._finish()
         abstract, problems = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), {}
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         for step in sorted(self._manager.all_steps(), reverse=True):

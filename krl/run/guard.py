@@ -1,4 +1,4 @@
-"""Going back to the last checkpoint when a step shows that the policy has left the road."""
+"""Undoing steps whose loss, ratio or divergence is beyond config.guard: back to the last checkpoint."""
 
 import json
 import os
@@ -15,7 +15,7 @@ _FILE = "rollbacks.jsonl"
 
 
 def read_rollbacks(workdir: pathlib.Path) -> list[dict]:
-    """The rollbacks of a run until now: {"step" that showed the spike, checkpoint "to" go on from, "reason"} each."""
+    """The rollbacks of a run before this start: {"step" that showed the spike, checkpoint "to" go on from, "reason"} each."""
     return read_rows(workdir / _FILE)
 
 
@@ -33,15 +33,16 @@ def find_spike(metrics: dict[str, float], guard: ConfigDict) -> str:
 
 
 def draws_before(rollbacks: Sequence[dict], step: int) -> int:
-    """How often a step was drawn before, given the steps taken before it: it gets other random numbers every time."""
+    """How many rollbacks a step, given by the steps taken before it, comes after: its random numbers depend on it."""
     return sum(row["to"] <= step for row in rollbacks)
 
 
-def go_back(workdir: pathlib.Path, step: int, to: int, reason: str, *, most: int) -> None:
+def go_back(workdir: pathlib.Path, rollbacks: list[dict], step: int, to: int, reason: str, *, most: int) -> None:
     """Write down that the run goes on from an earlier checkpoint, before it does, so that a kill changes nothing.
 
     Args:
         workdir: of the run.
+        rollbacks: until now, the same in every process; this one is added.
         step: that showed the spike.
         to: steps of the checkpoint.
         reason: from `find_spike`.
@@ -50,15 +51,15 @@ def go_back(workdir: pathlib.Path, step: int, to: int, reason: str, *, most: int
     Raises:
         FloatingPointError: the run has had them.
     """
-    done = len(read_rollbacks(workdir))
-    if done >= most:
+    if len(rollbacks) >= most:
         raise FloatingPointError(
-            f"step {step}: {reason}, after {done} rollbacks (config.guard.rollbacks={most}); "
+            f"step {step}: {reason}, after {len(rollbacks)} rollbacks (config.guard.rollbacks={most}); "
             "lower config.optim.learning_rate, or raise the limit if it is too strict"
         )
-    say(f"krl: step {step}: {reason}; going back to step {to} for other rollouts, time {done + 1} of {most}")
+    rollbacks.append({"step": step, "to": to, "reason": reason})
+    say(f"krl: step {step}: {reason}; going back to step {to} for other rollouts, time {len(rollbacks)} of {most}")
     if is_first():
         with (workdir / _FILE).open("a") as file:
-            file.write(json.dumps({"step": step, "to": to, "reason": reason}) + "\n")
+            file.write(json.dumps(rollbacks[-1]) + "\n")
             file.flush()
             os.fsync(file.fileno())

@@ -85,7 +85,8 @@ def read_cost(text: str, trips: Sequence[float] = ()) -> Cost:
     Raises:
         ValueError: a loop that ends by data and has no number in trips.
     """
-    computations, entry = parse(text)
+    devices = re.search(r"num_partitions=(\d+)", text)
+    computations, entry = parse(text.replace("replica_groups={}", f"replica_groups=[1,{devices[1] if devices else 1}]"))
     return _cost(computations, entry, tuple(trips))
 
 

@@ -292,12 +292,6 @@ def read_rows(path: pathlib.Path) -> list[dict]:
     return rows
 
 
-def highest_accuracy(workdir: pathlib.Path, step: int) -> float:
-    """The highest held-out accuracy that a run measured after training in its first steps; -1 if it measured none."""
-    rows = [row for row in read_rows(workdir / "metrics.jsonl") if 0 < row["step"] <= step]
-    return max((row["eval/accuracy"] for row in rows if row.get("eval/accuracy") is not None), default=-1.0)
-
-
 @contextmanager
 def progress(total: int, first: int, label: str) -> Iterator:
     """A function (step, text) that shows how far a run is, with the time it still needs.

@@ -26,9 +26,9 @@ from krl.policy.attention import why_not
 from krl.rollout.sampler import slot_bytes
 from krl.rollout.serve import SHRINK
 from krl.run.hlo import Collective
-from krl.run.programs import Program, abstract_sampler, compile_rollout, compile_update, find_optimizer, gigabytes
+from krl.run.programs import Program, abstract_sampler, compile_rollout, compile_update, gigabytes
 from krl.run.roofline import ACCELERATORS, Accelerator, Seconds, decode_layouts, seconds
-from krl.run.setup import NAMES, abstract_params, computed_by
+from krl.run.setup import NAMES, abstract_params, computed_by, find_optimizer
 from krl.run.update import abstract_state
 from krl.sharding import RULES, make_mesh, reshape_mesh
 
@@ -196,7 +196,7 @@ def _advise_decoding(config, policy_config, mesh, found: Plan, accelerator: Acce
         *said,
         f"the fastest is {groups} groups of {best.split}: --config.mesh.axis_names=\"('fsdp', 'model')\" "
         f'--config.mesh.shape="({devices}, 1)" --config.mesh.decode="({groups}, {best.split})" '
-        f"--config.sample.memory_gb={best.slots / groups * slot_gb / best.split:.3g}",
+        f"--config.sample.memory_gb={math.ceil(1e3 * best.slots / groups * slot_gb / best.split) / 1e3:g}",
     ]
 
 
@@ -207,6 +207,8 @@ def _advise_update(config: ConfigDict, update: Program, limit: float) -> list[st
     devices = math.prod(size for name, size in axes if name in RULES["batch"])
     share = math.ceil(config.alloc.budget / config.optim.updates_per_step / devices)
     now = min(max(config.optim.micro_tokens // (row * devices), 1), share)
+    if not update.temporaries:
+        return []
     rows = min(int(now * (limit - update.held + update.temporaries) / update.temporaries), share)
     if rows < 1:
         return ["not even one row a device fits the update: split the policy there too, or take more devices"]

@@ -16,7 +16,7 @@ from krl.rollout.sampler import PROGRAMS, Work, decoding_axes
 from krl.rollout.serve import REFILL, Options, State, drains
 from krl.run.hlo import Cost, read_cost
 from krl.run.setup import find_slots
-from krl.run.update import for_this_backend, make_optimizer, policy_update, rows_at_once
+from krl.run.update import for_this_backend, policy_update, rows_at_once
 from krl.sharding import batch_devices, named_sharding
 from krl.types import Prompts, Rollouts, TrainState
 
@@ -154,15 +154,6 @@ def compile_update(
         times = passes * batches * optim.updates_per_step
         programs["log-probs"] = one._replace(cost=one.cost and one.cost.times(times))
     return programs
-
-
-def find_optimizer(config: ConfigDict) -> Any:
-    """The optimiser of a config."""
-    optim = config.optim
-    return make_optimizer(
-        learning_rate=optim.learning_rate, warmup_steps=optim.warmup_steps, decay_steps=optim.decay_steps,
-        beta1=optim.beta1, beta2=optim.beta2, weight_decay=optim.weight_decay, grad_clip=optim.grad_clip,
-    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- shapes and programs

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from krl import budget, learn, policy
@@ -24,6 +25,7 @@ from krl.run.checkpoint import claim_workdir, open_workdir, write_json
 from krl.run.metrics import progress
 from krl.run.processes import is_first, place_whole, say
 from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
+from krl.run.update import make_optimizer
 from krl.sharding import make_mesh, reshape_mesh, tree_sharding
 from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks, step_task_ids
 from krl.tasks.arithmetic import make_ladder
@@ -290,3 +292,12 @@ def start_params(
             report=lambda step, loss: show(step, f"loss {loss:.3f}"),
         )  # fmt: skip
     return params if finished else None
+
+
+def find_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimiser of the policy."""
+    optim = config.optim
+    return make_optimizer(
+        learning_rate=optim.learning_rate, warmup_steps=optim.warmup_steps, decay_steps=optim.decay_steps,
+        beta1=optim.beta1, beta2=optim.beta2, weight_decay=optim.weight_decay, grad_clip=optim.grad_clip,
+    )  # fmt: skip
