@@ -53,6 +53,7 @@ from krl.run.processes import (
     STOPPED,
     any_process,
     check_agreement,
+    check_copies,
     first_before_others,
     gather,
     is_first,
@@ -190,6 +191,7 @@ def take_steps(
             show(step, text)
             refuse_bad_updates(learner.state, config.max_bad_updates)
             if step % config.checkpoint.every == 0 or step == config.steps:
+                check_copies(learner.state.params)
                 checkpoints.save(step, saved(learner), about | {"step": step})
     if step < config.steps:
         checkpoints.save(step, saved(learner), about | {"step": step})

@@ -10,6 +10,7 @@ import subprocess
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -144,6 +145,32 @@ def test_processes_that_disagree_are_told_so(monkeypatch):
         processes.check_agreement(np.arange(3))
     said[0] = said[0][:2]
     processes.check_agreement(np.arange(3))
+
+
+def test_copies_of_parameters_that_differ_are_told(monkeypatch):
+    params = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.int32(7)}
+    rows = []
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(processes.multihost_utils, "process_allgather", lambda mine: rows.append(mine) or mine[None])
+    processes.check_copies(params)
+    processes.check_copies(params | {"a": params["a"].at[1, 2].add(1e-6)})
+    whole, flipped = rows
+    elsewhere = flipped + np.array([1, 0, 0], np.uint32)  # another part of the arrays: nothing to compare with
+    for gathered, odd in (
+        ([whole, whole, elsewhere], None),
+        ([whole, flipped, whole], 1),
+        ([elsewhere, whole, flipped], 2),
+    ):
+        monkeypatch.setattr(
+            processes.multihost_utils, "process_allgather", lambda _, gathered=gathered: np.stack(gathered)
+        )
+        if odd is None:
+            processes.check_copies(params)
+            continue
+        with pytest.raises(
+            RuntimeError, match=rf"parameters of processes \[{odd}\] differ from those of process {odd - 1}"
+        ):
+            processes.check_copies(params)
 
 
 def distributed(coordinator="", count=0, process=0):

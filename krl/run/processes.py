@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -208,9 +209,34 @@ def check_agreement(*arrays: jax.Array | np.ndarray) -> None:
     odd = np.flatnonzero((found != found[0]).any(axis=1))
     if len(odd):
         raise RuntimeError(
-            f"counts and belief of processes {odd.tolist()} differ from those of process 0; "
+            f"counts, rewards or belief of processes {odd.tolist()} differ from those of process 0; "
             "do they run the same code, data and versions? The last checkpoint is whole"
         )
+
+
+def check_copies(tree) -> None:
+    """End the run if processes that hold the same part of an array do not hold the same bits: a device may compute wrongly.
+
+    Args:
+        tree: arrays on the mesh; of each process the parts of its first device are compared.
+
+    Raises:
+        RuntimeError: they differ; the message says which.
+    """
+    if jax.process_count() == 1:
+        return
+    shards = [leaf.addressable_shards[0] for leaf in jax.tree.leaves(tree)]
+    place = zlib.crc32(repr([shard.index for shard in shards]).encode())
+    digests = [zlib.crc32(np.asarray(shard.data).tobytes()) for shard in shards]
+    found = multihost_utils.process_allgather(np.array([place, *digests], np.uint32))
+    for place in np.unique(found[:, 0]):
+        (same,) = np.nonzero(found[:, 0] == place)
+        odd = same[(found[same] != found[same[0]]).any(axis=1)]
+        if len(odd):
+            raise RuntimeError(
+                f"parameters of processes {odd.tolist()} differ from those of process {same[0]}, which holds the same "
+                "part of them: does a device compute wrongly? The last checkpoint is whole"
+            )
 
 
 def any_process(flag: bool) -> bool:
