@@ -317,7 +317,7 @@ def _accumulate(loss_of, params, source, rows, num_rows, micro_rows):
     at the end: gradients do not travel for each micro-batch. (Beside other axes XLA cannot compile that.)
     """
     run, mesh = jax.value_and_grad(loss_of, has_aux=True), jax.sharding.get_abstract_mesh()
-    apart = not mesh.empty and mesh.shape.get("data") == mesh.size
+    apart = 1 < mesh.size == mesh.shape.get("data")
 
     def add_up(params, source, batches, num_batches):
         def one(index, total):
