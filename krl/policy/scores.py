@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from krl.sharding import RULES
+from krl.sharding import RULES, open_axes
 
 
 def token_scores(
@@ -64,7 +64,7 @@ def _scores(hidden, head, targets, temperature, options):
 def _batch_axes(rows: int) -> tuple[str, ...]:
     """The axes of the mesh that split so many rows; none if they do not divide them."""
     mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(name for name in RULES["batch"] if name in mesh.axis_names and name not in mesh.manual_axes)
+    axes = tuple(name for name in RULES["batch"] if name in open_axes() and mesh.shape[name] > 1)
     return axes if rows % math.prod(mesh.shape[name] for name in axes) == 0 else ()
 
 
