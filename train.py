@@ -123,16 +123,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
             rollbacks, about, outcome = read_rollbacks(workdir), about_run(config, parts), "went back"
             while outcome == "went back":
                 outcome = take_steps(
-                    config,
-                    workdir,
-                    parts,
-                    checkpoints,
-                    best,
-                    rollbacks,
-                    about | {"rollbacks": len(rollbacks)},
-                    compiles,
+                    config, workdir, parts, checkpoints, best, rollbacks, about | {"rollbacks": len(rollbacks)}, compiles,
                     lambda: any_process(asked.is_set()),
-                )
+                )  # fmt: skip
     return last_row(config, workdir) if outcome == "finished" else None
 
 
@@ -194,6 +187,7 @@ def take_steps(
                 check_copies(learner.state.params)
                 checkpoints.save(step, saved(learner), about | {"step": step})
     if step < config.steps:
+        check_copies(learner.state.params)
         checkpoints.save(step, saved(learner), about | {"step": step})
         say(f"krl: stopped after step {step}; the same command continues from there")
         return "stopped"

@@ -49,14 +49,11 @@ def get_config() -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 25  # steps
-    config.checkpoint.dir = (
-        ""  # where they go, such as "gs://bucket/run", "" for the work directory; each run has its own
-    )
-    config.checkpoint.keep = (
-        2  # newest checkpoints kept, beside the parameters of the highest held-out accuracy in best/
-    )
+    config.checkpoint.dir = ""  # one for each run, such as "gs://bucket/run"; "" for the work directory
+    config.checkpoint.keep = 2  # newest ones kept; best/ has the parameters of the highest held-out accuracy too
 
-    # A step beyond one of these is undone: the run goes on from its last checkpoint, with other rollouts. 0 for no limit.
+    # A step beyond one of these is undone: the run goes on from its last checkpoint, with other rollouts. 0 for no limit. What
+    # is usual for a run stands in its metrics.jsonl; a limit some times above that catches spikes alone.
     config.guard = ConfigDict()
     config.guard.loss = 0.0  # largest size of the loss
     config.guard.ratio = 0.0  # largest ratio_max
