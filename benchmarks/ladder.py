@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from configs import arithmetic
-from configs.check import FREE_KEYS, flatten
 from krl import rollout
+from krl.configs import arithmetic
+from krl.configs.check import FREE_KEYS, flatten
 from krl.policy.tokenizer import load_tokenizer
 from krl.run import setup
 from krl.run.evaluate import score_rollouts

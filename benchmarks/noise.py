@@ -30,9 +30,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
 
-from configs import default
-from configs.check import FREE_KEYS, flatten
 from krl import budget, learn, policy, rollout
+from krl.configs import default
+from krl.configs.check import FREE_KEYS, flatten
 from krl.masked import divide, segment_sum
 from krl.run.checkpoint import Checkpoints
 from krl.run.evaluate import score_rollouts

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import default
 from krl import budget
 from krl.budget import prior as priors
+from krl.configs import default
 from krl.policy.tokenizer import load_tokenizer
 from krl.run.metrics import read_rows
 from krl.run.setup import encode, load_task_sets

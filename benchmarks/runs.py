@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from configs.check import flatten
+from krl.configs.check import flatten
 from krl.run.history import found, read_run, spent_to_reach, transitions
 from krl.run.metrics import format_seconds, read_rows
 
@@ -184,7 +184,7 @@ def read_config(task: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Every key of configs/{task}.py, flat, with changes."""
     if not (ROOT / "configs" / f"{task}.py").exists():
         raise SystemExit(f"there is no configs/{task}.py; name a file of configs/, such as operators")
-    return flatten(importlib.import_module(f"configs.{task}").get_config()) | changes
+    return flatten(importlib.import_module(f"krl.configs.{task}").get_config()) | changes
 
 
 def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> int:

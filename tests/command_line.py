@@ -9,7 +9,7 @@ import sys
 
 import jax
 
-from train import train
+from krl.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = {
@@ -42,7 +42,7 @@ def run(workdir, *extra, **changes):
 
 def run_here(workdir, config="arithmetic", **changes):
     """The same run in this process, which has its programs already and starts in no time; the last row."""
-    made = importlib.import_module(f"configs.{config}").get_config()
+    made = importlib.import_module(f"krl.configs.{config}").get_config()
     made.update_from_flattened_dict(TINY | changes)
     return train(made, workdir)
 

@@ -12,8 +12,8 @@ import sys
 
 from absl import app
 
-import train
-from configs.flags import define_flags, parse_flags
+from krl import train
+from krl.configs.flags import define_flags, parse_flags
 from krl.run.checkpoint import Checkpoints
 from krl.run.evaluate import Scoring
 from krl.run.metrics import MetricsLog, PhaseClock

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import accelerator, elasticity, noise, runs, study
 from benchmarks.runs import Job
-from configs.check import check
+from krl.configs.check import check
 from krl.run.setup import NAMES
 
 TRAIN = """
@@ -221,7 +221,7 @@ def test_values_and_priors_are_told_apart():
 def test_every_setting_of_the_study_can_run(task):
     for name in study.SETTINGS:
         changes = study.make_job(task, {}, name, 1e-3, 0).changes
-        config = importlib.import_module(f"configs.{task}").get_config()
+        config = importlib.import_module(f"krl.configs.{task}").get_config()
         config.update_from_flattened_dict(changes)
         check(config, **NAMES)
         assert (config.alloc.prior == "groups") == (study.FIELD in changes)

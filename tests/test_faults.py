@@ -15,9 +15,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-import train
-from configs import arithmetic
-from configs.flags import one_line_errors
+from krl import train
+from krl.configs import arithmetic
+from krl.configs.flags import one_line_errors
 from krl.run.metrics import MetricsLog
 from tests.command_line import ROOT, command, environment, learnt, rows, run_here
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-import train as script
-from configs import arithmetic
+from krl import train as script
+from krl.configs import arithmetic
 from krl.run.guard import draws_before, find_spike
 from tests.command_line import learnt, rows, run_here
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import operators
 from krl import budget
+from krl.configs import operators
 from krl.run.setup import find_features
 from krl.tasks import EncodedTasks
 from krl.tasks.operators import FUNCTIONS, GOOD_SHARE, LETTERS, POOR_SHARES, make_operators, operator_meanings

@@ -4,7 +4,7 @@ import jax
 import pytest
 from rich.console import Console
 
-from configs import arithmetic
+from krl.configs import arithmetic
 from krl.rollout.sampler import PROGRAMS
 from krl.run.plan import advise, find_sizes, plan, show
 from krl.run.programs import abstract_sampler

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import arithmetic
-from eval import measure
+from krl.configs import arithmetic
+from krl.eval import measure
 from krl.run import processes
 from tests.command_line import ROOT, TINY, command, environment, rows, run_here
 

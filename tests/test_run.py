@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b
-from configs.check import FREE_KEYS, check, flatten
 from krl import learn
+from krl.configs import arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b
+from krl.configs.check import FREE_KEYS, check, flatten
 from krl.run import checkpoint, lock
 from krl.run.checkpoint import Checkpoints, claim_workdir, open_workdir, stop_on_signal, write_json
 from krl.run.lock import hold_workdir

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from absl import flags
 
-import train as script
-from configs import arithmetic
-from eval import measure
+from krl import train as script
+from krl.configs import arithmetic
+from krl.eval import measure
 from krl.policy.hf import export
+from krl.train import train
 from tests.command_line import ROOT, TINY, command, environment, learnt, rows, run, run_here
-from train import train
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from configs.check import check
-from configs.flags import define_flags, one_line_errors, parse_flags
 from krl import policy
+from krl.configs.check import check
+from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.policy.attention import why_not
 from krl.rollout.sampler import slot_bytes
 from krl.rollout.serve import SHRINK

@@ -9,7 +9,7 @@ itself; with a run's work directory it does so for the run. The mesh is one mach
 
 from ml_collections import ConfigDict
 
-from configs import default
+from krl.configs import default
 
 
 def get_config() -> ConfigDict:

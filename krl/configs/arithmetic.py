@@ -8,7 +8,7 @@ docs/results.md compares rules on it over three seeds: rollouts are not what lim
 
 from ml_collections import ConfigDict
 
-from configs import default
+from krl.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,7 @@ python train.py --config configs/qwen3_4b_base.py --config.policy.path=DIR --wor
 
 from ml_collections import ConfigDict
 
-from configs import qwen2_5_math_7b
+from krl.configs import qwen2_5_math_7b
 
 
 def get_config() -> ConfigDict:

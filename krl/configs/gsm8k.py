@@ -9,7 +9,7 @@ worked solution and next to no arithmetic: expect accuracies near 0.01, and real
 
 from ml_collections import ConfigDict
 
-from configs import default
+from krl.configs import default
 
 
 def get_config() -> ConfigDict:

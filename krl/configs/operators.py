@@ -9,7 +9,7 @@ The policy can execute eight string functions and must find out by trial which o
 
 from ml_collections import ConfigDict
 
-from configs import default
+from krl.configs import default
 
 
 def get_config() -> ConfigDict:

@@ -5,7 +5,7 @@ python train.py --config configs/r1_distill_qwen_1_5b.py --config.policy.path=DI
 
 from ml_collections import ConfigDict
 
-from configs import qwen2_5_math_7b
+from krl.configs import qwen2_5_math_7b
 
 
 def get_config() -> ConfigDict:

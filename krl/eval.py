@@ -1,0 +1,177 @@
+"""Measure a policy: a run's newest checkpoint, or a Hugging Face checkpoint, on benchmarks.
+
+    python eval.py --config configs/arithmetic.py --workdir runs/arithmetic [--config.eval.samples=32 ...]
+    python eval.py --config configs/qwen2_5_math_7b.py --config.policy.path=DIR --workdir runs/base \\
+        --config.eval.sets=aime,amc,math500 [--config.eval.dir=FILES]
+
+Measures the run in the work directory, at its newest checkpoint or with eval.best at its best one. Its keys must be the
+config's but for those of the eval and verify sections; a work directory without a run measures config.policy.path.
+Without eval.sets it takes the run's held-out tasks. Samples go to eval/{policy}/{set}.jsonl in the work directory, from
+where the same command continues if it was stopped, and the table to results.json. In a notebook,
+`measure(config, workdir)` does the same.
+"""
+
+import functools
+import hashlib
+import pathlib
+import zlib
+from collections.abc import Callable
+
+import jax
+from absl import app, flags
+from etils import epath
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from krl import policy, rollout
+from krl.configs.check import FREE_KEYS, check, flatten
+from krl.configs.flags import define_flags, one_line_errors, parse_flags
+from krl.policy.tokenizer import load_tokenizer
+from krl.run.benchmark import evaluate_set
+from krl.run.checkpoint import Checkpoints, check_workdir, keep_from_others, open_workdir, write_json
+from krl.run.estimates import table
+from krl.run.metrics import keep_compilations, progress
+from krl.run.processes import first_before_others, is_first, join_processes, place_whole, say, stay_together
+from krl.run.setup import NAMES, abstract_params, encode, find_policy, find_slots, load_task_sets, make_verifiers
+from krl.sharding import make_mesh, reshape_mesh
+from krl.tasks import SOURCES, TaskSet, load_named
+from krl.tasks.verify import answer_key
+
+# The form in which two answers vote together, by the reward that compares them.
+VOTES: dict[str, Callable[[str], str | None]] = {
+    "exact": str.strip,
+    "math_or_number": functools.partial(answer_key, last_number=True),
+}
+
+
+def main(_):
+    """The command line."""
+    with one_line_errors("eval.py"):
+        join_processes(flags.FLAGS.config.distributed)
+    with stay_together(), one_line_errors("eval.py"):
+        keep_from_others()
+        keep_compilations()
+        measure(flags.FLAGS.config, flags.FLAGS.workdir)
+
+
+def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
+    """Measure the policy of a work directory, or of policy.path, and print the table.
+
+    Args:
+        config: every key of configs/default.py.
+        workdir: of a run; without a run in it, where the samples go.
+
+    Returns:
+        The statistics by name of the set, see `krl.run.estimates.summarize`; of several processes the first has them.
+
+    Raises:
+        ValueError: a config, data or samples of an earlier call that do not fit; the message says the fix.
+    """
+    # ---------------------------------------------------------------- what to measure
+    workdir = pathlib.Path(workdir)
+    check(config, **NAMES)
+    has_run = (workdir / "config.json").exists()
+    with first_before_others("load"):  # which may fill a cache
+        if is_first():
+            open_place(workdir, config, has_run=has_run)
+        sets = load_sets(config)
+    mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
+    mesh = reshape_mesh(mesh, tuple(config.mesh.decode))  # there is no update
+    verifiers = make_verifiers(config)
+    tokenizer = load_tokenizer(workdir / "policy" if has_run else config.tokenizer.path or config.policy.path)
+    encoded = {name: encode(config, tokenizer, tasks, limit=config.eval.prompts) for name, tasks in sets.items()}
+    policy_config = find_policy(config, tokenizer, workdir)
+    identity, params = load_params(config, policy_config, workdir if has_run else None, mesh)
+
+    # ---------------------------------------------------------------- measure it
+    say(f"krl: measuring {identity}, {config.eval.samples} samples of each task")
+    generate = functools.partial(
+        rollout.generate, policy_config, max_new_tokens=config.sample.max_new_tokens, eos_ids=tokenizer.eos_ids,
+        pad_id=tokenizer.pad_id, num_slots=find_slots(config, policy_config, mesh), temperature=config.eval.temperature, top_p=config.eval.top_p,
+    )  # fmt: skip
+    settings = {
+        "policy": identity, "temperature": config.eval.temperature, "top_p": config.eval.top_p,
+        "max_new_tokens": config.sample.max_new_tokens, "template": config.data.template,
+        "reward": config.data.reward, "seed": config.seed,
+    }  # fmt: skip
+    results = {}
+    with jax.set_mesh(mesh), verifiers:
+        for name, tasks in encoded.items():
+            key = jax.random.key(config.seed + 1)  # as train.py measures held-out tasks
+            if name != "held_out":
+                key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # tasks of two sets share no numbers
+            with progress(len(tasks), 0, name) as report:
+                results[name] = evaluate_set(
+                    name, generate, verifiers.score, params, tasks, key,
+                    tokenizer=tokenizer, answer_key=VOTES.get(config.data.reward, answer_key), samples=config.eval.samples,
+                    num_rollouts=config.alloc.budget, place=functools.partial(place_whole, mesh),
+                    path=workdir / "eval" / identity.replace(" ", "_") / f"{name}.jsonl", settings=settings, report=report,
+                )  # fmt: skip
+            if tasks.dropped:
+                say(f"krl: {name}: {tasks.dropped} prompts longer than {config.data.max_prompt_tokens} tokens left out")
+    with first_before_others("results"):  # which all wait for
+        if is_first():
+            write_json(workdir / "results.json", {"settings": settings, "sets": results})
+            Console().print(table(results))
+    return results
+
+
+def open_place(workdir: pathlib.Path, config: ConfigDict, *, has_run: bool) -> None:
+    """Refuse a work directory whose run has another config but for eval's keys; make one for policy.path."""
+    flat = flatten(config)
+    if has_run or not config.policy.path:
+        check_workdir(workdir, flat, [*FREE_KEYS, *(key for key in flat if key.startswith("eval."))])
+    else:
+        open_workdir(workdir, flat, FREE_KEYS)
+
+
+def load_sets(config: ConfigDict) -> dict[str, TaskSet]:
+    """The tasks of each benchmark, or the held-out ones of the run."""
+    names = [name.strip() for name in config.eval.sets.split(",") if name.strip()]
+    if not names:
+        return {"held_out": load_task_sets(config)["test"]}
+    unknown = [name for name in names if name not in SOURCES]
+    if unknown:
+        raise ValueError(f"config.eval.sets names {unknown[0]!r}; the sets are {', '.join(SOURCES)}")
+    folder = pathlib.Path(config.eval.dir) if config.eval.dir else None
+    return {
+        name: load_named(name, split="test", path=str(folder / f"{name}.jsonl") if folder else "") for name in names
+    }
+
+
+def load_params(
+    config: ConfigDict, policy_config: policy.PolicyConfig, workdir: pathlib.Path | None, mesh: jax.sharding.Mesh
+) -> tuple[str, dict]:
+    """Words that identify the policy, and its parameters on the mesh; without a work directory, policy.path."""
+    if workdir is None:
+        path = pathlib.Path(config.policy.path)
+        _, params = policy.load_hf(path, mesh)
+        return f"checkpoint {fingerprint(path)}", params
+    name, keep = ("best", 1) if config.eval.best else ("checkpoints", config.checkpoint.keep)
+    directory = epath.Path(config.checkpoint.dir or workdir) / name
+    with Checkpoints(directory, keep=keep) as checkpoints:
+        restored = checkpoints.restore({"params": abstract_params(policy_config, mesh)}, move_aside=False)
+    if restored is None:
+        until = "it has evaluated once" if config.eval.best else f"it has taken {config.checkpoint.every} steps"
+        raise ValueError(f"{directory} holds no checkpoint yet; let train.py run until {until}")
+    step, trees = restored
+    undone = trees["about"].get("rollbacks", 0)  # steps that were taken again have the same numbers
+    return f"step {step}" + (f" after {undone} rollbacks" if undone else ""), trees["params"]
+
+
+def fingerprint(path: pathlib.Path) -> str:
+    """A digest of a checkpoint's names, sizes, and first and last megabytes."""
+    digest = hashlib.blake2b(digest_size=4)
+    for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
+        digest.update(f"{file.name} {file.stat().st_size}".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(1 << 20))
+            opened.seek(max(file.stat().st_size - (1 << 20), 0))
+            digest.update(opened.read())
+    return digest.hexdigest()
+
+
+def run_command() -> None:
+    """The commands `krl-eval` and `python eval.py`."""
+    define_flags()
+    app.run(main, flags_parser=parse_flags)

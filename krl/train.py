@@ -1,0 +1,493 @@
+"""Train a policy with Knapsack-GRPO, from scratch or from a Hugging Face checkpoint.
+
+    python train.py --config configs/arithmetic.py --workdir runs/arithmetic [--config.key=value ...]
+    python train.py --config configs/qwen2_5_math_7b.py --config.policy.path=DIR --workdir runs/qwen
+
+The same command continues a run from its last checkpoint. Supervised fine-tuning comes first where
+config.sft.steps asks for it, and alone with --config.steps=0. --verbosity=1 shows where an error came from.
+
+In a notebook, `train(config, workdir)` is the same run. `take_step` is one step: prompts -> belief -> counts ->
+rollouts -> rewards -> advantages -> updates -> belief -> metrics; docs/architecture.md draws it.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags
+from etils import epath
+from ml_collections import ConfigDict
+
+from krl import budget, learn, rollout
+from krl.configs.check import FREE_KEYS, check, flatten
+from krl.configs.flags import define_flags, one_line_errors, parse_flags
+from krl.run import report
+from krl.run.checkpoint import Checkpoints, keep_from_others, stop_on_signal
+from krl.run.evaluate import Scoring, evaluate, score_rollouts, share_scores
+from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks
+from krl.run.lock import hold_workdir
+from krl.run.metrics import (
+    CompileCounter,
+    MetricsLog,
+    PhaseClock,
+    keep_compilations,
+    memory_used,
+    over_processes,
+    profile,
+    progress,
+    read_rows,
+    step_metrics,
+)
+from krl.run.processes import (
+    STOPPED,
+    any_process,
+    check_agreement,
+    check_copies,
+    first_before_others,
+    gather,
+    is_first,
+    join_processes,
+    place_whole,
+    say,
+    stay_together,
+)
+from krl.run.setup import NAMES, Setup, find_optimizer, find_slots, set_up, start_params
+from krl.run.update import (
+    abstract_state,
+    for_this_backend,
+    init_state,
+    policy_update,
+    skipped_updates,
+)
+from krl.sharding import reshape_mesh
+from krl.tasks import EncodedTasks, step_task_ids
+from krl.types import Prompts, Rollouts, TrainState
+
+
+def main(_):
+    """The command line."""
+    with one_line_errors("train.py"):
+        join_processes(flags.FLAGS.config.distributed)
+    with stay_together(), one_line_errors("train.py"):
+        keep_from_others()
+        keep_compilations()
+        last = train(flags.FLAGS.config, flags.FLAGS.workdir)
+    if last is None:
+        raise SystemExit(STOPPED)
+
+
+def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
+    """The run of a config, from its last checkpoint on or from the start.
+
+    Args:
+        config: every key of configs/default.py.
+        workdir: the directory that keeps what the run writes; docs/architecture.md lists it.
+
+    Returns:
+        The last row of metrics.jsonl, {} if it has none; None if a signal stopped the run.
+
+    Raises:
+        ValueError: a config or data that cannot work; the message says the fix.
+        FloatingPointError: too many updates in a row were not finite, or too many steps beyond config.guard.
+    """
+    workdir, compiles = pathlib.Path(workdir), CompileCounter()
+    check(config, **NAMES)
+    with stop_on_signal() as asked:
+        with first_before_others("set up"):
+            parts = set_up(config, workdir, flatten(config), FREE_KEYS)
+        size = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
+        say(
+            f"krl: {config.alloc.rule} budgets, {config.prompts_per_step} prompts and {config.alloc.budget} rollouts a step, "
+            f"{len(parts.train)} training prompts ({parts.train.dropped} too long), {size:,} parameters, "
+            f"mesh {dict(parts.mesh.shape)} of {jax.devices()[0].device_kind}"
+        )
+        place = epath.Path(config.checkpoint.dir or workdir)
+        with (
+            hold_workdir(workdir) if is_first() else contextlib.nullcontext(),
+            jax.set_mesh(parts.mesh),
+            parts.verifiers,
+            Checkpoints(place / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+            Checkpoints(place / "best", keep=1) as best,
+        ):
+            rollbacks, about, outcome = read_rollbacks(workdir), about_run(config, parts), "went back"
+            while outcome == "went back":
+                outcome = take_steps(
+                    config, workdir, parts, checkpoints, best, rollbacks, about | {"rollbacks": len(rollbacks)}, compiles,
+                    lambda: any_process(asked.is_set()),
+                )  # fmt: skip
+    return last_row(config, workdir) if outcome == "finished" else None
+
+
+def take_steps(
+    config: ConfigDict, workdir: pathlib.Path, parts: Setup, checkpoints: Checkpoints, best: Checkpoints, rollbacks: list[dict],
+    about: dict, compiles: CompileCounter, should_stop: Callable[[], bool],
+) -> str:  # fmt: skip
+    """Take the steps that are left, from the newest checkpoint on or from the start.
+
+    Returns:
+        "finished"; "stopped", everything being saved; or "went back": the same call goes on from the last checkpoint.
+    """
+    # ---------------------------------------------------------------- where the run starts from
+    optimizer = find_optimizer(config)
+    step, learner, reference = start_or_continue(config, parts, optimizer, checkpoints, about, should_stop)
+    if learner is None:
+        say("krl: stopped during supervised fine-tuning; the same command continues it")
+        return "stopped"
+    run = make_run(config, parts, optimizer, reference)
+    highest = best.about_newest().get("accuracy", -1.0)
+
+    # ---------------------------------------------------------------- the loop
+    with (
+        MetricsLog(workdir, first_step=step) as log,
+        progress(config.steps, step, config.alloc.rule) as show,
+        profile(workdir / "profile", begin=step + 2, steps=config.profile.steps if is_first() else 0) as record,
+    ):
+        if step == 0 and config.eval.every and not should_stop():
+            metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
+            log.write(0, metrics)
+            show(0, f"accuracy {metrics['eval/accuracy']:.3f}")
+        if config.steps == 0:
+            checkpoints.save(0, saved(learner), about | {"step": 0})
+        while step < config.steps and not should_stop():
+            record(step)
+            learner, metrics, groups = take_step(run, learner, step, draws_before(rollbacks, step))
+            step += 1
+            spike = find_spike(metrics, config.guard)
+            if spike:
+                go_back(workdir, rollbacks, step, checkpoints.latest_step() or 0, spike, most=config.guard.rollbacks)
+                return "went back"
+            every = gather({k: v for k, v in metrics.items() if k.startswith("seconds/")} | memory_used())
+            metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)} | over_processes(every)
+            text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  counts {metrics['count_min']:.0f}-{metrics['count_max']:.0f}"
+            if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
+                metrics |= evaluate_held_out(run, learner, log, step)
+                if metrics["eval/accuracy"] > highest:
+                    highest = metrics["eval/accuracy"]
+                    best.save(step, {"params": learner.state.params}, about | {"step": step, "accuracy": highest})
+                text += f"  accuracy {metrics['eval/accuracy']:.3f}"
+            log.write(step, metrics)
+            log.write_groups(step, groups)
+            log.write_processes(step, every)
+            if metrics.get("seconds/behind", 0.0) > 0.2 * metrics["seconds/step"]:
+                text += f"  waited {metrics['seconds/behind']:.1f} s for process {metrics['slowest_process']}"
+            show(step, text)
+            refuse_bad_updates(learner.state, config.max_bad_updates)
+            if step % config.checkpoint.every == 0 or step == config.steps:
+                check_copies(learner.state.params)
+                checkpoints.save(step, saved(learner), about | {"step": step})
+    if step < config.steps:
+        check_copies(learner.state.params)
+        checkpoints.save(step, saved(learner), about | {"step": step})
+        say(f"krl: stopped after step {step}; the same command continues from there")
+        return "stopped"
+    return "finished"
+
+
+def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:
+    """Tell what a finished run showed; the last row of its metrics, {} if it has none."""
+    with first_before_others("report"):
+        if config.steps:
+            say(report.write([workdir], workdir) if is_first() else "")
+        else:
+            say(f"krl: fine-tuned; the checkpoint is in {epath.Path(config.checkpoint.dir or workdir) / 'checkpoints'}")
+    rows = read_rows(workdir / "metrics.jsonl")
+    return rows[-1] if rows else {}
+
+
+# -------------------------------------------------------------------- what changes, and what does not
+
+
+class Learner(NamedTuple):
+    """What a step changes and a checkpoint keeps."""
+
+    state: TrainState
+    belief: budget.Belief  # of the D training prompts
+    prior: budget.Prior | None  # None where all prompts share one
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from step to step."""
+
+    config: ConfigDict
+    tasks: EncodedTasks  # the D training prompts
+    features: np.ndarray  # [D, F] int32, what their prior goes by
+    place: Callable  # host arrays -> the same on every device
+    sample: Callable  # `krl.rollout.generate` of the policy, as training rollouts are drawn
+    begin_scoring: Callable  # (questions, answers, counts [M]) -> `krl.run.evaluate.Scoring` of the rollouts to come
+    allocate: Callable  # (belief of M prompts, R) -> (counts [M], what the rule says of them)
+    advantages: Callable  # (rewards [R], R rollouts) -> [R]
+    update_policy: Callable  # (state, prompts, rollouts, advantages, key) -> (state, metrics)
+    update_belief: Callable  # `krl.budget.update`
+    measure: Callable  # params -> what `krl.run.evaluate.evaluate` finds on the held-out prompts
+
+
+inform, learn_prior = jax.jit(budget.inform), jax.jit(budget.learn_prior)
+mean_tokens = jax.jit(budget.mean_tokens)
+
+
+def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, reference: dict | None) -> Run:
+    """Bind the functions of a step to their part of the config."""
+    tokenizer, alloc, loss = parts.tokenizer, config.alloc, config.loss
+    layout = reshape_mesh(parts.mesh, tuple(config.mesh.decode))
+    place = functools.partial(place_whole, parts.mesh)
+    generate_here = functools.partial(
+        rollout.generate, parts.policy_config, max_new_tokens=config.sample.max_new_tokens,
+        eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, num_slots=find_slots(config, parts.policy_config, layout),
+    )  # fmt: skip
+
+    def generate(*arguments, **options):
+        with jax.set_mesh(layout):
+            return generate_here(*arguments, **options)
+
+    sample = functools.partial(
+        generate, temperature=config.sample.temperature, top_k=config.sample.top_k, top_p=config.sample.top_p,
+        min_p=config.sample.min_p,
+    )  # fmt: skip
+    score = functools.partial(score_rollouts, tokenizer, parts.verifiers.score)
+    begin_scoring = functools.partial(Scoring, tokenizer, parts.verifiers)
+    allocate = functools.partial(budget.allocate, alloc.rule, n_min=alloc.n_min, n_max=alloc.n_max)
+
+    def advantages(rewards: jax.Array, rollouts: Rollouts) -> jax.Array:
+        groups = (rollouts.prompt_index, rollouts.mask, config.prompts_per_step)
+        lengths, longest = rollouts.lengths, config.sample.max_new_tokens
+        if loss.overlong_tokens:
+            rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
+        values = learn.group_advantages(
+            rewards, *groups, scale_by_std=loss.scale_by_std, leave_one_out=loss.leave_one_out,
+            clip=loss.advantage_clip or math.inf,
+        )  # fmt: skip
+        values = jnp.where(rollouts.finished, values, 0.0) if loss.mask_truncated else values
+        return values * learn.token_weights(loss.average, lengths, *groups, longest)
+
+    update_policy = for_this_backend(
+        policy_update, parts.policy_config, optimizer,
+        num_updates=config.optim.updates_per_step, micro_tokens=config.optim.micro_tokens, packed=config.optim.packed,
+        temperature=config.sample.temperature, surrogate=loss.surrogate, clip_low=loss.clip_low,
+        clip_high=loss.clip_high, dual_clip=loss.dual_clip, importance_cap=loss.importance_cap,
+        kl_coefficient=loss.kl_coefficient, kl_estimator=loss.kl_estimator,
+        entropy_coefficient=loss.entropy_coefficient,
+    )  # fmt: skip
+    update_belief = functools.partial(budget.update, fit_discounts=alloc.fit_discounts)
+    measure = functools.partial(
+        evaluate, functools.partial(generate, temperature=config.eval.temperature, top_p=config.eval.top_p), score,
+        encoded=parts.test, key=jax.random.key(config.seed + 1), samples=config.eval.samples,
+        num_rollouts=alloc.budget, place=place,
+    )  # fmt: skip
+    return Run(
+        config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
+        allocate=jax.jit(allocate), advantages=jax.jit(advantages), update_policy=functools.partial(update_policy, reference=reference),
+        update_belief=jax.jit(update_belief, donate_argnums=0), measure=measure,
+    )  # fmt: skip
+
+
+def start_or_continue(
+    config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, checkpoints: Checkpoints, about: dict,
+    should_stop: Callable[[], bool],
+) -> tuple[int, Learner | None, dict | None]:  # fmt: skip
+    """Read the newest checkpoint, or begin, after fine-tuning.
+
+    Returns:
+        (steps done, learner, parameters to stay close to). The learner is None if it should stop before
+        fine-tuning was finished; the parameters are None without a penalty.
+    """
+    place, alloc = functools.partial(place_whole, parts.mesh), config.alloc
+    belief = place(budget.init_belief(len(parts.train), discount=alloc.discount, discount_mixed=alloc.discount_mixed))
+    prior = None if alloc.prior == "shared" else place(budget.init_prior(alloc.prior, parts.num_features))
+    begins = checkpoints.latest_step() is None
+    params: dict | None = {}
+    if begins or config.loss.kl_coefficient:
+        params = start_params(
+            config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, should_stop=should_stop
+        )
+    if params is None:
+        return 0, None, None
+    reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coefficient else None
+    if begins:
+        return 0, Learner(init_state(parts.policy_config, optimizer, params), belief, prior), reference
+    like = saved(Learner(abstract_state(parts.policy_config, optimizer, parts.params), belief, prior))
+    found = checkpoints.restore(like)
+    assert found is not None  # latest_step has seen it
+    first, trees = found
+    was = about | trees["about"]
+    if was["train"] != about["train"]:
+        raise ValueError(
+            f"the training prompts are not those of the run: {was['train']} at step {first}, {about['train']} now; what is "
+            "believed of each would be of another one; bring its data back or choose another --workdir"
+        )
+    if was["config_digest"] != about["config_digest"]:
+        raise ValueError(
+            f"{checkpoints.directory} has checkpoints of a run with another config; choose another config.checkpoint.dir"
+        )
+    say(f"krl: continuing from step {first}")
+    state = TrainState(trees["params"], trees["opt_state"])
+    return first, Learner(state, trees["belief"], trees.get("prior")), reference
+
+
+def about_run(config: ConfigDict, parts: Setup) -> dict:
+    """What a checkpoint says of its run: the config, a digest of its keys that may not change, and the training prompts."""
+    flat = json.loads(json.dumps(flatten(config)))
+    bound = json.dumps({key: flat[key] for key in sorted(flat.keys() - set(FREE_KEYS))})
+    digest = hashlib.blake2b(bound.encode(), digest_size=8).hexdigest()
+    return {"config": flat, "config_digest": digest, "train": parts.train.identity()}
+
+
+def saved(learner: Learner) -> dict:
+    """The trees of a checkpoint, apart so that an evaluation can read the parameters alone."""
+    state, belief, prior = learner
+    trees = {"params": state.params, "opt_state": state.opt_state, "belief": belief}
+    return trees if prior is None else trees | {"prior": prior}
+
+
+# -------------------------------------------------------------------- one step
+
+
+def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Learner, dict[str, float], dict]:
+    """One step: choose prompts and counts, sample, score, and learn.
+
+    Args:
+        run: what stays the same.
+        learner: before the step; its buffers are given away.
+        step: steps done before this one; it decides prompts and random keys.
+        draw: how often it was taken before, and undone: every time its rollouts are others.
+
+    Returns:
+        (learner after the step, its metrics, [M] quantities of its groups); docs/metrics.md defines both.
+    """
+    config, clock, (state, belief, prior) = run.config, PhaseClock(run.config.stuck_seconds), learner
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+    sample_key, shuffle_key = jax.random.split(jax.random.fold_in(key, draw) if draw else key)
+    with clock.phase("budget"):
+        task_ids = step_task_ids(len(run.tasks), config.prompts_per_step, step, seed=config.seed)
+        prompts = run.place(Prompts(run.tasks.tokens[task_ids], run.tasks.mask[task_ids], task_ids))
+        before = known = budget.take(belief, prompts.task_ids)
+        if prior is not None:
+            features = run.place(run.features[task_ids])
+            known = inform(prior, before, features)
+    drawn = spend_budget(run, state.params, prompts, known, sample_key, clock)
+    rollouts, rewards = drawn.rollouts, drawn.rewards
+    with clock.phase("update"):
+        advantages = run.advantages(rewards, rollouts)
+        state, learnt = run.update_policy(state, prompts, rollouts, advantages, shuffle_key)
+        if prior is not None:
+            prior = learn_prior(prior, before, features, rewards, rollouts.prompt_index, rollouts.mask)
+            learnt |= budget.prior_metrics(prior, config.prompts_per_step)
+        belief = run.update_belief(
+            belief, prompts.task_ids, rewards, rollouts.prompt_index, rollouts.mask, step, rollouts.lengths
+        )
+        learner = jax.block_until_ready(Learner(state, belief, prior))
+    check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
+
+    # ---------------------------------------------------------------- what the step showed
+    shown = step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages)
+    metrics = {k: float(v) for k, v in (shown | learnt | drawn.info).items()}
+    seconds = sum(clock.seconds.values())
+    metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
+    metrics |= {f"verifier/{kind}": drawn.faults[kind] for kind in ("timeouts", "crashes", "errors")}
+    metrics |= {
+        "discount": float(belief.discount), "discount_mixed": float(belief.discount_mixed),
+        "seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds,
+        "rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1],
+    }  # fmt: skip
+    wins, tokens = (
+        jax.ops.segment_sum(x, rollouts.prompt_index, num_segments=config.prompts_per_step)
+        for x in (rewards, rollouts.lengths)
+    )
+    groups = {"task_ids": task_ids, "counts": drawn.counts, "successes": wins, "tokens": tokens}
+    return learner, metrics, groups | {"belief": drawn.believed}
+
+
+class Drawn(NamedTuple):
+    """What the budget of a step was spent on."""
+
+    counts: jax.Array  # [M] int32
+    believed: jax.Array  # [M] float32, expected success rates when the counts were chosen
+    info: dict[str, jax.Array]  # what the rule says of the counts, float32 scalars
+    rollouts: Rollouts  # R of them
+    rewards: jax.Array  # [R] float32
+    faults: collections.Counter  # how often the verifiers failed, by kind
+
+
+def spend_budget(
+    run: Run, params: dict, prompts: Prompts, known: budget.Belief, key: jax.Array, clock: PhaseClock
+) -> Drawn:
+    """Choose the counts of M prompts by what is known of them, [M] each; sample and score their rollouts.
+
+    A rule of PILOT_RULES first sees n_min rollouts of every prompt; its second round's samples go on from there.
+    Scouts come before both rounds: the counts follow from what they alone show, and nothing else does.
+    """
+    config, num_prompts = run.config, len(prompts.task_ids)
+    tasks = run.tasks.tasks.take(np.asarray(prompts.task_ids).tolist())
+
+    def draw(counts, num_rollouts, clock=clock, **options):
+        with clock.phase("rollout"):
+            scoring = run.begin_scoring(tasks.prompts, tasks.answers, counts)
+            options |= {"num_rollouts": num_rollouts, "expected_tokens": lengths, "watch": scoring.watch}
+            rollouts = jax.block_until_ready(run.sample(params, prompts, counts, key, **options))
+        with clock.phase("verify"):
+            own = scoring.finish(num_rollouts)
+        with clock.phase("wait"):  # for the other processes
+            return rollouts, *share_scores(*own)
+
+    def learn_from(known, rollouts, outcomes):
+        index, mask, lengths = rollouts.prompt_index, rollouts.mask, rollouts.lengths
+        return budget.observe(known, jnp.arange(num_prompts), outcomes, index, mask, lengths=lengths)
+
+    lengths, scouts = mean_tokens(known), config.alloc.scouts
+    if scouts:  # their samples are numbered after those that count, and neither they nor their time do
+        every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock(config.stuck_seconds)
+        seen = draw(every, num_prompts * scouts, free, first_sample=config.alloc.n_max)
+        known = learn_from(budget.init_belief(num_prompts), *seen[:2])
+    pilot, rounds = 0, []
+    if config.alloc.rule in budget.PILOT_RULES:
+        pilot = config.alloc.n_min
+        rounds.append(draw(jnp.full_like(prompts.task_ids, pilot), num_prompts * pilot))
+        known = learn_from(known, *rounds[0][:2])
+    with clock.phase("budget"):
+        counts, info = jax.block_until_ready(run.allocate(known, config.alloc.budget))
+    left = config.alloc.budget - num_prompts * pilot
+    rounds.append(draw(counts - pilot, left, first_sample=pilot))
+    return Drawn(
+        counts=counts,
+        believed=budget.mean(known),
+        info=info,
+        rollouts=jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _, _ in rounds)),
+        rewards=run.place(np.concatenate([rewards for _, rewards, _ in rounds])),
+        faults=sum((collections.Counter(failed) for _, _, failed in rounds), collections.Counter()),
+    )
+
+
+def evaluate_held_out(run: Run, learner: Learner, log: MetricsLog, step: int) -> dict[str, float]:
+    """The metrics of the held-out prompts after some steps; the solved samples of each prompt go to the log."""
+    with PhaseClock(run.config.stuck_seconds).phase("evaluation"):
+        measured, solved = run.measure(params=learner.state.params)
+    spent = step * run.config.alloc.budget
+    log.write_evaluation(step, rollouts_total=spent, samples=run.config.eval.samples, solved=solved)
+    return {f"eval/{name}": value for name, value in measured.items()}
+
+
+def refuse_bad_updates(state: TrainState, most: int) -> None:
+    """Raise FloatingPointError once `most` updates in a row were skipped because they were not finite."""
+    in_a_row, _ = skipped_updates(state)
+    if in_a_row >= most:
+        raise FloatingPointError(
+            f"{in_a_row} updates in a row had a loss or gradient that was not finite and were skipped; "
+            "lower config.optim.learning_rate, or look at metrics.jsonl for when it began"
+        )
+
+
+def run_command() -> None:
+    """The commands `krl-train` and `python train.py`."""
+    define_flags()
+    app.run(main, flags_parser=parse_flags)
