@@ -10,12 +10,9 @@ In a notebook, `train(config, workdir)` is the same run. `take_step` is one step
 rollouts -> rewards -> advantages -> updates -> belief -> metrics; docs/architecture.md draws it.
 """
 
-import collections
 import contextlib
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -34,8 +31,8 @@ from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.run import report
 from krl.run.checkpoint import Checkpoints, keep_from_others, stop_on_signal
-from krl.run.evaluate import Scoring, evaluate, score_rollouts, share_scores
-from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks
+from krl.run.evaluate import Scoring, evaluate, score_rollouts
+from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
     CompileCounter,
@@ -47,6 +44,7 @@ from krl.run.metrics import (
     profile,
     progress,
     read_rows,
+    status_line,
     step_metrics,
 )
 from krl.run.processes import (
@@ -61,8 +59,10 @@ from krl.run.processes import (
     place_whole,
     say,
     stay_together,
+    sum_over_processes,
 )
-from krl.run.setup import NAMES, Setup, find_optimizer, find_slots, set_up, start_params
+from krl.run.rollouts import describe_rollouts
+from krl.run.setup import NAMES, Setup, about_run, find_optimizer, find_slots, set_up, start_params
 from krl.run.update import (
     abstract_state,
     for_this_backend,
@@ -70,8 +70,10 @@ from krl.run.update import (
     policy_update,
     skipped_updates,
 )
+from krl.run.writers import find_writers
 from krl.sharding import reshape_mesh
 from krl.tasks import EncodedTasks, step_task_ids
+from krl.tasks.pool import FAULTS
 from krl.types import Prompts, Rollouts, TrainState
 
 
@@ -145,23 +147,30 @@ def take_steps(
         say("krl: stopped during supervised fine-tuning; the same command continues it")
         return "stopped"
     run = make_run(config, parts, optimizer, reference)
-    highest = best.about_newest().get("accuracy", -1.0)
+    highest, newest = best.about_newest().get("accuracy", -1.0), None
 
     # ---------------------------------------------------------------- the loop
     with (
-        MetricsLog(workdir, first_step=step) as log,
+        MetricsLog(
+            workdir,
+            first_step=step,
+            writers=find_writers(workdir, flatten(config)),
+            rollouts_gb=config.log.rollouts_gb,
+            texts_every=config.log.texts_every,
+        ) as log,
         progress(config.steps, step, config.alloc.rule) as show,
         profile(workdir / "profile", begin=step + 2, steps=config.profile.steps if is_first() else 0) as record,
     ):
         if step == 0 and config.eval.every and not should_stop():
             metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
             log.write(0, metrics)
-            show(0, f"accuracy {metrics['eval/accuracy']:.3f}")
+            newest = metrics["eval/accuracy"]
+            show(0, f"accuracy {newest:.3f}")
         if config.steps == 0:
             checkpoints.save(0, saved(learner), about | {"step": 0})
         while step < config.steps and not should_stop():
             record(step)
-            learner, metrics, groups = take_step(run, learner, step, draws_before(rollbacks, step))
+            learner, metrics, groups, rollouts = take_step(run, learner, step, draws_before(rollbacks, step))
             step += 1
             spike = find_spike(metrics, config.guard)
             if spike:
@@ -169,19 +178,18 @@ def take_steps(
                 return "went back"
             every = gather({k: v for k, v in metrics.items() if k.startswith("seconds/")} | memory_used())
             metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)} | over_processes(every)
-            text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  counts {metrics['count_min']:.0f}-{metrics['count_max']:.0f}"
             if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
                 metrics |= evaluate_held_out(run, learner, log, step)
                 if metrics["eval/accuracy"] > highest:
                     highest = metrics["eval/accuracy"]
                     best.save(step, {"params": learner.state.params}, about | {"step": step, "accuracy": highest})
-                text += f"  accuracy {metrics['eval/accuracy']:.3f}"
+                newest = metrics["eval/accuracy"]
             log.write(step, metrics)
             log.write_groups(step, groups)
             log.write_processes(step, every)
-            if metrics.get("seconds/behind", 0.0) > 0.2 * metrics["seconds/step"]:
-                text += f"  waited {metrics['seconds/behind']:.1f} s for process {metrics['slowest_process']}"
-            show(step, text)
+            if config.log.rollouts_gb or config.log.texts_every:
+                log.write_rollouts(step, run.describe(step, groups, **rollouts))
+            show(step, status_line(metrics, newest))
             refuse_bad_updates(learner.state, config.max_bad_updates)
             if step % config.checkpoint.every == 0 or step == config.steps:
                 check_copies(learner.state.params)
@@ -230,6 +238,7 @@ class Run:
     advantages: Callable  # (rewards [R], R rollouts) -> [R]
     update_policy: Callable  # (state, prompts, rollouts, advantages, key) -> (state, metrics)
     update_belief: Callable  # `krl.budget.update`
+    describe: Callable  # (steps finished, groups, the rest of what `take_step` returns) -> rows of the rollout log
     measure: Callable  # params -> what `krl.run.evaluate.evaluate` finds on the held-out prompts
 
 
@@ -289,6 +298,7 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
         allocate=jax.jit(allocate), advantages=jax.jit(advantages), update_policy=functools.partial(update_policy, reference=reference),
         update_belief=jax.jit(update_belief, donate_argnums=0), measure=measure,
+        describe=functools.partial(describe_rollouts, tokenizer, parts.train),
     )  # fmt: skip
 
 
@@ -335,14 +345,6 @@ def start_or_continue(
     return first, Learner(state, trees["belief"], trees.get("prior")), reference
 
 
-def about_run(config: ConfigDict, parts: Setup) -> dict:
-    """What a checkpoint says of its run: the config, a digest of its keys that may not change, and the training prompts."""
-    flat = json.loads(json.dumps(flatten(config)))
-    bound = json.dumps({key: flat[key] for key in sorted(flat.keys() - set(FREE_KEYS))})
-    digest = hashlib.blake2b(bound.encode(), digest_size=8).hexdigest()
-    return {"config": flat, "config_digest": digest, "train": parts.train.identity()}
-
-
 def saved(learner: Learner) -> dict:
     """The trees of a checkpoint, apart so that an evaluation can read the parameters alone."""
     state, belief, prior = learner
@@ -353,7 +355,7 @@ def saved(learner: Learner) -> dict:
 # -------------------------------------------------------------------- one step
 
 
-def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Learner, dict[str, float], dict]:
+def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Learner, dict[str, float], dict, dict]:
     """One step: choose prompts and counts, sample, score, and learn.
 
     Args:
@@ -363,7 +365,8 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
         draw: how often it was taken before, and undone: every time its rollouts are others.
 
     Returns:
-        (learner after the step, its metrics, [M] quantities of its groups); docs/metrics.md defines both.
+        (learner after the step, its metrics, [M] quantities of its groups, its rollouts with [R] quantities of each);
+        docs/metrics.md defines metrics and groups.
     """
     config, clock, (state, belief, prior) = run.config, PhaseClock(run.config.stuck_seconds), learner
     key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -394,7 +397,7 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
     metrics = {k: float(v) for k, v in (shown | learnt | drawn.info).items()}
     seconds = sum(clock.seconds.values())
     metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
-    metrics |= {f"verifier/{kind}": drawn.faults[kind] for kind in ("timeouts", "crashes", "errors")}
+    metrics |= {f"verifier/{kind}": int((drawn.faults == 1 + number).sum()) for number, kind in enumerate(FAULTS)}
     metrics |= {
         "discount": float(belief.discount), "discount_mixed": float(belief.discount_mixed),
         "seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds,
@@ -405,7 +408,13 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
         for x in (rewards, rollouts.lengths)
     )
     groups = {"task_ids": task_ids, "counts": drawn.counts, "successes": wins, "tokens": tokens}
-    return learner, metrics, groups | {"belief": drawn.believed}
+    groups |= {"belief": drawn.believed, "prior": budget.prior_mean(known)}
+    return (
+        learner,
+        metrics,
+        groups,
+        {"rollouts": rollouts, "rewards": rewards, "advantages": advantages, "faults": drawn.faults},
+    )
 
 
 class Drawn(NamedTuple):
@@ -416,7 +425,7 @@ class Drawn(NamedTuple):
     info: dict[str, jax.Array]  # what the rule says of the counts, float32 scalars
     rollouts: Rollouts  # R of them
     rewards: jax.Array  # [R] float32
-    faults: collections.Counter  # how often the verifiers failed, by kind
+    faults: np.ndarray  # [R] int32, how the verifier failed; see `krl.run.evaluate.Scoring.finish`
 
 
 def spend_budget(
@@ -438,7 +447,7 @@ def spend_budget(
         with clock.phase("verify"):
             own = scoring.finish(num_rollouts)
         with clock.phase("wait"):  # for the other processes
-            return rollouts, *share_scores(*own)
+            return rollouts, *map(sum_over_processes, own)
 
     def learn_from(known, rollouts, outcomes):
         index, mask, lengths = rollouts.prompt_index, rollouts.mask, rollouts.lengths
@@ -464,7 +473,7 @@ def spend_budget(
         info=info,
         rollouts=jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _, _ in rounds)),
         rewards=run.place(np.concatenate([rewards for _, rewards, _ in rounds])),
-        faults=sum((collections.Counter(failed) for _, _, failed in rounds), collections.Counter()),
+        faults=np.concatenate([faults for _, _, faults in rounds]),
     )
 
 
@@ -475,16 +484,6 @@ def evaluate_held_out(run: Run, learner: Learner, log: MetricsLog, step: int) ->
     spent = step * run.config.alloc.budget
     log.write_evaluation(step, rollouts_total=spent, samples=run.config.eval.samples, solved=solved)
     return {f"eval/{name}": value for name, value in measured.items()}
-
-
-def refuse_bad_updates(state: TrainState, most: int) -> None:
-    """Raise FloatingPointError once `most` updates in a row were skipped because they were not finite."""
-    in_a_row, _ = skipped_updates(state)
-    if in_a_row >= most:
-        raise FloatingPointError(
-            f"{in_a_row} updates in a row had a loss or gradient that was not finite and were skipped; "
-            "lower config.optim.learning_rate, or look at metrics.jsonl for when it began"
-        )
 
 
 def run_command() -> None:

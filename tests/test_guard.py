@@ -19,8 +19,8 @@ def spikes_at(monkeypatch, *calls):
 
     def spiked(run, learner, step, draw):
         seen.append((step, draw))
-        learner, metrics, groups = take_step(run, learner, step, draw)
-        return learner, metrics | ({"loss": -50.0} if len(seen) in calls else {}), groups
+        learner, metrics, *more = take_step(run, learner, step, draw)
+        return learner, metrics | ({"loss": -50.0} if len(seen) in calls else {}), *more
 
     monkeypatch.setattr(script, "take_step", spiked)
     return seen

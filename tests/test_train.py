@@ -8,10 +8,13 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import datasets
+import jax
 import numpy as np
 import pytest
 from absl import flags
 
+from krl import budget
 from krl import train as script
 from krl.configs import arithmetic
 from krl.eval import measure
@@ -115,6 +118,30 @@ def test_a_run_leaves_everything_a_user_looks_for(finished):
         assert sum(row["counts"]) == 16
         assert min(row["counts"]) >= 2
         assert max(row["counts"]) <= 8
+
+
+def test_the_rollout_log_says_what_the_groups_say_and_rules_replay_on_it(finished, tmp_path):
+    workdir, _ = finished
+    log = datasets.load_dataset("parquet", data_files=str(workdir / "rollouts/*.parquet"), split="train", cache_dir=str(tmp_path / "cache"))  # fmt: skip
+    assert len(log) == 4 * 16
+    groups = rows(workdir, "groups")
+    for row in groups:
+        mine = log.filter(lambda rollout, step=row["step"]: rollout["step"] == step)
+        for number, task in enumerate(row["task_ids"]):
+            group = mine.filter(lambda rollout, task=task: rollout["prompt_id"] == task)
+            assert len(group) == row["counts"][number] == group["count"][0]
+            assert sum(group["reward"]) == row["successes"][number]
+            assert sum(group["length"]) == row["tokens"][number]
+            assert group["belief"][0] == np.float32(row["belief"][number])
+            assert group["prior"][0] == np.float32(row["prior"][number])
+    correct = [(row["response"] == row["answer"]) == (row["reward"] == 1.0) for row in log]
+    assert all(correct)
+    assert any(log["reward"])
+    rates = budget.logged_rates(log, 12)
+    np.testing.assert_allclose(rates, budget.logged_rates(groups, 12), rtol=1e-5)
+    options = {"prompts_per_step": 4, "budget": 16, "n_min": 2, "n_max": 8}
+    replay = budget.replay("knapsack", rates[None], jax.random.split(jax.random.key(0), 1), **options)
+    assert replay.effective.shape == (1, 4)
 
 
 def test_every_metric_is_documented(finished):

@@ -87,6 +87,12 @@ def mean(belief: Belief) -> jax.Array:
     return divide(alpha, alpha + beta)
 
 
+def prior_mean(belief: Belief) -> jax.Array:
+    """Expected success rate of each task without its own record, [D] float32 in [0, 1]."""
+    rate = divide(belief.prior_alpha, belief.prior_alpha + belief.prior_beta)
+    return jnp.broadcast_to(rate, belief.visits.shape)
+
+
 def reward_variance(belief: Belief) -> jax.Array:
     """Expected variance of a reward of each task, [D] float32 in [0, 1/4].
 

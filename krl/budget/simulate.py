@@ -7,6 +7,7 @@ with the rule that knows the rates. Everything is one jitted scan over the steps
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,26 +71,36 @@ def synthetic_rates(
     return jax.nn.sigmoid(jax.scipy.special.logit(start) + jnp.cumsum(moves, axis=0))
 
 
-def logged_rates(rows: Sequence[Mapping], num_tasks: int, *, bandwidth: float = 20.0) -> jax.Array:
-    """Success rates at every step of a real run, from the groups it logged.
+def logged_rates(log: Sequence[Mapping] | Any, num_tasks: int, *, bandwidth: float = 20.0) -> jax.Array:
+    """Success rates at every step of a real run, from the groups or the rollouts it logged.
 
     A task's outcomes are averaged with weights that fall with their distance in steps, as a normal
     distribution; a task that was never sampled has the average rate of all. Half an outcome at the task's
     own average, pulled a little off 0 and 1, keeps the rates inside.
 
     Args:
-        rows: one per step, with `task_ids`, `counts` and `successes`: the rows of a work directory's groups.jsonl.
+        log: the rows of a work directory's groups.jsonl, one per step, with `task_ids`, `counts` and `successes`; or
+            its rollout log as a table with the columns `step`, `prompt_id` and `reward`, such as a `datasets.Dataset`.
         num_tasks: D.
         bandwidth: standard deviation of the weights, steps.
 
     Returns:
         [steps, D] float32 in (0, 1).
     """
-    steps = len(rows)
+    if isinstance(log, Sequence):
+        step, task, won, given = (
+            np.concatenate(
+                [np.broadcast_to(row[name] if name else number, len(row["counts"])) for number, row in enumerate(log)]
+            )
+            for name in ("", "task_ids", "successes", "counts")
+        )
+    else:
+        step, task, won = (np.asarray(log[name][:]) for name in ("step", "prompt_id", "reward"))
+        step, given = step - 1, np.ones(len(step))
+    steps = int(step.max()) + 1
     wins, outcomes = np.zeros((steps, num_tasks), np.float32), np.zeros((steps, num_tasks), np.float32)
-    for step, row in enumerate(rows):
-        wins[step, row["task_ids"]] = row["successes"]
-        outcomes[step, row["task_ids"]] = row["counts"]
+    np.add.at(wins, (step, task), won)
+    np.add.at(outcomes, (step, task), given)
     overall = divide(wins.sum(), outcomes.sum())
     own = divide(wins.sum(axis=0) + 0.1 * overall, outcomes.sum(axis=0) + 0.1)
     distance = jnp.arange(steps)[:, None] - jnp.arange(steps)[None, :]

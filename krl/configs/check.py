@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from ml_collections import ConfigDict
 
 # Keys that may change when a run continues from its checkpoint.
-FREE_KEYS = ("steps", "max_bad_updates", "stuck_seconds", "eval.every", "eval.best", "checkpoint.every", "checkpoint.keep", "guard.loss", "guard.ratio", "guard.kl", "guard.rollbacks", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "mesh.decode", "distributed.coordinator", "distributed.processes", "distributed.process", "optim.micro_tokens", "optim.packed", "sample.slots", "sample.memory_gb", "profile.steps", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "verify.environment", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
+FREE_KEYS = ("steps", "max_bad_updates", "stuck_seconds", "eval.every", "eval.best", "checkpoint.every", "checkpoint.keep", "guard.loss", "guard.ratio", "guard.kl", "guard.rollbacks", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "mesh.decode", "distributed.coordinator", "distributed.processes", "distributed.process", "optim.micro_tokens", "optim.packed", "sample.slots", "sample.memory_gb", "log.rollouts_gb", "log.texts_every", "log.wandb", "log.mlflow", "profile.steps", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "verify.environment", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
 
 
 def flatten(config: ConfigDict) -> dict:
@@ -143,6 +143,7 @@ _NOT_NEGATIVE = (
     "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "sample.slots", "sample.memory_gb", "profile.steps", "sample.top_k", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
     "eval.every", "eval.prompts", "eval.temperature", "loss.clip_high", "loss.advantage_clip", "loss.importance_cap",
     "loss.kl_coefficient", "loss.entropy_coefficient", "loss.overlong_tokens", "verify.workers", "guard.loss", "guard.ratio", "guard.kl", "guard.rollbacks", "stuck_seconds",
+    "log.rollouts_gb", "log.texts_every",
 )  # fmt: skip
 _POSITIVE = (
     "sample.temperature", "optim.learning_rate", "optim.grad_clip", "sft.learning_rate", "verify.item_seconds",

@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
 
     _add_tasks(config)
     _add_policy(config)
+    _add_log(config)
 
     # Accuracy on held-out prompts while training, and what eval.py measures.
     config.eval = ConfigDict()
@@ -200,3 +201,14 @@ def _add_policy(config: ConfigDict) -> None:
     config.optim.updates_per_step = 2  # optimiser updates per step, on equal shares of the rollouts
     config.optim.micro_tokens = 1024  # tokens that go through the model at once, on all devices together
     config.optim.packed = True  # several rollouts to a row; False where the attention kernel has no segments (cuDNN)
+
+
+def _add_log(config: ConfigDict) -> None:
+    # What a run keeps and where else it can be watched; TensorBoard events are always in the work directory.
+    config.log = ConfigDict()
+    config.log.rollouts_gb = 1.0  # 10^9 bytes of every rollout's text and reward, thinned out when full; 0 keeps none
+    config.log.texts_every = 20  # steps between the sample rollouts that TensorBoard and W&B show; 0 for never
+    config.log.wandb = (
+        ""  # project of Weights & Biases; "" for none; WANDB_MODE=offline writes to the work directory alone
+    )
+    config.log.mlflow = ""  # tracking URI of MLflow, such as "http://host:5000"; "" for none

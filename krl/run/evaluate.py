@@ -9,7 +9,7 @@ from krl.policy.tokenizer import Tokenizer
 from krl.run.estimates import SOLVED
 from krl.run.processes import sum_over_processes, to_host
 from krl.tasks import Answer, EncodedTasks
-from krl.tasks.pool import VerifierPool
+from krl.tasks.pool import FAULTS, VerifierPool
 from krl.types import Prompts, Rollouts
 
 # [(prompt, response, gold answer)] of length n -> rewards [n] float32, and how often the verifiers failed, by kind.
@@ -48,11 +48,6 @@ def score_apart(score: Score, items: Sequence[tuple[str, str, Answer]]) -> tuple
     """What `score` finds of items that all processes have, of which each has its share verified."""
     mine, rewards = slice(jax.process_index(), None, jax.process_count()), np.zeros(len(items), np.float32)
     rewards[mine], faults = score(items[mine])
-    return share_scores(rewards, faults)
-
-
-def share_scores(rewards: np.ndarray, faults: dict[str, int]) -> tuple[np.ndarray, dict[str, int]]:
-    """What all processes found, each for rollouts of its own: (rewards [R] float32, faults by kind)."""
     counts = sum_over_processes(np.array(list(faults.values()), np.int32))
     return sum_over_processes(rewards), dict(zip(faults, counts.tolist(), strict=True))
 
@@ -89,14 +84,16 @@ class Scoring:
         self._rows.extend(rows)
         self._verifiers.work(is_ready, look_seconds=0.002)
 
-    def finish(self, num_rollouts: int) -> tuple[np.ndarray, dict[str, int]]:
+    def finish(self, num_rollouts: int) -> tuple[np.ndarray, np.ndarray]:
         """Wait for what is left.
 
         Returns:
-            (rewards [R = num_rollouts] float32, verifier faults by kind), of this process's rollouts; see `share_scores`.
+            (rewards [R = num_rollouts] float32, faults [R] int32: 0 for none, else 1 and its place in
+            `krl.tasks.pool.FAULTS`), both 0 where the rollout is another process's.
         """
-        rewards = np.zeros(num_rollouts, np.float32)
-        rewards[self._rows], faults = self._verifiers.finish()
+        rewards, faults = np.zeros(num_rollouts, np.float32), np.zeros(num_rollouts, np.int32)
+        rewards[self._rows], _ = self._verifiers.finish()
+        faults[self._rows] = [("", *FAULTS).index(kind) for kind in self._verifiers.last_faults]
         return rewards, faults
 
 

@@ -9,6 +9,8 @@ from ml_collections import ConfigDict
 
 from krl.run.metrics import read_rows
 from krl.run.processes import is_first, say
+from krl.run.update import skipped_updates
+from krl.types import TrainState
 
 LIMITS = {"loss": "loss", "ratio": "ratio_max", "kl": "kl"}  # key of config.guard -> metric of a step
 _FILE = "rollbacks.jsonl"
@@ -63,3 +65,13 @@ def go_back(workdir: pathlib.Path, rollbacks: list[dict], step: int, to: int, re
             file.write(json.dumps(rollbacks[-1]) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def refuse_bad_updates(state: TrainState, most: int) -> None:
+    """Raise FloatingPointError once `most` updates in a row were skipped because they were not finite."""
+    in_a_row, _ = skipped_updates(state)
+    if in_a_row >= most:
+        raise FloatingPointError(
+            f"{in_a_row} updates in a row had a loss or gradient that was not finite and were skipped; "
+            "lower config.optim.learning_rate, or look at metrics.jsonl for when it began"
+        )

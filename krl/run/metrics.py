@@ -11,20 +11,22 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
+import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from krl.learn import mixed_groups
 from krl.masked import divide, masked_sum, segment_sum
 from krl.run.processes import is_first
+from krl.run.rollouts import drop_steps, logged_steps, show_rollouts, write_step
+from krl.run.writers import Writer, tensorboard
 from krl.types import Rollouts
 
 STUCK = 77  # exit code of a run that a phase without an end stopped
@@ -207,21 +209,29 @@ def keep_compilations() -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl, groups.jsonl, evaluations.jsonl, processes.jsonl and TensorBoard events of a work directory.
+    """metrics.jsonl, groups.jsonl, evaluations.jsonl, processes.jsonl, rollouts/ and TensorBoard events of a work directory.
 
     A run that continues from step s drops the rows of later steps, which it will write again. One that has
     taken no step begins anew: it drops its row of step 0 too. Of several processes the first writes.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, first_step: int):
+    def __init__(
+        self, workdir: pathlib.Path, *, first_step: int, writers: Iterable[AbstractContextManager[Writer]] = (),
+        rollouts_gb: float = 0.0, texts_every: int = 0,
+    ):  # fmt: skip
         """Open the files and drop the rows that will be written again.
 
         Args:
             workdir: of the run.
             first_step: steps that the run has taken.
+            writers: further places to watch the run.
+            rollouts_gb: see `krl.run.rollouts.write_step`.
+            texts_every: steps between sample rollouts for the writers; 0 for never.
         """
         self._files: dict[str, Any] = {}
-        self._board: Any = None
+        self._writers: list[Writer] = []
+        self._open = ExitStack()
+        self._rollouts, self._rollouts_gb, self._texts_every = workdir / "rollouts", rollouts_gb, texts_every
         if not is_first():
             return
         for name in ("metrics", "groups", "evaluations", *(("processes",) if jax.process_count() > 1 else ())):
@@ -230,32 +240,41 @@ class MetricsLog:
             partial = path.with_suffix(".partial")
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
             partial.replace(path)
-            self._files[name] = path.open("a")
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else 0
-        )
+            self._files[name] = self._open.enter_context(path.open("a"))
+        drop_steps(self._rollouts, [step for step in logged_steps(self._rollouts) if step > first_step])
+        with self._open:  # a writer that cannot be opened closes the others
+            for writer in (tensorboard(workdir / "tensorboard", first_step), *writers):
+                self._writers.append(self._open.enter_context(writer))
+            self._open = self._open.pop_all()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for file in self._files.values():
-            file.close()
-        if self._board:
-            self._board.close()
+        self._open.close()
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add a row of metrics; numbers that are not finite become null in the JSON."""
         finite = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}
         self._append("metrics", {"step": step, **finite})
-        if self._board:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+        self._show(step, scalars=metrics)
 
     def write_groups(self, step: int, groups: dict[str, np.ndarray]) -> None:
-        """Add a row with an [M] list for each quantity of the step's groups."""
-        self._append("groups", {"step": step, **{k: np.asarray(v).tolist() for k, v in groups.items()}})
+        """Add a row with an [M] list for each quantity of the step's groups; the writers get histograms."""
+        known: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in groups.items()}
+        self._append("groups", {"step": step, **{name: values.tolist() for name, values in known.items()}})
+        bars: dict[str, np.ndarray] = {name: known[name] for name in ("counts", "belief") if name in known}
+        if "successes" in known and "counts" in known:
+            bars["success_rate"] = known["successes"] / known["counts"]
+        self._show(step, histograms=bars)
+
+    def write_rollouts(self, step: int, table: pa.Table) -> None:
+        """Add the rollouts of a step to the log, and show some of them now and then."""
+        if not is_first():
+            return
+        write_step(self._rollouts, step, table, self._rollouts_gb)
+        if self._texts_every and step % self._texts_every == 0:
+            self._show(step, texts={"rollouts": show_rollouts(table)})
 
     def write_processes(self, step: int, every: dict[str, list[float]]) -> None:
         """Add a row of what every process has, if there are several; see `krl.run.processes.gather`."""
@@ -272,6 +291,10 @@ class MetricsLog:
         """
         row = {"step": step, "rollouts_total": rollouts_total, "samples": samples, "solved": solved.tolist()}
         self._append("evaluations", row)
+
+    def _show(self, step: int, **shown: Mapping) -> None:
+        for write in self._writers:
+            write(step, shown.get("scalars", {}), shown.get("histograms", {}), shown.get("texts", {}))
 
     def _append(self, name: str, row: dict) -> None:
         if name in self._files:
@@ -290,6 +313,15 @@ def read_rows(path: pathlib.Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def status_line(metrics: dict[str, float], accuracy: float | None) -> str:
+    """A step in one line: what it showed, and the accuracy of the newest evaluation."""
+    text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  largest count {metrics['count_max']:.0f}"
+    text += "" if accuracy is None else f"  accuracy {accuracy:.3f}"
+    if metrics.get("seconds/behind", 0.0) > 0.2 * metrics["seconds/step"]:
+        text += f"  waited {metrics['seconds/behind']:.1f} s for process {metrics['slowest_process']}"
+    return text
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import optax
 from ml_collections import ConfigDict
 
 from krl import budget, learn, policy
+from krl.configs.check import FREE_KEYS, flatten
 from krl.policy.hf import check_hf
 from krl.policy.hf_config import config_json
 from krl.policy.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
@@ -301,3 +302,11 @@ def find_optimizer(config: ConfigDict) -> optax.GradientTransformation:
         learning_rate=optim.learning_rate, warmup_steps=optim.warmup_steps, decay_steps=optim.decay_steps,
         beta1=optim.beta1, beta2=optim.beta2, weight_decay=optim.weight_decay, grad_clip=optim.grad_clip,
     )  # fmt: skip
+
+
+def about_run(config: ConfigDict, parts: Setup) -> dict:
+    """What a checkpoint says of its run: the config, a digest of its keys that may not change, and the training prompts."""
+    flat = json.loads(json.dumps(flatten(config)))
+    bound = json.dumps({key: flat[key] for key in sorted(flat.keys() - set(FREE_KEYS))})
+    digest = hashlib.blake2b(bound.encode(), digest_size=8).hexdigest()
+    return {"config": flat, "config_digest": digest, "train": parts.train.identity()}

@@ -170,7 +170,7 @@ def policy_update(
 
     Returns:
         (new state, metrics: float32 scalars). `loss` and `grad_norm` are means over the updates; the
-        ratio and clip metrics are means over the tokens of the rollouts that were run.
+        ratio and clip metrics are over the tokens of the rollouts that were run, `mismatch` over those of the first update.
     """
     run = rollouts.mask & ((advantages != 0) | bool(kl_coefficient or entropy_coefficient))
     shares = jax.random.permutation(key, advantages.shape[0]).reshape(num_updates, -1)
@@ -214,13 +214,21 @@ def _loss(scores_of, params: dict, drawn, part, *, importance_cap, entropy_coeff
         logps=logps, advantages=columns.advantages, mask=columns.response, sequences=columns.sequences,
         importance_cap=importance_cap, entropies=entropies, entropy_coefficient=entropy_coefficient, **known, **options,
     )  # fmt: skip
-    return loss_sum, metrics
+    apart = jnp.where(columns.response, jnp.abs(logps - columns.logps), 0.0)
+    mismatch = masked_sum(apart, columns.response)
+    return loss_sum, metrics | {"mismatch": mismatch, "mismatch_max": (apart.max(initial=0.0), mismatch[1])}
 
 
 def _means(metrics):
-    """What the (sum, count) pairs of U updates are in the mean; a maximum stays a maximum."""
-    largest, pairs = metrics["ratio_max"][0].max(), {k: v for k, v in metrics.items() if k != "ratio_max"}
-    return {name: divide(total.sum(), count.sum()) for name, (total, count) in pairs.items()} | {"ratio_max": largest}
+    """What the (sum, count) pairs of U updates are in the mean; a maximum stays a maximum.
+
+    The mismatch is the first update's: later ones have other parameters than the sampler had.
+    """
+    metrics = {k: jax.tree.map(lambda x: x[:1], v) if k.startswith("mismatch") else v for k, v in metrics.items()}
+    return {
+        k: total.max() if k.endswith("_max") else divide(total.sum(), count.sum())
+        for k, (total, count) in metrics.items()
+    }
 
 
 # ---------------------------------------------------------------- from rollouts to rows
@@ -368,20 +376,20 @@ def _batches(num_rows, micro_rows):
 def _add_metrics(total, more):
     """Sum two ((loss, metrics), grads) trees; a maximum stays a maximum."""
     summed, ((_, before), _), ((_, after), _) = jax.tree.map(jnp.add, total, more), total, more
-    return _with_largest(summed, lambda: jnp.maximum(before["ratio_max"][0], after["ratio_max"][0]))
+    return _with_largest(summed, lambda name: jnp.maximum(before[name][0], after[name][0]))
 
 
 def _meet(total, axis):
     """Sum a ((loss, metrics), grads) tree over the devices along a mesh axis; a maximum stays a maximum."""
     (_, metrics), _ = total
-    return _with_largest(jax.lax.psum(total, axis), lambda: jax.lax.pmax(metrics["ratio_max"][0], axis))
+    return _with_largest(jax.lax.psum(total, axis), lambda name: jax.lax.pmax(metrics[name][0], axis))
 
 
 def _with_largest(summed, largest):
-    """A summed tree with the maximum, if it has one, in the place of a sum of maxima."""
+    """A summed tree with largest(name) in the place of each sum of maxima."""
     (_, metrics), _ = summed
-    if "ratio_max" in metrics:
-        metrics["ratio_max"] = (largest(), metrics["ratio_max"][1])
+    for name in (name for name in metrics if name.endswith("_max")):
+        metrics[name] = (largest(name), metrics[name][1])
     return summed
 
 

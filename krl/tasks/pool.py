@@ -25,6 +25,7 @@ from krl.tasks.worker import reward_or_error
 
 Item = tuple[str, str, Answer]  # prompt, response, gold answer or answers
 
+FAULTS = ("timeouts", "crashes", "errors")  # why an item got no reward; see `VerifierPool.finish`
 START_SECONDS = 120  # until a new worker has imported the reward's module
 RESTART_PAUSE_SECONDS = 0.5  # after a worker that died before it was ready, so that a broken one costs no time
 TICK_SECONDS = 0.05  # between looks at whether a busy worker still lives
@@ -88,7 +89,7 @@ class _Batch:
     items: list[Item] = dataclasses.field(default_factory=list)
     waiting: collections.deque[int] = dataclasses.field(default_factory=collections.deque)  # items not yet begun
     rewards: list[float] = dataclasses.field(default_factory=list)  # 0 until an item is done
-    faults: dict[str, int] = dataclasses.field(default_factory=lambda: {"timeouts": 0, "crashes": 0, "errors": 0})
+    faults: list[str] = dataclasses.field(default_factory=list)  # of FAULTS; "" for an item that did not fail
 
 
 class VerifierPool:
@@ -108,6 +109,7 @@ class VerifierPool:
 
     Attributes:
         last_error: why the latest item counted under "errors" failed, in one line; "" if none did.
+        last_faults: for each item of the last finished batch the kind of its failure, as in `finish`; "" if it has a reward.
 
     Raises:
         ValueError: the reward cannot be found, a number is out of range, or no worker starts; in one line.
@@ -130,6 +132,7 @@ class VerifierPool:
                 f"{batch_seconds=}, {items_per_worker=}, {memory_gb=}"
             )
         self.last_error = ""
+        self.last_faults: list[str] = []
         self._first_message = (reward, memory_gb, os.getpid())
         self._item_seconds, self._batch_seconds, self._items_per_worker = item_seconds, batch_seconds, items_per_worker
         self._function = None if workers else find_reward(reward)
@@ -191,6 +194,7 @@ class VerifierPool:
         batch.waiting.extend(range(len(batch.items), len(batch.items) + len(items)))
         batch.items.extend(items)
         batch.rewards.extend([0.0] * len(items))
+        batch.faults.extend([""] * len(items))
         if self._function is None:
             self._hand_out()
 
@@ -221,16 +225,18 @@ class VerifierPool:
         try:
             self.work(lambda: self._function is None and time.monotonic() >= end)
         finally:  # also when the caller is interrupted: no later batch may get this one's answers
-            batch.faults["timeouts"] += self._give_up()
-        return np.array(batch.rewards, np.float32), batch.faults
+            self._give_up()
+        self.last_faults = batch.faults
+        return np.array(batch.rewards, np.float32), {kind: batch.faults.count(kind) for kind in FAULTS}
 
-    def _give_up(self) -> int:
-        """Leave the batch as it is; returns how many of its items were not done."""
-        unfinished = self._busy()
+    def _give_up(self) -> None:
+        """Leave the batch as it is; what was not done has timed out."""
+        batch, unfinished = self._batch, self._busy()
+        for row in [*(worker.row for worker in unfinished if worker.row is not None), *batch.waiting]:
+            batch.faults[row] = "timeouts"
         for worker in unfinished:
             self._replace(worker)
-        left, self._batch = len(unfinished) + len(self._batch.waiting), _Batch()
-        return left
+        self._batch = _Batch()
 
     def _score_here(self, function: Reward, row: int) -> None:
         try:
@@ -240,7 +246,7 @@ class VerifierPool:
 
     def _record(self, row: int, value: float | str) -> None:
         if isinstance(value, str):
-            self._batch.faults["errors"] += 1
+            self._batch.faults[row] = "errors"
             self.last_error = value
         else:
             self._batch.rewards[row] = value
@@ -323,10 +329,11 @@ class VerifierPool:
                 self._take(worker, line)
             now = time.monotonic()
             if lines is None or worker.process.poll() is not None:
-                self._batch.faults["crashes"] += worker.row is not None
+                if worker.row is not None:
+                    self._batch.faults[worker.row] = "crashes"
                 self._replace(worker)
             elif worker.row is not None and now > worker.deadline:
-                self._batch.faults["timeouts"] += 1
+                self._batch.faults[worker.row] = "timeouts"
                 self._replace(worker)
             elif worker.done >= self._items_per_worker or (not worker.ready and now > worker.started + START_SECONDS):
                 self._replace(worker)

@@ -1,0 +1,154 @@
+"""The rollout log: every rollout of a run in Parquet, a file for each step.
+
+    datasets.load_dataset("parquet", data_files="runs/mine/rollouts/*.parquet")
+
+The files may take a given room. When they would take more, every second one is deleted and only every second step is
+kept from then on, then every fourth, and so on: what is left is spread over the whole run.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet
+
+from krl.policy.tokenizer import Tokenizer
+from krl.run.evaluate import decode_rollouts
+from krl.run.processes import to_host
+from krl.tasks import EncodedTasks
+from krl.tasks.pool import FAULTS
+from krl.types import Array, Rollouts
+
+SCHEMA = pa.schema([
+    ("step", pa.int32()),  # steps finished, as in metrics.jsonl
+    ("prompt_id", pa.int32()),  # row of the training set
+    ("sample", pa.int32()),  # of the prompt, 0 .. count-1
+    ("prompt", pa.string()),  # the question without its template
+    ("answer", pa.string()),  # the gold answer; several accepted ones as a JSON list
+    ("response", pa.string()),
+    ("reward", pa.float32()),
+    ("advantage", pa.float32()),  # with the weight of its prompt in the loss
+    ("log_prob", pa.float32()),  # of the response under the distribution sampled from, nats
+    ("length", pa.int32()),  # tokens, the end token counted
+    ("finished", pa.bool_()),  # False where the response was cut off
+    ("count", pa.int32()),  # rollouts of the prompt in the step
+    ("belief", pa.float32()),  # expected success rate when the counts were chosen
+    ("prior", pa.float32()),  # the same without the prompt's own record
+    ("fault", pa.string()),  # why the verifier gave no reward: of FAULTS, or ""
+])  # fmt: skip
+
+
+def describe_rollouts(
+    tokenizer: Tokenizer,
+    tasks: EncodedTasks,
+    step: int,
+    groups: Mapping[str, Array],
+    rollouts: Rollouts,
+    rewards: Array,
+    advantages: Array,
+    faults: np.ndarray,
+) -> pa.Table:
+    """A step's rollouts as rows of SCHEMA, by prompt and sample. Of several processes all must call it.
+
+    Args:
+        tokenizer: turns tokens into text.
+        tasks: the D training prompts.
+        step: steps finished.
+        groups: [M] each: task_ids, counts, belief, prior.
+        rollouts: R rollouts of the M prompts.
+        rewards, advantages: [R] float32.
+        faults: [R] int32, 0 for none, else 1 and its place in FAULTS.
+    """
+    rollouts, rewards, advantages = to_host((rollouts, rewards, advantages))
+    groups = {name: np.asarray(values) for name, values in groups.items()}
+    real = np.flatnonzero(rollouts.mask)
+    order = real[np.lexsort((rollouts.sample_index[real], rollouts.prompt_index[real]))]
+    prompt = rollouts.prompt_index[order]
+    task_ids = groups["task_ids"][prompt]
+    answers = [tasks.tasks.answers[i] for i in task_ids]
+    within = np.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
+    texts = decode_rollouts(tokenizer, rollouts)
+    columns = {
+        "step": np.full(len(order), step),
+        "prompt_id": task_ids,
+        "sample": rollouts.sample_index[order],
+        "prompt": [tasks.tasks.prompts[i] for i in task_ids],
+        "answer": [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers],
+        "response": [texts[row] for row in order],
+        "reward": rewards[order],
+        "advantage": advantages[order],
+        "log_prob": np.where(within, rollouts.logps, 0.0).sum(axis=1)[order],
+        "length": rollouts.lengths[order],
+        "finished": rollouts.finished[order],
+        "count": groups["counts"][prompt],
+        "belief": groups["belief"][prompt],
+        "prior": groups["prior"][prompt],
+        "fault": [("", *FAULTS)[kind] for kind in faults[order]],
+    }
+    return pa.table(columns, schema=SCHEMA)
+
+
+def write_step(directory: pathlib.Path, step: int, table: pa.Table, most_gb: float) -> None:
+    """Add the file of a step, if it is one of those that are kept, whole or not at all; then make room.
+
+    Args:
+        directory: WORKDIR/rollouts; made if it is missing.
+        step: steps finished.
+        table: of `describe_rollouts`.
+        most_gb: 10^9 bytes that all files may take; 0 writes nothing.
+    """
+    steps = logged_steps(directory)
+    every = min(np.diff(steps), default=1)
+    if not most_gb or step % every:
+        return
+    directory.mkdir(exist_ok=True)
+    path = _path(directory, step)
+    partial = path.with_suffix(".partial")
+    parquet.write_table(table, partial, compression="zstd")
+    partial.replace(path)
+    sizes = {step: _path(directory, step).stat().st_size for step in {*steps, step}}
+    while sum(sizes.values()) > most_gb * 1e9:
+        every *= 2
+        drop_steps(directory, [step for step in sizes if step % every])
+        sizes = {step: size for step, size in sizes.items() if step % every == 0}
+
+
+def drop_steps(directory: pathlib.Path, steps: Iterable[int]) -> None:
+    """Delete the files of some steps."""
+    for step in steps:
+        _path(directory, step).unlink(missing_ok=True)
+
+
+def logged_steps(directory: pathlib.Path) -> list[int]:
+    """The steps that a directory has the rollouts of, ascending; [] if there is none."""
+    return sorted(int(path.stem.removeprefix("step-")) for path in directory.glob("step-*.parquet"))
+
+
+def read_rollouts(directory: pathlib.Path, steps: Iterable[int] | None = None) -> pa.Table:
+    """Rollouts of some logged steps, or of all, as rows of SCHEMA."""
+    chosen = logged_steps(directory) if steps is None else steps
+    return pa.concat_tables([SCHEMA.empty_table(), *(parquet.read_table(_path(directory, step)) for step in chosen)])
+
+
+def _path(directory: pathlib.Path, step: int) -> pathlib.Path:
+    return directory / f"step-{step:07d}.parquet"
+
+
+def show_rollouts(table: pa.Table, most: int = 4) -> str:
+    """A few rollouts of the prompt with the most of them, as Markdown: the best and the worst rewarded ones."""
+    rows = table.sort_by([("count", "descending"), ("prompt_id", "ascending"), ("reward", "descending")]).to_pylist()
+    rows = [row for row in rows if row["prompt_id"] == rows[0]["prompt_id"]]
+    shown = rows if len(rows) <= most else [*rows[: most // 2], *rows[-(most - most // 2) :]]
+    return "\n\n".join(
+        [
+            _quoted(f"{rows[0]['prompt']}\n\nanswer: {rows[0]['answer']}   rollouts: {rows[0]['count']}"),
+            *(_quoted(f"reward {row['reward']:g}, {row['length']} tokens\n\n{row['response']}") for row in shown),
+        ]
+    )
+
+
+def _quoted(text: str) -> str:
+    """Text as it is, in Markdown: an indented block."""
+    return "\n".join("    " + line for line in text.splitlines())
