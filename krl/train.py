@@ -298,7 +298,7 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
         allocate=jax.jit(allocate), advantages=jax.jit(advantages), update_policy=functools.partial(update_policy, reference=reference),
         update_belief=jax.jit(update_belief, donate_argnums=0), measure=measure,
-        describe=functools.partial(describe_rollouts, tokenizer, parts.train),
+        describe=functools.partial(describe_rollouts, parts.train),
     )  # fmt: skip
 
 
@@ -409,12 +409,8 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
     )
     groups = {"task_ids": task_ids, "counts": drawn.counts, "successes": wins, "tokens": tokens}
     groups |= {"belief": drawn.believed, "prior": budget.prior_mean(known)}
-    return (
-        learner,
-        metrics,
-        groups,
-        {"rollouts": rollouts, "rewards": rewards, "advantages": advantages, "faults": drawn.faults},
-    )
+    each = {"rewards": rewards, "advantages": advantages, "faults": drawn.faults, "texts": drawn.texts}
+    return learner, metrics, groups, {"rollouts": rollouts} | each
 
 
 class Drawn(NamedTuple):
@@ -426,6 +422,7 @@ class Drawn(NamedTuple):
     rollouts: Rollouts  # R of them
     rewards: jax.Array  # [R] float32
     faults: np.ndarray  # [R] int32, how the verifier failed; see `krl.run.evaluate.Scoring.finish`
+    texts: list[str | None]  # the R responses; None for those that other processes scored
 
 
 def spend_budget(
@@ -445,9 +442,9 @@ def spend_budget(
             options |= {"num_rollouts": num_rollouts, "expected_tokens": lengths, "watch": scoring.watch}
             rollouts = jax.block_until_ready(run.sample(params, prompts, counts, key, **options))
         with clock.phase("verify"):
-            own = scoring.finish(num_rollouts)
+            rewards, faults, texts = scoring.finish(num_rollouts)
         with clock.phase("wait"):  # for the other processes
-            return rollouts, *map(sum_over_processes, own)
+            return rollouts, sum_over_processes(rewards), sum_over_processes(faults), texts
 
     def learn_from(known, rollouts, outcomes):
         index, mask, lengths = rollouts.prompt_index, rollouts.mask, rollouts.lengths
@@ -471,9 +468,10 @@ def spend_budget(
         counts=counts,
         believed=budget.mean(known),
         info=info,
-        rollouts=jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _, _ in rounds)),
-        rewards=run.place(np.concatenate([rewards for _, rewards, _ in rounds])),
-        faults=np.concatenate([faults for _, _, faults in rounds]),
+        rollouts=jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, *_ in rounds)),
+        rewards=run.place(np.concatenate([rewards for _, rewards, *_ in rounds])),
+        faults=np.concatenate([faults for _, _, faults, _ in rounds]),
+        texts=[text for *_, texts in rounds for text in texts],
     )
 
 

@@ -9,6 +9,7 @@ import sys
 
 import jax
 
+from krl.run.rollouts import read_rollouts
 from krl.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -49,6 +50,12 @@ def run_here(workdir, config="arithmetic", **changes):
 
 def rows(workdir, name="metrics"):
     return [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
+
+
+def rollouts(workdir):
+    """The rollout log, by step, prompt and sample."""
+    by = [("step", "ascending"), ("prompt_id", "ascending"), ("sample", "ascending")]
+    return read_rollouts(workdir / "rollouts").sort_by(by).to_pylist()
 
 
 def learnt(workdir):

@@ -40,9 +40,10 @@ def test_rollouts_that_are_scored_as_they_end_get_the_same_rewards():
         scoring = Scoring(TOKENIZER, pool, questions, answers, np.array([3, 0, 1]))
         for rows in ([3], [2, 0], [], [1]):
             scoring.watch(np.array(rows, int), tokens[rows], lengths[rows], lambda: ready.pop(0))
-        rewards, faults = scoring.finish(5)
+        rewards, faults, texts = scoring.finish(5)
     assert rewards.tolist() == expected.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0]
     assert faults.tolist() == [0] * 5
+    assert texts == [*decode_rollouts(TOKENIZER, rollouts)[:4], None]
     assert not ready  # one reward after the first call, none after the second, two after the third, none after the last
 
 

@@ -19,7 +19,7 @@ from krl import train
 from krl.configs import arithmetic
 from krl.configs.flags import one_line_errors
 from krl.run.metrics import MetricsLog
-from tests.command_line import ROOT, command, environment, learnt, rows, run_here
+from tests.command_line import ROOT, command, environment, learnt, rollouts, rows, run_here
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -49,6 +49,7 @@ def parameters(workdir, step=4):
 def assert_same_run(workdir, expected):
     """To the last bit, but for times."""
     assert learnt(workdir) == learnt(expected)
+    assert rollouts(workdir) == rollouts(expected)
     for name in ("groups", "evaluations"):
         assert rows(workdir, name) == rows(expected, name)
     jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(expected))

@@ -7,7 +7,7 @@ import pytest
 from krl import train as script
 from krl.configs import arithmetic
 from krl.run.guard import draws_before, find_spike
-from tests.command_line import learnt, rows, run_here
+from tests.command_line import learnt, rollouts, rows, run_here
 
 pytestmark = pytest.mark.usefixtures("compiled")
 PLAIN = {"sft.steps": 0, "optim.learning_rate": 1e-9}
@@ -55,6 +55,7 @@ def test_a_run_that_was_killed_after_going_back_draws_the_same(tmp_path, monkeyp
         run_here(workdir, **limits | {"steps": 3})
     run_here(workdir, **limits)
     assert learnt(workdir) == learnt(tmp_path / "whole")
+    assert rollouts(workdir) == rollouts(tmp_path / "whole")
 
 
 def test_the_best_checkpoint_outlives_the_steps_that_it_is_from(tmp_path, monkeypatch):

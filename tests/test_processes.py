@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from krl.configs import arithmetic
 from krl.eval import measure
 from krl.run import processes
-from tests.command_line import ROOT, TINY, command, environment, rows, run_here
+from tests.command_line import ROOT, TINY, command, environment, rollouts, rows, run_here
 
 pytestmark = pytest.mark.usefixtures("compiled")
 STEPS = {"steps": 6, "mesh.shape": (2,)}
@@ -99,6 +99,10 @@ def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path)
     assert all(len(row["seconds/wait"]) == len(row["memory/host_gb"]) == 2 for row in told)
     assert rows(workdir, "groups") == rows(alone, "groups")
     assert rows(workdir, "evaluations") == rows(alone, "evaluations")
+    texts = lambda where: [
+        (row["step"], row["prompt_id"], row["sample"], row["response"], row["reward"]) for row in rollouts(where)
+    ]  # noqa: E731
+    assert texts(workdir) == texts(alone)
     assert_close(workdir, alone)
 
     copy = shutil.copytree(workdir, tmp_path / "copy")
@@ -121,6 +125,10 @@ def test_four_processes_that_split_parameters_are_continued_by_one(tmp_path):
     run_here(workdir, **SQUARE | warm)
     assert rows(workdir, "groups") == rows(alone, "groups")
     assert rows(workdir, "evaluations") == rows(alone, "evaluations")
+    texts = lambda where: [
+        (row["step"], row["prompt_id"], row["sample"], row["response"], row["reward"]) for row in rollouts(where)
+    ]  # noqa: E731
+    assert texts(workdir) == texts(alone)
     assert_close(workdir, alone)
 
 

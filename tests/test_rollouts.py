@@ -17,31 +17,25 @@ from krl.types import Rollouts
 QUIET = {"log.wandb": "", "log.mlflow": ""}
 
 
-class Letters:
-    """Token n is the n-th letter; 0 ends."""
-
-    def decode(self, tokens):
-        return "".join(chr(96 + token) for token in tokens if token)
-
-
 def table_of(step=3, faults=(0, 0, 3, 0, 0)):
     tasks = TaskSet(prompts=("p0", "p1", "p2"), answers=("x", ("y", "z"), "w"))
     encoded = EncodedTasks(tasks=tasks, tokens=np.zeros((3, 1), np.int32), mask=np.ones((3, 1), bool), dropped=0)
     logps = np.array([[-1, -2, 9], [-0.5, 9, 9], [-1, -1, -1], [-3, -0.25, 9], [9, 9, 9]], np.float32)
     rollouts = Rollouts(
-        prompt_index=np.array([1, 0, 1, 1, 2]), sample_index=np.array([1, 0, 0, 2, 0]), mask=np.array([1, 1, 1, 1, 0], bool),
-        tokens=np.array([[1, 0, 7], [2, 9, 9], [3, 3, 3], [4, 0, 0], [5, 5, 5]]), logps=logps,
+        prompt_index=np.array([1, 0, 1, 1, 2]), sample_index=np.array([1, 0, 0, 2, 0]), mask=np.ones(5, bool),
+        tokens=np.zeros((5, 3), int), logps=logps,
         lengths=np.array([2, 1, 3, 2, 3]), finished=np.array([1, 1, 0, 1, 0], bool),
     )  # fmt: skip
     groups = {"task_ids": np.array([2, 1]), "counts": np.array([1, 3]), "belief": np.array([0.25, 0.5]), "prior": np.array([0.125, 0.75])}  # fmt: skip
+    texts = ["a", "b", "ccc", "d", None]  # the last one is another process's
     rewards, advantages = np.array([1, 0, 0, 0.5, 9], np.float32), np.array([2, 0, -1, 0.5, 9], np.float32)
-    return describe_rollouts(Letters(), encoded, step, groups, rollouts, rewards, advantages, np.array(faults))
+    return describe_rollouts(encoded, step, groups, rollouts, rewards, advantages, np.array(faults), texts)
 
 
 def test_a_row_says_all_of_its_rollout():
     table = table_of()
     assert table.schema == SCHEMA
-    first, second, third, last = table.to_pylist()  # by prompt and sample, without the padding row
+    first, second, third, last = table.to_pylist()  # by prompt and sample, without the one that is not here
     assert first == {
         "step": 3, "prompt_id": 2, "sample": 0, "prompt": "p2", "answer": "w", "response": "b", "reward": 0.0, "advantage": 0.0,
         "log_prob": -0.5, "length": 1, "finished": True, "count": 1, "belief": 0.25, "prior": 0.125, "fault": "",

@@ -74,6 +74,7 @@ class Scoring:
         self._tokenizer, self._verifiers, self._prompts, self._answers = tokenizer, verifiers, prompts, answers
         self._prompt_index = np.repeat(np.arange(len(prompts)), counts)
         self._rows: list[int] = []
+        self._texts: list[str] = []
         verifiers.begin()
 
     def watch(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, is_ready: Callable[[], bool]) -> None:
@@ -82,19 +83,23 @@ class Scoring:
         which = self._prompt_index[rows]
         self._verifiers.add([(self._prompts[i], text, self._answers[i]) for i, text in zip(which, texts, strict=True)])
         self._rows.extend(rows)
+        self._texts.extend(texts)
         self._verifiers.work(is_ready, look_seconds=0.002)
 
-    def finish(self, num_rollouts: int) -> tuple[np.ndarray, np.ndarray]:
+    def finish(self, num_rollouts: int) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
         """Wait for what is left.
 
         Returns:
             (rewards [R = num_rollouts] float32, faults [R] int32: 0 for none, else 1 and its place in
-            `krl.tasks.pool.FAULTS`), both 0 where the rollout is another process's.
+            `krl.tasks.pool.FAULTS`, the R responses); 0, 0 and None where the rollout is another process's.
         """
         rewards, faults = np.zeros(num_rollouts, np.float32), np.zeros(num_rollouts, np.int32)
         rewards[self._rows], _ = self._verifiers.finish()
         faults[self._rows] = [("", *FAULTS).index(kind) for kind in self._verifiers.last_faults]
-        return rewards, faults
+        texts: list[str | None] = [None] * num_rollouts
+        for row, text in zip(self._rows, self._texts, strict=True):
+            texts[row] = text
+        return rewards, faults, texts
 
 
 def sample_tasks(

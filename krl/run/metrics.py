@@ -269,11 +269,9 @@ class MetricsLog:
         self._show(step, histograms=bars)
 
     def write_rollouts(self, step: int, table: pa.Table) -> None:
-        """Add the rollouts of a step to the log, and show some of them now and then."""
-        if not is_first():
-            return
+        """Add the rollouts of a step that this process has to the log, and show some of them now and then."""
         write_step(self._rollouts, step, table, self._rollouts_gb)
-        if self._texts_every and step % self._texts_every == 0:
+        if self._writers and self._texts_every and step % self._texts_every == 0 and table.num_rows:
             self._show(step, texts={"rollouts": show_rollouts(table)})
 
     def write_processes(self, step: int, every: dict[str, list[float]]) -> None:

@@ -1,4 +1,4 @@
-"""The rollout log: every rollout of a run in Parquet, a file for each step.
+"""The rollout log: every rollout of a run in Parquet, a file for each step (of several processes, one of each).
 
     datasets.load_dataset("parquet", data_files="runs/mine/rollouts/*.parquet")
 
@@ -8,19 +8,20 @@ kept from then on, then every fourth, and so on: what is left is spread over the
 
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from krl.policy.tokenizer import Tokenizer
-from krl.run.evaluate import decode_rollouts
-from krl.run.processes import to_host
+from krl.run.processes import is_first, to_host
 from krl.tasks import EncodedTasks
 from krl.tasks.pool import FAULTS
 from krl.types import Array, Rollouts
 
+_NAMES = "step-*.parquet"
 SCHEMA = pa.schema([
     ("step", pa.int32()),  # steps finished, as in metrics.jsonl
     ("prompt_id", pa.int32()),  # row of the training set
@@ -41,7 +42,6 @@ SCHEMA = pa.schema([
 
 
 def describe_rollouts(
-    tokenizer: Tokenizer,
     tasks: EncodedTasks,
     step: int,
     groups: Mapping[str, Array],
@@ -49,39 +49,51 @@ def describe_rollouts(
     rewards: Array,
     advantages: Array,
     faults: np.ndarray,
+    texts: Sequence[str | None],
 ) -> pa.Table:
-    """A step's rollouts as rows of SCHEMA, by prompt and sample. Of several processes all must call it.
+    """A step's rollouts as rows of SCHEMA, by prompt and sample.
+
+    Of several processes all must call it. Each gets the rows of the rollouts that it scored, whose texts it has.
 
     Args:
-        tokenizer: turns tokens into text.
         tasks: the D training prompts.
         step: steps finished.
         groups: [M] each: task_ids, counts, belief, prior.
         rollouts: R rollouts of the M prompts.
         rewards, advantages: [R] float32.
         faults: [R] int32, 0 for none, else 1 and its place in FAULTS.
+        texts: the R responses; None for those of other processes.
     """
-    rollouts, rewards, advantages = to_host((rollouts, rewards, advantages))
+    within = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
+    log_probs = jnp.where(within, rollouts.logps, 0.0).sum(axis=1)
+    known = (
+        rollouts.prompt_index,
+        rollouts.sample_index,
+        rollouts.lengths,
+        rollouts.finished,
+        rewards,
+        advantages,
+        log_probs,
+    )
+    prompts, samples, lengths, finished, rewards, advantages, log_probs = to_host(known)
     groups = {name: np.asarray(values) for name, values in groups.items()}
-    real = np.flatnonzero(rollouts.mask)
-    order = real[np.lexsort((rollouts.sample_index[real], rollouts.prompt_index[real]))]
-    prompt = rollouts.prompt_index[order]
+    own = np.flatnonzero([text is not None for text in texts])
+    order = own[np.lexsort((samples[own], prompts[own]))]
+    prompt = prompts[order]
     task_ids = groups["task_ids"][prompt]
     answers = [tasks.tasks.answers[i] for i in task_ids]
-    within = np.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
-    texts = decode_rollouts(tokenizer, rollouts)
     columns = {
         "step": np.full(len(order), step),
         "prompt_id": task_ids,
-        "sample": rollouts.sample_index[order],
+        "sample": samples[order],
         "prompt": [tasks.tasks.prompts[i] for i in task_ids],
         "answer": [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers],
         "response": [texts[row] for row in order],
         "reward": rewards[order],
         "advantage": advantages[order],
-        "log_prob": np.where(within, rollouts.logps, 0.0).sum(axis=1)[order],
-        "length": rollouts.lengths[order],
-        "finished": rollouts.finished[order],
+        "log_prob": log_probs[order],
+        "length": lengths[order],
+        "finished": finished[order],
         "count": groups["counts"][prompt],
         "belief": groups["belief"][prompt],
         "prior": groups["prior"][prompt],
@@ -99,41 +111,41 @@ def write_step(directory: pathlib.Path, step: int, table: pa.Table, most_gb: flo
         table: of `describe_rollouts`.
         most_gb: 10^9 bytes that all files may take; 0 writes nothing.
     """
-    steps = logged_steps(directory)
-    every = min(np.diff(steps), default=1)
+    every = min(np.diff([number for number in logged_steps(directory) if number < step]), default=1)
     if not most_gb or step % every:
         return
     directory.mkdir(exist_ok=True)
-    path = _path(directory, step)
+    process = f"-{jax.process_index():04d}" if jax.process_count() > 1 else ""
+    path = directory / f"step-{step:07d}{process}.parquet"
     partial = path.with_suffix(".partial")
     parquet.write_table(table, partial, compression="zstd")
     partial.replace(path)
-    sizes = {step: _path(directory, step).stat().st_size for step in {*steps, step}}
-    while sum(sizes.values()) > most_gb * 1e9:
-        every *= 2
-        drop_steps(directory, [step for step in sizes if step % every])
-        sizes = {step: size for step, size in sizes.items() if step % every == 0}
+    while is_first() and sum(path.stat().st_size for path in directory.glob(_NAMES)) > most_gb * 1e9:
+        every *= 2  # the other processes see it when they list the files of the next step, which comes after this
+        drop_steps(directory, [number for number in logged_steps(directory) if number % every])
 
 
 def drop_steps(directory: pathlib.Path, steps: Iterable[int]) -> None:
     """Delete the files of some steps."""
     for step in steps:
-        _path(directory, step).unlink(missing_ok=True)
+        for path in _paths(directory, step):
+            path.unlink()
 
 
 def logged_steps(directory: pathlib.Path) -> list[int]:
     """The steps that a directory has the rollouts of, ascending; [] if there is none."""
-    return sorted(int(path.stem.removeprefix("step-")) for path in directory.glob("step-*.parquet"))
+    return sorted({int(path.stem.split("-")[1]) for path in directory.glob(_NAMES)})
 
 
 def read_rollouts(directory: pathlib.Path, steps: Iterable[int] | None = None) -> pa.Table:
     """Rollouts of some logged steps, or of all, as rows of SCHEMA."""
     chosen = logged_steps(directory) if steps is None else steps
-    return pa.concat_tables([SCHEMA.empty_table(), *(parquet.read_table(_path(directory, step)) for step in chosen)])
+    paths = [path for step in chosen for path in _paths(directory, step)]
+    return pa.concat_tables([SCHEMA.empty_table(), *map(parquet.read_table, paths)])
 
 
-def _path(directory: pathlib.Path, step: int) -> pathlib.Path:
-    return directory / f"step-{step:07d}.parquet"
+def _paths(directory: pathlib.Path, step: int) -> list[pathlib.Path]:
+    return sorted(directory.glob(f"step-{step:07d}*.parquet"))
 
 
 def show_rollouts(table: pa.Table, most: int = 4) -> str:
