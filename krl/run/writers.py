@@ -47,8 +47,9 @@ def wandb(project: str, workdir: pathlib.Path, config: Mapping) -> Iterator[Writ
     """
     library = _import("wandb", "config.log.wandb")
     options = {"project": project, "dir": str(workdir), "name": workdir.name, "config": dict(config)}
+    quiet = library.Settings(quiet=True)  # where the run is shown, but no table at the end
     try:
-        opened = library.init(id=_identity(workdir), resume="allow", **options)
+        opened = library.init(id=_identity(workdir), resume="allow", settings=quiet, **options)
     except library.Error as error:
         raise ValueError(
             f"config.log.wandb={project!r}: {_one_line(error)} (WANDB_MODE=offline needs no key)"
