@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import betaln
 
 from krl import budget
-from krl.run.metrics import read_rows
+from krl.run.history import read_run
 
 # (after an even group, after a mixed one); equal numbers are a plain discount.
 PAIRS = ((1.0, 1.0), (0.9, 0.9), (0.7, 0.7), (0.4, 0.4), (0.2, 0.2), (0.9, 0.5), (0.9, 0.25), (0.9, 0.1), (0.7, 0.25))
@@ -24,6 +24,8 @@ PAIRS = ((1.0, 1.0), (0.9, 0.9), (0.7, 0.7), (0.4, 0.4), (0.2, 0.2), (0.9, 0.5),
 
 def main():
     workdirs = [pathlib.Path(name) for name in sys.argv[1:]]
+    if not workdirs:
+        raise ValueError("name work directories of runs")
     print("| after an even group | after a mixed group | " + " | ".join(w.name for w in workdirs) + " |")
     print("|---|---|" + "---|" * len(workdirs))
     for even, mixed in PAIRS:
@@ -33,7 +35,7 @@ def main():
 
 def predictive_log_likelihood(workdir: pathlib.Path, discount: float, discount_mixed: float) -> float:
     """Mean log-probability of each visit's number of successes, nats, under the belief before it."""
-    rows = read_rows(workdir / "groups.jsonl")
+    rows = read_run(workdir)["groups"]
     num_tasks = 1 + max(max(row["task_ids"]) for row in rows)
     belief = budget.init_belief(num_tasks, discount=discount, discount_mixed=discount_mixed)
     scores: list[float] = []
@@ -55,4 +57,7 @@ def predictive_log_likelihood(workdir: pathlib.Path, discount: float, discount_m
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    main()
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"benchmarks.discount: {error}")

@@ -10,7 +10,6 @@ import functools
 import itertools
 import pathlib
 import re
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,7 @@ def main():
     policy_config = setup.find_policy(config, tokenizer, cache)
     encoded = setup.encode(config, tokenizer, tasks["train"])
     with jax.set_mesh(mesh), setup.make_verifiers(config) as verifiers:
-        params = setup.start_params(config, policy_config, mesh, pairs, cache, stop=threading.Event())
+        params = setup.start_params(config, policy_config, mesh, pairs, cache, should_stop=lambda: False)
         generate = functools.partial(
             rollout.generate, policy_config, params, max_new_tokens=config.sample.max_new_tokens,
             eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,

@@ -14,7 +14,6 @@ slowly from step to step. It shows what text can tell where it says little.
 """
 
 import argparse
-import json
 import pathlib
 import re
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from krl import budget
 from krl.budget import prior as priors
 from krl.configs import default
 from krl.policy.tokenizer import load_tokenizer
-from krl.run.metrics import read_rows
+from krl.run.history import read_run
 from krl.run.setup import encode, load_task_sets
 from krl.tasks import load_named, step_task_ids
 
@@ -48,9 +47,12 @@ def main():
     parser.add_argument("--field", default="", help="the field that names a prompt's group; by default the first")
     parser.add_argument("--width", type=int, default=4096, help="to how many features those of a prompt are hashed")
     options = parser.parse_args()
-    runs = {workdir: read_logged(workdir) for workdir in options.workdirs}
-    if options.simulate:
-        runs[options.simulate] = simulate(options.simulate)
+    try:
+        runs = {workdir: read_logged(workdir) for workdir in options.workdirs}
+        if options.simulate:
+            runs[options.simulate] = simulate(options.simulate)
+    except ValueError as error:
+        parser.error(str(error))
     if not runs:
         parser.error("name work directories of runs, or a file to --simulate")
     for workdir, logged in runs.items():
@@ -67,10 +69,10 @@ def main():
 
 def read_logged(workdir: pathlib.Path) -> Logged:
     """The groups of a run's work directory, with its training prompts made again from its config."""
-    config = default.get_config()
-    config.update_from_flattened_dict(json.loads((workdir / "config.json").read_text()))
+    run, config = read_run(workdir), default.get_config()
+    config.update_from_flattened_dict(run["config"])
     tasks = encode(config, load_tokenizer(workdir / "policy"), load_task_sets(config)["train"])
-    return Logged(read_rows(workdir / "groups.jsonl"), tasks.tokens, tasks.mask, dict(tasks.tasks.fields))
+    return Logged(run["groups"], tasks.tokens, tasks.mask, dict(tasks.tasks.fields))
 
 
 def simulate(file: pathlib.Path, *, steps: int = 300, prompts: int = 64, each: int = 8, seed: int = 0) -> Logged:

@@ -7,7 +7,6 @@ drifting) over 20 seeds, how much the prior and the discounts matter, and the ra
 """
 
 import argparse
-import json
 import pathlib
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 
 from krl import budget
 from krl.budget.simulate import BINS
-from krl.run.metrics import read_rows
+from krl.run.history import read_run
 
 SIZES = {"prompts_per_step": 64, "budget": 512, "n_min": 2, "n_max": 64}
 RULES = ("known", "knapsack", "two_round", "knapsack_paper", "variance", "skip", "uniform", "inverse_sqrt")
@@ -33,6 +32,10 @@ def main():
     arguments.add_argument("--seeds", type=int, default=20)
     arguments.add_argument("--logged", type=pathlib.Path, nargs="*", default=[], help="work directories")
     options = arguments.parse_args()
+    try:
+        logged = {workdir: read_run(workdir) for workdir in options.logged}
+    except ValueError as error:
+        arguments.error(str(error))
     options.out.mkdir(parents=True, exist_ok=True)
     keys = jax.random.split(jax.random.key(0), options.seeds)
 
@@ -55,8 +58,8 @@ def main():
     draw(replays, options.out / "rules.png")
 
     for workdir in options.logged:
-        config = json.loads((workdir / "config.json").read_text())
-        rates = budget.logged_rates(read_rows(workdir / "groups.jsonl"), config[f"{config['data.source']}.num_train"])
+        config = logged[workdir]["config"]
+        rates = budget.logged_rates(logged[workdir]["groups"], config[f"{config['data.source']}.num_train"])
         for discounts in (None, (0.9, 0.9), (0.9, 0.25)):
             print(f"\nRates of {workdir.name}, discounts {discounts or 'fitted'}\n")
             compare(jnp.tile(rates, (options.seeds, 1, 1)), keys, discounts=discounts)

@@ -34,6 +34,9 @@ def main():
     arguments.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/verifier"))
     arguments.add_argument("--rows", type=int, default=300, help="sampled from each file")
     options = arguments.parse_args()
+    missing = [file for file in FILES if not (options.data / f"{file}.jsonl").is_file()]
+    if missing:
+        arguments.error(f"{options.data} has no {missing[0]}.jsonl; --data is a directory with {', '.join(FILES)}")
     options.out.mkdir(parents=True, exist_ok=True)
 
     right: collections.Counter = collections.Counter()  # by file and form

@@ -44,11 +44,12 @@ VOTES: dict[str, Callable[[str], str | None]] = {
 }
 
 
-def main(_):
+def main(argv):
     """The command line."""
-    with one_line_errors("eval.py"):
+    script = pathlib.Path(argv[0]).name
+    with one_line_errors(script):
         join_processes(flags.FLAGS.config.distributed)
-    with stay_together(), one_line_errors("eval.py"):
+    with stay_together(), one_line_errors(script):
         keep_from_others()
         keep_compilations()
         measure(flags.FLAGS.config, flags.FLAGS.workdir)
@@ -119,7 +120,11 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
 def open_place(workdir: pathlib.Path, config: ConfigDict, *, has_run: bool) -> None:
     """Refuse a work directory whose run has another config but for eval's keys; make one for policy.path."""
     flat = flatten(config)
-    if has_run or not config.policy.path:
+    if not has_run and not config.policy.path:
+        raise ValueError(
+            f"{workdir} holds no run; give the --workdir of one, or a checkpoint with --config.policy.path=DIR"
+        )
+    if has_run:
         check_workdir(workdir, flat, [*FREE_KEYS, *(key for key in flat if key.startswith("eval."))])
     else:
         open_workdir(workdir, flat, FREE_KEYS)

@@ -35,12 +35,15 @@ def make_mesh(shape: tuple[int, ...], axis_names: tuple[str, ...]) -> Mesh:
     """
     unknown = [name for name in axis_names if name not in MESH_AXES]
     if unknown or len(set(axis_names)) != len(axis_names):
-        raise ValueError(f"mesh axis names {axis_names} must be distinct names from {MESH_AXES}")
+        raise ValueError(
+            f"mesh axis names {axis_names} (config.mesh.axis_names) must be distinct names from {MESH_AXES}"
+        )
     if len(shape) != len(axis_names):
         raise ValueError(f"mesh shape {shape} needs as many numbers as axis names {axis_names}")
     size, devices = math.prod(shape), jax.devices()
     if size < 1 or size > len(devices):
-        raise ValueError(f"mesh shape {shape} needs {size} devices and {len(devices)} are here")
+        few = f"mesh shape {shape} needs {size} devices and {len(devices)} are here"
+        raise ValueError(f"{few}; give config.mesh.shape no more than there are")
     grid = np.array(devices[:size]).reshape(shape)
     return Mesh(grid, axis_names, axis_types=(AxisType.Auto,) * len(axis_names))
 

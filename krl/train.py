@@ -77,11 +77,12 @@ from krl.tasks.pool import FAULTS
 from krl.types import Prompts, Rollouts, TrainState
 
 
-def main(_):
+def main(argv):
     """The command line."""
-    with one_line_errors("train.py"):
+    script = pathlib.Path(argv[0]).name
+    with one_line_errors(script):
         join_processes(flags.FLAGS.config.distributed)
-    with stay_together(), one_line_errors("train.py"):
+    with stay_together(), one_line_errors(script):
         keep_from_others()
         keep_compilations()
         last = train(flags.FLAGS.config, flags.FLAGS.workdir)

@@ -1,9 +1,12 @@
 """Refuses a wrong configuration before anything is loaded or compiled, in one line with the fix."""
 
+import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ml_collections import ConfigDict
+
+from krl.configs import default
 
 # Keys that may change when a run continues from its checkpoint.
 FREE_KEYS = ("steps", "max_bad_updates", "stuck_seconds", "eval.every", "eval.best", "checkpoint.every", "checkpoint.keep", "guard.loss", "guard.ratio", "guard.kl", "guard.rollbacks", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "mesh.decode", "distributed.coordinator", "distributed.processes", "distributed.process", "optim.micro_tokens", "optim.packed", "sample.slots", "sample.memory_gb", "log.rollouts_gb", "log.texts_every", "log.wandb", "log.mlflow", "profile.steps", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "verify.environment", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
@@ -18,6 +21,49 @@ def flatten(config: ConfigDict) -> dict:
         else:
             flat[key] = value
     return flat
+
+
+# What a key's value must be, by the type that it has in configs/default.py.
+KINDS: dict[type, str] = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "several values with commas, such as (2,4)"
+}  # fmt: skip
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Refuse a configuration whose keys are not those of configs/default.py, or whose values are of another type.
+
+    Raises:
+        ValueError: names the key, and one that it may be.
+    """
+    known, given = flatten(default.get_config()), flatten(config)
+    for key in sorted(given.keys() - known.keys()):
+        raise ValueError(no_such_key(key, known))
+    for key in sorted(known.keys() - given.keys()):
+        raise ValueError(f"there is no config.{key}; begin with krl.configs.default.get_config() and change values")
+    for key, value in given.items():
+        kind = type(known[key])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"config.{key}={value!r} must be {KINDS[kind]}")
+
+
+def no_such_key(key: str, known: Iterable[str]) -> str:
+    """That there is no such key, and which one was meant."""
+    meant = did_you_mean(key, list(known))
+    return f"there is no config key {key}{meant or '; krl/configs/default.py has all of them'}"
+
+
+def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
+    """The known names that a wrong one is likely to be: those with the same last part, or else the most alike.
+
+    >>> did_you_mean("alloc.bugdet", ["alloc.budget", "alloc.rule"])
+    '; did you mean alloc.budget?'
+    >>> did_you_mean("rule", ["alloc.budget", "alloc.rule"], "--config.")
+    '; did you mean --config.alloc.rule?'
+    """
+    last = name.rpartition(".")[2]
+    same = [one for one in known if one.rpartition(".")[2] == last]
+    found = difflib.get_close_matches(name, same, 3, 0.0) or difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {' or '.join(before + one for one in found)}?" if found else ""
 
 
 def check(
@@ -42,7 +88,8 @@ def check(
         if not condition:
             raise ValueError(f"config.{key}={flatten(config)[key]!r} must be {must}")
 
-    prompts, alloc, optim, mesh = config.prompts_per_step, config.alloc, config.optim, config.mesh
+    check_keys(config)
+    prompts, alloc, optim = config.prompts_per_step, config.alloc, config.optim
     for key in _AT_LEAST_ONE:
         need(flatten(config)[key] >= 1, key, "at least 1")
     for key in _NOT_NEGATIVE:
@@ -58,8 +105,8 @@ def check(
     )
     for key in ("eval.top_p", "sample.top_p"):
         need(0 < flatten(config)[key] <= 1, key, "above 0 and at most 1")
-    sft = config.sft
-    need(not sft.path or bool(sft.completion_field), "sft.completion_field", "the field of sft.path with completions")
+    for key in ("optim.learning_rate", "sft.learning_rate"):
+        need(math.isfinite(flatten(config)[key]), key, "a finite number")
     need(config.policy.dtype in ("float32", "bfloat16"), "policy.dtype", "'float32' or 'bfloat16'")
     for key, known in (("average", averages), ("surrogate", surrogates), ("kl_estimator", kl_estimators)):
         need(config.loss[key] in known, f"loss.{key}", f"one of {sorted(known)}")
@@ -81,6 +128,15 @@ def check(
     )
     updates = optim.updates_per_step
     need(alloc.budget % updates == 0, "alloc.budget", f"a multiple of optim.updates_per_step={updates}")
+    _check_mesh(config, need)
+    kind = config.checkpoint.dir.partition("://")
+    need(not kind[1] or kind[0] in ("gs", "s3", "az"), "checkpoint.dir", "a directory, or one in gs://, s3:// or az://")
+    _check_data(config, need, templates=templates, sources=sources)
+
+
+def _check_mesh(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+    """The part about devices; `need` refuses."""
+    prompts, alloc, mesh = config.prompts_per_step, config.alloc, config.mesh
     need(len(mesh.shape) == len(mesh.axis_names), "mesh.shape", f"as long as mesh.axis_names={mesh.axis_names}")
     rows = 1
     for size, name in zip(mesh.shape, mesh.axis_names, strict=True):
@@ -96,16 +152,16 @@ def check(
         "alloc.scouts",
         f"such that prompts_per_step={prompts} times it is a multiple of the {rows} devices that split rows in mesh.shape",
     )
-    for key in ("alloc.budget", "sft.batch_size") if sft.steps else ("alloc.budget",):
+    for key in ("alloc.budget", "sft.batch_size") if config.sft.steps else ("alloc.budget",):
         need(flatten(config)[key] % rows == 0, key, f"a multiple of the {rows} devices that split rows in mesh.shape")
-    _check_data(config, need, templates=templates, sources=sources)
 
 
 def _check_data(
     config: ConfigDict, need: Callable[[bool, str, str], None], *, templates: Iterable[str], sources: Iterable[str]
 ) -> None:
     """The part about where prompts come from; `need` refuses."""
-    embedded = ("arithmetic", "operators")
+    sft, embedded = config.sft, ("arithmetic", "operators")
+    need(not sft.path or bool(sft.completion_field), "sft.completion_field", "the field of sft.path with completions")
     need(config.data.source in (*embedded, "dataset"), "data.source", "'arithmetic', 'operators' or 'dataset'")
     template = config.data.template
     need(
@@ -119,6 +175,12 @@ def _check_data(
         "at most 2704, the pairs of letters there are",
     )
     if config.data.source in embedded:
+        for key in ("data.name", "data.path", "data.test_path", "data.fields", "sft.path"):
+            need(
+                not flatten(config)[key],
+                key,
+                f"left empty: data.source={config.data.source!r} reads no data; set it to 'dataset'",
+            )
         key = f"{config.data.source}.num_train"
         prompts = config.prompts_per_step
         need(flatten(config)[key] >= prompts, key, f"at least prompts_per_step={prompts}")

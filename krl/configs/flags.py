@@ -1,38 +1,157 @@
 """The command line that train.py and eval.py share: --config FILE, --config.key=value and --workdir DIR."""
 
 import contextlib
+import importlib.machinery
+import pathlib
+import re
+import traceback
+import types
 from collections.abc import Iterator
 
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
+
+from krl.configs.check import KINDS, check_keys, did_you_mean, flatten, no_such_key
+
+HERE = pathlib.Path(__file__).parent
+_HELP = "the configuration: a .py file, or the name of one of krl's own"
 
 
-def define_flags() -> None:
-    """Define --config and --workdir; a script does it when it is run, so that importing it needs no flags."""
-    config_flags.DEFINE_config_file("config", None, "the configuration file", lock_config=True)
-    flags.DEFINE_string("workdir", "runs/default", "where the run keeps everything it writes")
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Define --workdir; a script does it when it is run, so that importing it needs no flags."""
+    flags.DEFINE_string("workdir", "runs/default", "where the run keeps everything it writes", flag_values=values)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """Parse the command line; for absl.app.run(main, flags_parser=parse_flags).
 
+    Args:
+        argv: the script and what follows it.
+        values: where the flags go; `values.config` is the configuration with every --config.key=value in it.
+
     Raises:
-        SystemExit: an unknown key or flag, a value of the wrong type, or a config file that fails.
+        SystemExit: an unknown key or flag, a value of the wrong type, or a config file that fails; one line.
     """
     try:
-        left = flags.FLAGS(argv)
-        config = flags.FLAGS["config"].value
-        if config is None:
-            raise ValueError("--config is missing; try --config configs/arithmetic.py")
-        dict(config)
-    except Exception as error:  # flags and config files raise many types; each ends in one line
-        raise SystemExit(f"{argv[0]}: {_one_line(error)}") from None
-    return left
+        name, rest = _take_config(values.read_flags_from_files(argv, force_gnu=False))
+        if name is None:
+            flags.DEFINE_string("config", None, _HELP, flag_values=values)
+            values(rest)  # which may ask for help
+            raise ValueError(f"--config is missing; give a file or one of krl's own: {', '.join(own_configs())}")
+        config = load_config(name)
+        _check_overrides(rest, config)
+        config_flags.DEFINE_config_dict("config", config, _HELP, flag_values=values, sys_argv=rest)
+        left = values(rest)
+        if len(left) > 1:
+            raise ValueError(f"{left[1]!r} is not a flag; keys are changed with --config.key=value")
+        return left
+    except flags.UnrecognizedFlagError as error:
+        line = _no_such_flag(error.flagname, values)
+    except flags.IllegalFlagValueError as error:
+        line = _wrong_value(error, values)
+    except (flags.Error, ValueError) as error:
+        line = " ".join(str(error).removeprefix("ERROR:: ").split())
+    raise SystemExit(f"{pathlib.Path(argv[0]).name}: {line}")
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).replace("\\'", "'").replace("\\n", " ").replace('"', "").replace("''", "'").split())
-    return f"unknown config key {text}" if isinstance(error, AttributeError) else text
+def own_configs() -> list[str]:
+    """The names of the configs that krl has: krl/configs/NAME.py."""
+    return sorted(file.stem for file in HERE.glob("*.py") if "\ndef get_config(" in file.read_text())
+
+
+def load_config(name: str) -> ConfigDict:
+    """What get_config() of a file returns.
+
+    Args:
+        name: a file; where there is none, NAME or configs/NAME.py is one of krl's own.
+
+    Raises:
+        ValueError: there is no such file, it fails, or it has not the keys of krl/configs/default.py.
+    """
+    file = pathlib.Path(name)
+    if not file.is_file() and str(file.parent) in (".", "configs", "krl/configs") and file.stem in own_configs():
+        file = HERE / f"{file.stem}.py"
+    if file.is_dir():
+        raise ValueError(f"the config {name} is a directory; name a .py file in it")
+    if not file.exists():
+        raise ValueError(f"there is no config file {name}; krl has {', '.join(own_configs())}")
+    loader = importlib.machinery.SourceFileLoader("config_file", str(file))
+    module = types.ModuleType(loader.name)
+    module.__file__ = str(file)
+    try:
+        loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except (Exception, SystemExit) as error:  # a config file may raise anything
+        raise ValueError(f"the config file {name} {_why_it_failed(error, str(file))}") from None
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"the config file {name} must have a function get_config() that returns a ConfigDict")
+    try:
+        check_keys(config)
+    except ValueError as error:
+        raise ValueError(f"the config file {name}: {error}") from None
+    return config
+
+
+def _why_it_failed(error: BaseException, file: str) -> str:
+    if isinstance(error, SyntaxError):
+        where = "" if error.filename in (file, None) else f"{error.filename}, "
+        return f"is not Python: {where}line {error.lineno or 1}: {error.msg}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    where = f" in line {lines[-1]}" if lines else ""
+    return f"failed{where}: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
+    """The value of --config, None without one, and the other arguments."""
+    name, rest, left = None, argv[:1], argv[1:]
+    while left:
+        flag = left.pop(0)
+        if flag in ("--config", "-config", "--workdir", "-workdir") and (not left or left[0].startswith("--")):
+            raise ValueError(
+                f"{flag} needs a value, such as {flag}={'arithmetic' if 'config' in flag else 'runs/first'}"
+            )
+        if re.match(r"--?config(=|$)", flag):
+            name = flag.partition("=")[2] if "=" in flag else left.pop(0)
+        else:
+            rest.append(flag)
+    if name == "":
+        raise ValueError("--config needs a value, such as --config=arithmetic")
+    return name, rest
+
+
+def _check_overrides(argv: list[str], config: ConfigDict) -> None:
+    """Refuse a --config.key that is none, that is a section, or that lacks its value."""
+    flat = flatten(config)
+    for flag, after in zip(argv, [*argv[1:], "--"], strict=True):
+        found = re.match(r"--?(?:no)?config\.([^=]*)(=?)", flag)
+        if not found:
+            continue
+        key, given = found.groups()
+        inside = [name for name in flat if name.startswith(f"{key}.")]
+        if inside:
+            raise ValueError(f"config.{key} is a section; change its keys, such as --config.{inside[0]}=value")
+        if key not in flat:
+            raise ValueError(no_such_key(key, flat))
+        if not given and type(flat[key]) is not bool and after.startswith("--"):
+            raise ValueError(f"config.{key} needs a value: --config.{key}=value")
+
+
+def _no_such_flag(name: str, values: flags.FlagValues) -> str:
+    known = [flag for flag in values if "." not in flag]
+    keys = flatten(values["config"].value) if isinstance(values["config"].value, ConfigDict) else {}
+    return f"there is no flag --{name}{did_you_mean(name, [*known, *(f'config.{key}' for key in keys)], '--')}"
+
+
+def _wrong_value(error: flags.IllegalFlagValueError, values: flags.FlagValues) -> str:
+    """In words of one's own, what absl says as `flag --NAME=VALUE: REASON`."""
+    found = re.match(r"flag --([\w.]+)=", str(error))
+    if not found:
+        return " ".join(str(error).split())
+    name, value = found[1], str(error)[found.end() :].removesuffix(f": {error.__context__}")
+    section, _, key = name.partition(".")
+    now = flatten(values[section].value)[key] if key else values[name].default
+    must = KINDS.get(type(now), "a value of another kind")
+    return f"{name if '.' in name else f'--{name}'}={value!r} must be {must}"
 
 
 @contextlib.contextmanager

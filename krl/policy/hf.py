@@ -348,6 +348,8 @@ def export(workdir: str | pathlib.Path, path: str | pathlib.Path, *, dtype: str 
         ValueError: there is no checkpoint that can be read, or `save_hf` refuses.
     """
     workdir = pathlib.Path(workdir)
+    if not (workdir / "policy").is_dir():
+        raise ValueError(f"{workdir} holds no run; give the --workdir of a train.py run")
     config = read_config(workdir / "policy")
     run = workdir / "config.json"
     elsewhere = json.loads(run.read_text()).get("checkpoint.dir") if run.exists() else ""

@@ -31,7 +31,10 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=True, enable_async_checkpointing=True, multiprocessing_options=apart
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        try:
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except (OSError, ImportError) as error:  # object storage needs packages of its own
+            raise ValueError(f"cannot write checkpoints to {directory}: {error}; choose another directory") from None
 
     def __enter__(self):
         return self
@@ -158,7 +161,8 @@ def open_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> No
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"cannot write the work directory {workdir}: {error}; choose another --workdir") from None
+        reason = "it is a file" if workdir.is_file() else error
+        raise ValueError(f"cannot write the work directory {workdir}: {reason}; choose another --workdir") from None
     if (workdir / "config.json").exists():
         check_workdir(workdir, config, free)
 
@@ -207,6 +211,8 @@ def check_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> N
     file = workdir / "config.json"
     try:
         earlier = json.loads(file.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{workdir} holds no run; choose another --workdir") from None
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{workdir} holds no run that can be read ({error}); choose another --workdir") from None
     config = json.loads(json.dumps(config))

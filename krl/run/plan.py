@@ -9,6 +9,7 @@ devices that are. Nothing is allocated. docs/performance.md says how to read the
 
 import dataclasses
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ from krl.rollout.serve import SHRINK
 from krl.run.hlo import Collective
 from krl.run.programs import Program, abstract_sampler, compile_rollout, compile_update, gigabytes
 from krl.run.roofline import ACCELERATORS, Accelerator, Seconds, decode_layouts, seconds
-from krl.run.setup import NAMES, abstract_params, computed_by, find_optimizer
+from krl.run.setup import NAMES, abstract_params, computed_by, find_optimizer, sized_policy
 from krl.run.update import abstract_state
 from krl.sharding import RULES, make_mesh, reshape_mesh
 
@@ -109,8 +110,7 @@ def find_sizes(config: ConfigDict, *, on_tpu: bool) -> policy.PolicyConfig:
     if config.policy.path:
         found = policy.read_config(config.policy.path, **computed_by(config))
     else:
-        sizes = {name: value for name, value in config.policy.items() if name != "path"}
-        found = policy.PolicyConfig(vocab_size=config.tokenizer.vocab_size, **sizes)
+        found = sized_policy(config, config.tokenizer.vocab_size)
     if not on_tpu or found.attention != "auto":
         return found
     length = config.data.max_prompt_tokens + config.sample.max_new_tokens
@@ -124,9 +124,18 @@ def find_mesh(config: ConfigDict, topology: str) -> Mesh:
     shape, names = tuple(config.mesh.shape), tuple(config.mesh.axis_names)
     if not topology:
         return make_mesh(shape, names)
-    described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except RuntimeError as error:  # no libtpu, or one that knows no such topology
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"cannot plan for --topology={topology} ({reason}); it needs libtpu: pip install 'krl[plan]'"
+        ) from None
     if math.prod(shape) != len(described.devices):
-        raise ValueError(f"{topology} has {len(described.devices)} devices and config.mesh.shape is {shape}")
+        devices = len(described.devices)
+        raise ValueError(
+            f"{topology} has {devices} devices and config.mesh.shape is {shape}; its product must be {devices}"
+        )
     grid = topologies.make_mesh(described, shape, names).devices
     return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
 
@@ -285,4 +294,4 @@ if __name__ == "__main__":
     define_flags()
     flags.DEFINE_string("topology", "", "of TPUs to compile for, such as v5p:2x2x4; none for the devices that are here")
     flags.DEFINE_integer("tokens", 0, "length of every response to reckon with; 0 for sample.max_new_tokens")
-    app.run(main, flags_parser=parse_flags)
+    app.run(main, argv=["krl.run.plan", *sys.argv[1:]], flags_parser=parse_flags)

@@ -7,6 +7,7 @@ decodes and verifies the rollouts of its own devices; rewards travel, and whethe
 import contextlib
 import hashlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -50,6 +51,8 @@ def join_processes(distributed: ConfigDict) -> None:
             f"config.distributed.processes={count} needs config.distributed.coordinator, host:port of process 0, and "
             f"config.distributed.process in 0..{count - 1}; got {named!r} and {index}"
         )
+    if count > 1 and not index:
+        _refuse_taken_port(named)
     in_cluster = count < 0 or (not count and any(_several(os.environ.get(name, "")) for name in _CLUSTERS))
     if count > 1 or in_cluster:
         known = {} if in_cluster else {"coordinator_address": named, "num_processes": count, "process_id": index}
@@ -61,6 +64,20 @@ def join_processes(distributed: ConfigDict) -> None:
             raise ValueError(
                 f"JAX found no cluster to ask ({error}); give config.distributed.coordinator, .processes and .process"
             ) from None
+
+
+def _refuse_taken_port(coordinator: str) -> None:
+    """Process 0 is to listen there; JAX would crash where another program does."""
+    port = coordinator.rpartition(":")[2]
+    if not (port.isdigit() and int(port) < 1 << 16):
+        raise ValueError(f"config.distributed.coordinator={coordinator!r} must be host:port, such as 127.0.0.1:9876")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(port)))
+        except OSError as error:
+            reason = f"cannot listen on port {port} ({error.strerror})"
+            raise ValueError(f"config.distributed.coordinator={coordinator!r}: {reason}; choose another port") from None
 
 
 def _several(said: str) -> bool:

@@ -132,6 +132,10 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
         )  # fmt: skip
 
     train = read("train", data.path, data.max_train)
+    if len(train) < 2:
+        raise ValueError(
+            "the training data has a single row; it needs config.prompts_per_step of them, and some to hold out"
+        )
     no_test_split = data.name in SOURCES and "test" not in SOURCES[data.name].splits
     if data.test_path or not (data.path or no_test_split):
         test = read("test", data.test_path, 0)
@@ -177,11 +181,18 @@ def find_tokenizer(config: ConfigDict, tasks: TaskSet, cache: pathlib.Path, work
     """The tokenizer of a run that has begun, or the config's, or the policy's, or one trained on the texts."""
     if (workdir / "config.json").exists():
         return workdir / "policy"
+    if config.policy.path and not pathlib.Path(config.policy.path, "config.json").is_file():
+        raise ValueError(
+            f"config.policy.path={config.policy.path!r} is no checkpoint: it must be a directory with config.json"
+        )
     if config.tokenizer.path or config.policy.path:
         return pathlib.Path(config.tokenizer.path or config.policy.path)
     file = cache / "tokenizer.model"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write {file.parent}: {error}; choose another config.sft.dir") from None
         frame = config.data.template if "{prompt}" in config.data.template else "{prompt}"
         prompts = [frame.replace("{prompt}", prompt) for prompt in tasks.prompts]
         texts = [p + c for p, c in zip(prompts, tasks.completions or tasks.prompts, strict=True)]
@@ -203,8 +214,16 @@ def find_policy(config: ConfigDict, tokenizer: Tokenizer, workdir: pathlib.Path)
         if row > longest:
             say(f"krl: rows of {row} tokens are longer than the {longest} that the checkpoint was made for")
         return found
+    return sized_policy(config, tokenizer.vocab_size)
+
+
+def sized_policy(config: ConfigDict, vocab_size: int) -> policy.PolicyConfig:
+    """The decoder of the config's own sizes."""
     sizes = {name: value for name, value in config.policy.items() if name != "path"}
-    return policy.PolicyConfig(vocab_size=tokenizer.vocab_size, **sizes)
+    try:
+        return policy.PolicyConfig(vocab_size=vocab_size, **sizes)
+    except ValueError as error:
+        raise ValueError(f"config.policy: {error}") from None
 
 
 def find_slots(config: ConfigDict, policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh) -> int | None:

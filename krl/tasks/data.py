@@ -175,7 +175,7 @@ def read_rows(*, name: str, subset: str, split: str, path: str) -> tuple[Iterato
     """
     data, source = _open(name, subset, split, path)
     if not len(data):
-        raise ValueError(f"{source} is empty")
+        raise ValueError(f"{source} is empty; it needs a row for each prompt")
     return _rows(data, source), data.column_names, source
 
 
@@ -203,12 +203,19 @@ def _first_unreadable(batch) -> int:
     return 0
 
 
+def _has_text(file: pathlib.Path) -> bool:
+    """Whether a file has anything in it but blank lines."""
+    with file.open("rb") as lines:
+        return any(line.strip() for line in lines)
+
+
 def _broken_row(file: pathlib.Path) -> str:
-    """ ", row 3" if that is the first of a file of JSON lines that is no JSON; "" if all are."""
+    """ ", row 3" if that is the first of a file of JSON lines that is no JSON object; "" if all are."""
     with file.open("rb") as lines:
         for number, line in enumerate(line for line in lines if line.strip()):
             try:
-                json.loads(line)
+                if not isinstance(json.loads(line), dict):
+                    return f", row {number}"
             except ValueError:
                 return f", row {number}"
     return ""
@@ -235,15 +242,17 @@ def _open(name: str, subset: str, split: str, path: str):
     if builder is None:
         raise ValueError(f"{source} must end in .jsonl, .json, .parquet or .arrow")
     if not file.is_file() or not os.access(file, os.R_OK):
-        raise ValueError(f"{source} does not exist or cannot be read")
-    if file.stat().st_size == 0:
-        raise ValueError(f"{source} is empty")
+        raise ValueError(f"{source} does not exist or cannot be read; check the path")
+    if not _has_text(file):
+        raise ValueError(f"{source} is empty; it needs a row for each prompt")
     try:
         return datasets.load_dataset(builder, data_files=str(file), split="train"), source
     except Exception as error:
         cause = error.__cause__ or error
         row = _broken_row(file) if file.suffix == ".jsonl" else ""
-        raise ValueError(f"cannot read {source} as {builder}{row}: {str(cause).strip().splitlines()[0]}") from None
+        mend = "mend or remove that row" if row else "see that it is what its name says"
+        reason = str(cause).strip().splitlines()[0]
+        raise ValueError(f"cannot read {source} as {builder}{row}: {reason}; {mend}") from None
 
 
 def encode_tasks(
