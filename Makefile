@@ -3,6 +3,7 @@
 # make test   the test suite
 # make slow   tests that take minutes each: several processes; compiled as for users
 # make check  format, lint, types
+# make site   the documentation as web pages in site/; begin at site/index.html
 # make clean  remove what make demo wrote (.venv stays)
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ TRAIN = JAX_COMPILATION_CACHE_DIR=$(RUNS)/compiled $(VENV)/bin/python train.py \
   --config configs/operators.py --config.eval.samples=8 --config.sft.dir=$(RUNS)/sft
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo pod test slow check clean
+.PHONY: demo pod test slow check site clean
 
 demo: $(VENV)/runtime-installed
 	@$(TRAIN) --workdir $(RUNS)/uniform --config.alloc.rule=uniform
@@ -42,6 +43,10 @@ check: $(VENV)/dev-installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
+site: $(VENV)/docs-installed
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "documentation: site/index.html"
+
 clean:
 	rm -rf $(RUNS)
 
@@ -54,6 +59,11 @@ $(VENV)/runtime-installed: requirements.txt | $(VENV)/bin/python
 $(VENV)/dev-installed: pyproject.toml $(VENV)/runtime-installed
 	@echo "installing the test tools into $(VENV)"
 	@$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(VENV)/docs-installed: pyproject.toml $(VENV)/runtime-installed
+	@echo "installing mkdocs into $(VENV)"
+	@$(INSTALL) --editable '.[docs]'
 	@touch $@
 
 $(VENV)/bin/python:

@@ -204,7 +204,7 @@ RULES: dict[str, Rule] = {
     "dynamic": dynamic_rule,
     "two_round": two_round_rule,
 }
-PILOT_RULES = ("two_round",)  # rules whose belief must already hold n_min rollouts of this step
+PILOT_RULES = {"two_round"}  # rules whose belief must already hold n_min rollouts of this step
 
 
 def allocate(rule: str | Rule, belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:

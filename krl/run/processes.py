@@ -14,7 +14,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -231,7 +231,7 @@ def check_agreement(*arrays: jax.Array | np.ndarray) -> None:
         )
 
 
-def check_copies(tree) -> None:
+def check_copies(tree: Any) -> None:
     """End the run if processes that hold the same part of an array do not hold the same bits: a device may compute wrongly.
 
     Args:

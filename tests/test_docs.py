@@ -1,0 +1,169 @@
+"""The recipes and the quickstart do what they say, every key is described, and every key that a page names is there."""
+
+import ast
+import importlib.util
+import json
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import krl.train
+from krl import budget
+from krl.configs import default
+from krl.configs.check import flatten
+from tests.command_line import ROOT, TINY, environment, rows
+
+TRAIN = krl.train.train
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page):
+    """The Python of a page, block by block."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def mine():
+    """The one file of the recipe for a reward."""
+    (block,) = (block for block in blocks("recipes/reward.md") if block.startswith("# mine.py"))
+    return block
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, compiled):
+    """An empty directory to run a page in, with small policies and few steps; rules that a page adds go away again."""
+
+    def train(config, workdir):
+        shorter = {key: value for key, value in TINY.items() if key.startswith(("alloc", "eval", "policy"))}
+        shorter |= {"steps": 3, "prompts_per_step": 4, "sft.steps": 60, "sft.batch_size": 16, "operators.num_test": 20}
+        config.update_from_flattened_dict(shorter)
+        config.data.max_prompt_tokens = min(config.data.max_prompt_tokens, 16)
+        config.sample.max_new_tokens = min(config.sample.max_new_tokens, 16)
+        return TRAIN(config, workdir)
+
+    rules, pilots = dict(budget.RULES), set(budget.PILOT_RULES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(krl.train, "train", train)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+    for kept, before in ((budget.RULES, rules), (budget.PILOT_RULES, pilots)):
+        kept.clear()
+        kept.update(before)
+
+
+def follow(page):
+    """Run a page from top to bottom; the names that it leaves."""
+    names = {"__name__": "page"}
+    for number, block in enumerate(blocks(page)):
+        exec(compile(block, f"{page}, block {number}", "exec"), names)
+    return names
+
+
+def test_quickstart(here):
+    names = follow("quickstart.md")
+    assert names["last"]["step"] == 3
+    assert len(rows(here / "runs" / "notebook")) == 4
+    assert names["get_config"]().data.source == "operators"
+
+
+def test_own_reward_on_own_data_in_python(here):
+    make_data, text = blocks("recipes/reward.md")[1], mine()
+    assert len(text.splitlines()) < 30
+    exec(make_data, {})
+    (here / "mine.py").write_text(text)
+    ran = runpy.run_path("mine.py", run_name="__main__")
+    assert [ran["reward"]("2+3=", response, "5") for response in ("5", "6", "2", "", "five")] == [1, 0.5, 0.25, 0, 0]
+    won = [wins for row in rows(here / "runs" / "mine", "groups") for wins in row["successes"]]
+    assert any(wins % 1 for wins in won), "an exact comparison would give whole rewards"
+
+
+def test_own_reward_on_own_data_by_a_config_file(here):
+    exec(blocks("recipes/reward.md")[1], {})
+    (here / "mine.py").write_text(mine())
+    keys = [f"--config.{key}={value}" for key, value in (TINY | {"sft.steps": 0, "eval.every": 0, "steps": 1}).items()]
+    made = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--config", "mine.py", "--workdir", "runs/mine", *keys],
+        env=environment(here) | {"PYTHONPATH": f".:{ROOT}"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert rows(here / "runs" / "mine")[-1]["step"] == 1
+    assert json.loads((here / "runs" / "mine" / "config.json").read_text())["data.reward"] == "mine:reward"
+
+
+def test_own_data(here):
+    for name, size in (("train", 8), ("test", 4)):
+        lines = [{"question": f"{i} + 1?", "answer": str(i + 1), "solution": f"#### {i + 1}"} for i in range(size)]
+        pathlib.Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    config = follow("recipes/data.md")["get_config"]()
+    config.tokenizer.vocab_size = 300
+    assert krl.train.train(config, "runs/mine")["step"] == 3
+    assert json.loads((here / "runs" / "mine" / "held_out.json").read_text())["prompts"][-1] == "3 + 1?"
+
+
+def test_own_value_function(here):
+    names = follow("recipes/value.md")
+    counts, rates = [2] * 4, np.array([0.02, 0.2, 0.5, 0.98])
+    for _ in range(80 - 8):
+        gains = [names["any_mixed"](p, n + 1) - names["any_mixed"](p, n) for p, n in zip(rates, counts, strict=True)]
+        counts[int(np.argmax(gains))] += 1
+    assert names["counts"].tolist() == counts
+    assert rows(here / "runs" / "any_mixed")[-1]["price"] < 0
+
+
+def test_own_allocation_rule(here):
+    names = follow("recipes/rule.md")
+    assert names["shares"]["uniform"] < min(names["shares"]["optimist"], names["shares"]["knapsack"])
+    unknown = budget.init_belief(4)
+    deviation = (0.25 / 2) ** 0.5  # of Beta(1/2, 1/2)
+    counts, info = budget.allocate(names["optimist"], unknown, 40, 2, 16)
+    assert counts.tolist() == [10] * 4
+    assert float(info["mean_hope"]) == pytest.approx(0.5 + deviation)
+    assert all(0 < row["mean_hope"] <= 1 for row in rows(here / "runs" / "optimist")[1:])
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    """docs/hooks.py, which mkdocs imports by its path too."""
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_key_is_described(hooks):
+    sections = hooks.read_keys((ROOT / "krl" / "configs" / "default.py").read_text())
+    flat = flatten(default.get_config())
+    keys = {key.name: key for section in sections for key in section.keys}
+    assert keys.keys() == flat.keys()
+    assert [key.name for key in keys.values() if len(key.text) < 4] == []
+    assert {name: ast.literal_eval(key.default) for name, key in keys.items()} == flat
+    assert [section.name for section in sections if section.name and not section.text] == []
+    page = "\n".join(hooks.tables(sections))
+    assert all(f"| [`{name}`](#{name}){{#{name}}} |" in page for name in flat)
+
+
+def test_comments_belong_to_the_key_or_section_below_them(hooks):
+    source = (
+        "config.a = 1  # of a\n\n# A section.\nconfig.s = ConfigDict()\n"
+        "# Above b,\n# on two lines.\nconfig.s.b = 'x|#'\nconfig.s.c = ()  # of c\n"
+    )
+    first, second = hooks.read_keys(source)
+    assert first == ("", "", [("a", "1", "Of a")])
+    assert second == ("s", "A section.", [("s.b", "'x|#'", "Above b, on two lines."), ("s.c", "()", "Of c")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_keys_and_files_that_pages_name_are_there(page):
+    text = page.read_text()
+    known = flatten(default.get_config())
+    named = set(re.findall(r"\bconfig\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)", text)) - {"json", "py", "key"}
+    places = {*known, *(key.split(".")[0] for key in known)}
+    assert sorted(named - places) == []
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
