@@ -17,12 +17,30 @@ class Docstrings(griffe.Extension):
         if obj.docstring:
             obj.docstring.value = rewrite(obj.docstring.value)
 
-    def on_attribute_instance(self, *, attr: griffe.Attribute, **kwargs) -> None:
-        """Once for every field and constant: the comment on its line is its description."""
-        if not attr.docstring and attr.lineno and isinstance(attr.filepath, pathlib.Path):
-            _, found, comment = attr.filepath.read_text().splitlines()[attr.lineno - 1].partition("  # ")
-            if found:
-                attr.docstring = griffe.Docstring(comment, parent=attr)
+    def on_module_members(self, *, mod: griffe.Module, **kwargs) -> None:
+        """Once for every module: the comment on the line of a constant is its description."""
+        for constant in mod.attributes.values():
+            text = comment(constant)
+            if text and not constant.docstring:
+                constant.docstring = griffe.Docstring(text[:1].upper() + text[1:], parent=constant)
+
+    def on_class_members(self, *, cls: griffe.Class, **kwargs) -> None:
+        """Once for every class: its fields become one list, each with the comment on its line."""
+        fields = {
+            name: field for name, field in cls.attributes.items() if field.annotation and not name.startswith("_")
+        }
+        if fields and cls.docstring:
+            listed = (f"    {name} ({field.annotation}): {comment(field)}" for name, field in fields.items())
+            cls.docstring.value += "\n\nAttributes:\n" + "\n".join(listed)
+            for name in fields:
+                cls.del_member(name)
+
+
+def comment(attribute: griffe.Attribute) -> str:
+    """What stands behind an assignment, on the line where it begins; "" if nothing does."""
+    if attribute.is_alias or not attribute.lineno or not isinstance(attribute.filepath, pathlib.Path):
+        return ""
+    return attribute.filepath.read_text().splitlines()[attribute.lineno - 1].partition("  # ")[2]
 
 
 def rewrite(text: str) -> str:

@@ -49,7 +49,14 @@ def tables(sections: list[Section]) -> list[str]:
     """The sections as lines of Markdown, in alphabetical order after the keys without a prefix."""
     lines = []
     for section in sorted(sections):
-        lines += [f"## {section.name or 'The run'}", "", section.text, "", "| key | default | |", "|---|---|---|"]
+        lines += [
+            f"## {section.name or 'The run'}",
+            "",
+            section.text,
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+        ]
         for name, default, text in section.keys:
             lines.append(f"| [`{name}`](#{name}){{#{name}}} | `{default}` | {text.replace('|', chr(92) + '|')} |")
         lines.append("")

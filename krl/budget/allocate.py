@@ -190,7 +190,7 @@ def value_rule(value: Value) -> Rule:
     return rule
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, Rule] = {  # by the name in config.alloc.rule
     "knapsack": knapsack_rule,
     "knapsack_log": knapsack_log_rule,
     "knapsack_tokens": knapsack_tokens_rule,
