@@ -7,6 +7,7 @@ import tokenize
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parent.parent
+FROM_ROOT = ("index.md", "changelog.md", "contributing.md")  # pages with text of files in the root
 
 
 class Key(NamedTuple):
@@ -38,11 +39,11 @@ def on_page_markdown(markdown, page, config, files):
     """Put generated text where a page asks for it by a comment; links of the root's files begin at docs/ here."""
     if page.file.src_uri == "index.md":
         begin = (ROOT / "README.md").read_text().partition("\n## ")[0].partition("\n")[2]
-        return markdown.replace("<!-- the beginning of README.md -->", begin.replace("](docs/", "]("))
+        markdown = markdown.replace("<!-- the beginning of README.md -->", begin)
     if page.file.src_uri == "configuration.md":
         source = (ROOT / "krl" / "configs" / "default.py").read_text()
-        return markdown.replace("<!-- the keys of krl/configs/default.py -->", "\n".join(tables(read_keys(source))))
-    return markdown
+        markdown = markdown.replace("<!-- the keys of krl/configs/default.py -->", "\n".join(tables(read_keys(source))))
+    return markdown.replace("](docs/", "](") if page.file.src_uri in FROM_ROOT else markdown
 
 
 def tables(sections: list[Section]) -> list[str]:
