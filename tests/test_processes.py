@@ -67,6 +67,11 @@ def assert_close(workdir, other):
                 np.testing.assert_allclose(row[name], expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
+def texts(workdir):
+    """What the rollout log has of each rollout that rounding cannot change."""
+    return [tuple(row[name] for name in ("step", "prompt_id", "sample", "response", "reward")) for row in rollouts(workdir)]
+
+
 @pytest.mark.slow
 def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path):
     workdir, alone, warm = tmp_path / "pod", tmp_path / "alone", {"sft.dir": str(tmp_path / "sft")}
@@ -99,9 +104,6 @@ def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path)
     assert all(len(row["seconds/wait"]) == len(row["memory/host_gb"]) == 2 for row in told)
     assert rows(workdir, "groups") == rows(alone, "groups")
     assert rows(workdir, "evaluations") == rows(alone, "evaluations")
-    texts = lambda where: [
-        (row["step"], row["prompt_id"], row["sample"], row["response"], row["reward"]) for row in rollouts(where)
-    ]  # noqa: E731
     assert texts(workdir) == texts(alone)
     assert_close(workdir, alone)
 
@@ -125,9 +127,6 @@ def test_four_processes_that_split_parameters_are_continued_by_one(tmp_path):
     run_here(workdir, **SQUARE | warm)
     assert rows(workdir, "groups") == rows(alone, "groups")
     assert rows(workdir, "evaluations") == rows(alone, "evaluations")
-    texts = lambda where: [
-        (row["step"], row["prompt_id"], row["sample"], row["response"], row["reward"]) for row in rollouts(where)
-    ]  # noqa: E731
     assert texts(workdir) == texts(alone)
     assert_close(workdir, alone)
 

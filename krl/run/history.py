@@ -8,6 +8,7 @@ from typing import TypedDict
 import numpy as np
 
 from krl.run.metrics import read_rows
+from krl.run.rollouts import logged_steps, read_rollouts
 
 STATES = ("never", "rarely", "sometimes", "mostly", "always")  # how often a held-out prompt is solved
 FIELD_VALUES = (2, 200)  # fewest and most values of a field that prompts are grouped by
@@ -16,6 +17,7 @@ FIELD_VALUES = (2, 200)  # fewest and most values of a field that prompts are gr
 class Run(TypedDict):
     """What a work directory holds; docs/metrics.md defines the rows."""
 
+    workdir: pathlib.Path
     name: str  # its rule, and its directory where two runs are else the same
     label: str  # the name, and the rollouts a step where runs differ in them
     config: dict
@@ -36,6 +38,7 @@ def read_run(workdir: pathlib.Path) -> Run:
         raise ValueError(f"{workdir} holds no run; give the --workdir of a run that has taken a step")
     config, held_out = json.loads((workdir / "config.json").read_text()), workdir / "held_out.json"
     return {
+        "workdir": workdir,
         "name": config["alloc.rule"],
         "label": config["alloc.rule"],
         "config": config,
@@ -55,11 +58,46 @@ def read_runs(workdirs: Sequence[pathlib.Path]) -> list[Run]:
     runs = [read_run(workdir) for workdir in workdirs]
     settings = [(run["name"], run["config"]["alloc.budget"]) for run in runs]
     uneven = len({rollouts for _, rollouts in settings}) > 1
+    directories = [workdir.name for workdir in workdirs]
     for run, workdir, setting in zip(runs, workdirs, settings, strict=True):
         if settings.count(setting) > 1:
-            run["name"] += f" ({workdir.name})"
+            run["name"] += f" ({workdir.name if directories.count(workdir.name) == 1 else workdir})"
         run["label"] = f"{run['name']}, {setting[1]:,} a step" if uneven else run["name"]
     return runs
+
+
+def sample_rollouts(workdir: pathlib.Path, most: int, steps: int = 16) -> list[dict]:
+    """Some rollouts of the log, spread over steps and, within a step, over outcomes and believed success rates.
+
+    Args:
+        workdir: of a run; one without a log has none.
+        most: rollouts in all.
+        steps: most steps that are read.
+
+    Returns:
+        A row a rollout with the log's columns, see `krl.run.rollouts`, by step.
+    """
+    log = workdir / "rollouts"
+    logged = logged_steps(log)
+    chosen = sorted(
+        {logged[number] for number in np.linspace(0, len(logged) - 1, min(steps, len(logged), most)).astype(int)}
+    )
+    rows = []
+    for step in chosen:
+        table = read_rollouts(log, [step])
+        believed = np.nan_to_num(np.array(table["belief"], float))
+        outcome = (
+            2 * (np.array(table["reward"]) > 0) + np.array(table["finished"]) + 4 * (np.array(table["fault"]) != "")
+        )
+        kinds = outcome * 8 + np.digitize(believed, (0.1, 0.5, 0.9))
+        order = np.random.default_rng(step).permutation(table.num_rows)
+        turn = np.zeros(table.num_rows, int)  # the how manyth of its kind a rollout is: kinds take turns
+        for kind in np.unique(kinds):
+            mine = order[kinds[order] == kind]
+            turn[mine] = np.arange(len(mine))
+        picked = order[np.argsort(turn[order], kind="stable")][: most // len(chosen)]
+        rows += table.take(np.sort(picked)).to_pylist()
+    return rows
 
 
 def series(run: Run, name: str, over: str = "rollouts_total") -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,8 @@
-"""What runs showed: one table, one sentence and the figures.
+"""What runs showed: one table, one sentence, the figures and the page.
 
     python -m krl.run.report runs/uniform runs/uniform_512 runs/knapsack --out runs
 
-compares runs of the same prompts. They may differ in their rule, their rollouts a step and their steps.
+compares runs of the same prompts; --out report.html writes the page alone. Runs may differ in their rule, their rollouts a step and their steps.
 """
 
 import argparse
@@ -14,31 +14,46 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from krl.run import figures
+from krl.run import figures, page
 from krl.run.history import Run, read_runs, rollouts_to_reach, summary
 from krl.run.metrics import format_seconds
 
 
 def write(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> str:
-    """Write the figures of some runs and say in words how they did.
+    """Write the page and the figures of some runs and say in words how they did.
 
     Args:
         workdirs: of the runs; the first is the one whose accuracy the others are to reach, the last is named first.
-        out: where figures.png and the single figures go.
+        out: where report.html, figures.png and the single figures go; or a name that ends in .html, for the page alone.
 
     Returns:
-        A table with a row a run, and the sentence that compares their accuracies.
+        Where the figures and the page are, a table with a row a run, and the sentence that compares their accuracies.
 
     Raises:
         ValueError: a directory holds no run.
     """
-    runs = read_runs(workdirs)
-    figures.draw(runs, out)
-    return f"figures: {out}/figures.png\n\n{table(runs)}\n\n{sentence(runs)}"
+    drawn, path, told = _write(workdirs, out)
+    return "\n".join([*drawn, f"report: {path}", "", told])
 
 
-def table(runs: list[Run]) -> str:
-    """What the runs did, a row each; docs/metrics.md defines the columns."""
+def _write(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> tuple[list[str], pathlib.Path, str]:
+    """(a line that says where the figures are, if they were drawn; where the page is; what they come to)."""
+    runs, drawn = read_runs(workdirs), []
+    path = out if out.suffix == ".html" else out / "report.html"
+    if path != out:
+        figures.draw(runs, out)
+        drawn = [f"figures: {out}/figures.png"]
+    headings = {" ".join(heading.split()): cells for heading, cells in columns(runs).items()}
+    text = page.build(runs, headings, sentence(runs))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8", errors="replace")
+    partial.replace(path)
+    return drawn, path, f"{table(runs)}\n\n{sentence(runs)}"
+
+
+def columns(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """What the runs did, by heading a cell a run; docs/metrics.md defines the columns."""
     rows = [summary(run) for run in runs]
     level = rows[0]["final_accuracy"]
     rates = {
@@ -56,11 +71,17 @@ def table(runs: list[Run]) -> str:
         needed = [rollouts_to_reach(run, level) for run in runs]
         columns[f"rollouts\nto {level:.3f}"] = ["never" if n is None else f"{n:,.0f}" for n in needed]
     columns["time in\nsteps"] = [format_seconds(row["seconds"]) for row in rows]
+    return columns
+
+
+def table(runs: Sequence[Run]) -> str:
+    """The columns as text, a row a run."""
+    cells = columns(runs)
     drawn = Table(box=None, pad_edge=False)
-    for number, heading in enumerate(columns):
+    for number, heading in enumerate(cells):
         drawn.add_column(heading, justify="right" if number else "left", no_wrap=True)
-    for cells in zip(*columns.values(), strict=True):
-        drawn.add_row(*cells)
+    for row in zip(*cells.values(), strict=True):
+        drawn.add_row(*row)
     console = Console(width=150, color_system=None)
     with console.capture() as capture:
         console.print(drawn)
@@ -88,15 +109,18 @@ def _rate(value: float) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line: print the comparison and write the figures."""
+    """The command line: print the comparison and write the page and the figures."""
     parser = argparse.ArgumentParser(prog="python -m krl.run.report", description="Compare runs.")
     parser.add_argument("workdirs", nargs="+", type=pathlib.Path, help="work directories, the baseline first")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="where the figures go")
+    parser.add_argument(
+        "--out", type=pathlib.Path, required=True, help="where page and figures go, or NAME.html for the page alone"
+    )
     options = parser.parse_args(arguments)
     try:
-        print(write(options.workdirs, options.out))
+        drawn, path, told = _write(options.workdirs, options.out)
     except ValueError as error:
         sys.exit(f"krl.run.report: {error}")
+    print("\n".join([*drawn, "", told, "", f"report: {path}"]).lstrip("\n"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,225 @@
+"""The report of runs as one HTML file that needs nothing else: no network, no other file."""
+
+import base64
+import functools
+import hashlib
+import json
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+import vl_convert
+from markupsafe import Markup
+
+from krl._version import __version__
+from krl.configs import default
+from krl.configs.check import flatten
+from krl.run import charts, specs
+from krl.run.estimates import SOLVED
+from krl.run.findings import by_settings, over_seeds, spending
+from krl.run.history import Run, sample_rollouts, series, summary
+from krl.run.metrics import format_seconds
+
+HERE = pathlib.Path(__file__).parent
+NONE = "\N{EN DASH}"  # in the place of a number that is not there
+SECTIONS = (  # headings and the charts under them
+    ("What it learnt", ("accuracy", "differences", "flow")),
+    ("The budget", ("effective", "price", "counts", "calibration", "budgets")),
+    ("How it ran", ("lengths", "mismatch", "phases")),
+)
+ROLLOUTS = 400  # that the page holds, of all runs together
+LONGEST = 1200  # characters of a text that the page holds
+
+
+def build(runs: Sequence[Run], table: Mapping[str, Sequence[str]], sentence: str) -> str:
+    """The page of some runs.
+
+    Args:
+        runs: the last is the one in question.
+        table: columns of the comparison by their headings, a cell a run.
+        sentence: what the comparison comes to.
+
+    Returns:
+        HTML. Whatever the runs wrote is in it as text alone.
+    """
+    drawn, rows = charts.make(runs)
+    rollouts = _rollouts(runs)
+    held = {
+        "runs": [run["label"] for run in runs],
+        "colours": specs.colours(runs),
+        "charts": [
+            {"name": chart.name, "views": chart.views, "slider": chart.slider} for chart in drawn if chart.views
+        ],
+        "rows": rows,
+        "rollouts": rollouts,
+    }
+    bundle = _bundle()
+    script = (HERE / "page.js").read_text()
+    by_name = {chart.name: chart for chart in drawn}
+    every, differing = _settings(runs)
+    several = len(runs) > 1
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        (HERE / "page.html").read_text()
+    )
+    return page.render(
+        title=", ".join(run["label"] for run in runs) if len(runs) < 4 else f"{len(runs)} runs", about=_about(runs), runs=held["runs"],
+        tiles=[] if several else _tiles(runs[0]), table=table if several else {}, sentence=sentence, seeds=_seeds(runs),
+        colours=specs.colours(runs), every=every, differing=differing, version=__version__,
+        sections=[(heading, [by_name[name] for name in names if name in by_name]) for heading, names in SECTIONS],
+        sampled=_sampled(len(rollouts)) if rollouts else "", unsampled="No rollouts were kept (rollouts/).",
+        css=Markup((HERE / "page.css").read_text()), bundle=Markup(bundle), script=Markup(script),
+        data=Markup(embed(held)), digests=Markup(f"{_digest(bundle)} {_digest(script)}"),
+    )  # fmt: skip
+
+
+@functools.cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and vega-embed as one script; making it takes 2 s."""
+    bundle = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    if "</script" in bundle.lower():
+        raise ValueError("the bundle of Vega ends its own script element; install another vl-convert-python")
+    return bundle
+
+
+def embed(held: Any) -> str:
+    """JSON that can stand in a script element: no text in it can end the element or begin a comment.
+
+    Numbers are rounded to five digits, and those that are not finite become null.
+
+    >>> embed({"said": "</script><!--", "rate": 1 / 3, "none": float("nan")})
+    '{"said":"\\\\u003c/script>\\\\u003c!--","rate":0.33333,"none":null}'
+    """
+    text = json.dumps(_plain(held), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _plain(held: Any) -> Any:
+    if isinstance(held, Mapping):
+        return {key: _plain(value) for key, value in held.items()}
+    if isinstance(held, list | tuple):
+        return [_plain(value) for value in held]
+    if isinstance(held, np.integer):
+        return int(held)
+    if isinstance(held, float | np.floating):
+        rounded = float(f"{held:.5g}") if math.isfinite(held) else None
+        return int(rounded) if rounded is not None and rounded.is_integer() and abs(rounded) < 1e15 else rounded
+    return held
+
+
+def _digest(script: str) -> str:
+    """What the page's security policy knows a script by."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def _about(runs: Sequence[Run]) -> list[str]:
+    """What a run was, a line each where they are few."""
+    lines = []
+    for run in runs[:8]:
+        settings, steps = run["config"], run["metrics"][-1]["step"]
+        parts = [f"{run['label']}: " if len(runs) > 1 else "", f"{steps:,} steps"]
+        if "prompts_per_step" in settings:
+            parts.append(f" of {settings['prompts_per_step']:,} prompts and {settings['alloc.budget']:,} rollouts")
+        source = settings.get("data.name") or settings.get("data.path") or settings.get("data.source")
+        parts.append(f" on {source}" if source else "")
+        parts.append(f", seed {settings['seed']}" if "seed" in settings else "")
+        lines.append("".join([*parts, f" · {run['workdir']}"]))
+    return lines
+
+
+def _rate(value: float) -> str:
+    return NONE if math.isnan(value) else f"{value:.3f}"
+
+
+def _tiles(run: Run) -> list[tuple[str, str]]:
+    """A few large numbers: what they are, and how much."""
+    numbers, (_, largest) = summary(run), series(run, "count_max")
+    share = numbers["effective_ratio_rollouts"]
+    tiles = [
+        (
+            "held-out accuracy, before → after",
+            f"{_rate(numbers['first_accuracy'])} → {_rate(numbers['final_accuracy'])}",
+        )
+    ]
+    if not math.isnan(numbers["found"]):
+        tiles.append(("found: values of a field solved more often than not", _rate(numbers["found"])))
+    return [
+        *tiles,
+        ("rollouts with a gradient, mean", NONE if math.isnan(share) else f"{share:.0%}"),
+        ("rollouts", f"{numbers['rollouts']:,.0f}"),
+        ("most rollouts of a prompt in a step", f"{largest.max():,.0f}" if largest.size else NONE),
+        ("time in steps", format_seconds(numbers["seconds"])),
+    ]
+
+
+def _seeds(runs: Sequence[Run]) -> list[list[str]]:
+    """Settings that ran with several seeds: their mean accuracies and differences to the first; [] if none did."""
+    lists = by_settings(runs)
+    if all(len({run["config"].get("seed") for run in each}) < 2 for each in lists):
+        return []
+    own = {key for each in lists for key, value in each[0]["config"].items() if value != lists[0][0]["config"].get(key)}
+    rows = []
+    for each in lists:
+        ends = [end[-1]["accuracy"] for run in each if (end := spending(run))]
+        name = (
+            ", ".join(f"{key}={each[0]['config'].get(key)}" for key in sorted(own - {"seed"}))
+            or each[0]["config"]["alloc.rule"]
+        )
+        found = over_seeds(lists[0], each) if each is not lists[0] else None
+        between = [NONE, NONE, NONE]
+        if found:
+            between = [f"{found['mean']:+.4f}", f"{found['low']:+.4f} to {found['high']:+.4f}", str(found["pairs"])]
+        rows.append([name, str(len(each)), _rate(float(np.mean(ends))) if ends else NONE, *between])
+    return rows
+
+
+def _settings(runs: Sequence[Run]) -> tuple[list, list]:
+    """(every key, values as JSON, default) and those of them that differ from the default or between runs."""
+    usual = flatten(default.get_config())
+    names = list(dict.fromkeys([*usual, *(key for run in runs for key in run["config"])]))
+    every, differing = [], []
+    for name in names:
+        values = [json.dumps(run["config"][name]) if name in run["config"] else NONE for run in runs]
+        row = (name, values, json.dumps(usual[name]) if name in usual else NONE)
+        if NONE not in values:
+            every.append(row)
+            differing += [row] if any(value != row[2] for value in values) else []
+    differing.sort(key=lambda row: len(set(row[1])) == 1)  # what differs between runs comes first
+    return every, differing
+
+
+def _sampled(number: int) -> str:
+    return (
+        f"{number:,} of the rollouts, spread over steps, difficulties and outcomes and so not in their proportions. Difficulty is "
+        "the success rate believed before the step. Texts are cut in the middle where they are long."
+    )
+
+
+def _rollouts(runs: Sequence[Run]) -> list[dict]:
+    """Some rollouts of every run as the page's table shows them."""
+    shown = []
+    for number, run in enumerate(runs):
+        for rollout in sample_rollouts(run["workdir"], ROLLOUTS // len(runs)):
+            outcome = "solved" if rollout["reward"] >= SOLVED else "failed" if rollout["finished"] else "cut off"
+            kept = {
+                name: rollout[name] for name in ("step", "belief", "count", "reward", "advantage", "length", "fault")
+            }
+            texts = {name: cut(rollout[name]) for name in ("prompt", "answer", "response")}
+            shown.append({"run": number, "outcome": "fault" if rollout["fault"] else outcome} | kept | texts)
+    return sorted(shown, key=lambda rollout: -rollout["step"])
+
+
+def cut(text: str, longest: int = LONGEST) -> str:
+    """A text of at most so many characters and a mark in the middle that says how many are missing.
+
+    >>> cut("abcdefgh", 4)
+    'ab … 4 characters left out … gh'
+    """
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]} … {len(text) - 2 * half:,} characters left out … {text[-half:]}"
