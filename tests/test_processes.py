@@ -69,7 +69,9 @@ def assert_close(workdir, other):
 
 def texts(workdir):
     """What the rollout log has of each rollout that rounding cannot change."""
-    return [tuple(row[name] for name in ("step", "prompt_id", "sample", "response", "reward")) for row in rollouts(workdir)]
+    return [
+        tuple(row[name] for name in ("step", "prompt_id", "sample", "response", "reward")) for row in rollouts(workdir)
+    ]
 
 
 @pytest.mark.slow
