@@ -4,10 +4,12 @@ import json
 import re
 import time
 
+import pyarrow as pa
 import pytest
 
 from krl.run import page, report
 from krl.run.history import sample_rollouts
+from krl.run.rollouts import SCHEMA, write_step
 from tests.test_report import write_evaluations, write_run
 from tests.written import write_whole_run
 
@@ -60,9 +62,10 @@ def test_settings_that_differ_come_first(tmp_path):
     runs = [write_whole_run(tmp_path / rule, steps=1, rule=rule) for rule in ("uniform", "knapsack")]
     text = written(runs, tmp_path / "report.html")
     shown = text[text.index('<section id="settings">') : text.index("<details>")]
-    keys = re.findall(r"<tr><td>([\w.]+)</td>", shown)
+    keys = re.findall(r"<td>([a-z_]+(?:\.\w+)?)</td>", shown)
     assert keys == ["alloc.rule", "alloc.budget", "prompts_per_step", "steps"]  # the rest has its default
-    assert '<td class="own">&#34;uniform&#34;</td><td>&#34;knapsack&#34;</td><td>&#34;knapsack&#34;</td>' in shown
+    own = '<td class="own">&#34;uniform&#34;</td><td>&#34;knapsack&#34;</td> <td>&#34;knapsack&#34;</td>'
+    assert own in " ".join(shown.split())
 
 
 def test_two_runs_are_compared(tmp_path):
@@ -121,6 +124,17 @@ def test_sampled_rollouts_are_spread(tmp_path):
     assert rows == sample_rollouts(workdir, 160)
     assert sample_rollouts(tmp_path, 160) == []
     assert len(sample_rollouts(workdir, 3)) == 3
+
+
+def test_a_rare_rollout_is_among_the_sampled(tmp_path):
+    log = pa.Table.from_pylist(
+        [{"step": 1, "sample": n, "reward": float(n == 250), "belief": 0.2, "finished": True, "fault": ""} for n in range(300)],
+        schema=SCHEMA,
+    )  # fmt: skip
+    write_step(tmp_path / "rollouts", 1, log, most_gb=1.0)
+    rows = sample_rollouts(tmp_path, 4)
+    assert len(rows) == 4
+    assert [row["sample"] for row in rows if row["reward"]] == [250]
 
 
 def test_a_thousand_steps_fit_into_five_megabytes_and_ten_seconds(tmp_path):

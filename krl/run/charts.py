@@ -86,8 +86,8 @@ def differences(runs: Sequence[Run], rows: Rows) -> Chart:
     dot = base.mark_point(filled=True, size=90, opacity=1).encode(x=x, tooltip=tips)
     name = base.mark_text(dy=-13, align="center", limit=240).encode(x=x, text="run:N")
     reading = (
-        "Paired over the held-out prompts that both runs share, at their last evaluations, with 95% intervals. They are "
-        "over prompts, not seeds: the same settings with another seed may differ by more."
+        "Paired over the held-out prompts that both runs share, at their last evaluations, with 95% intervals; "
+        "right of the line a run is better. The intervals are over prompts, not seeds: another seed of the same settings may differ by more."
     )
     spec = finish(alt.layer(zero, bar, dot, name), height=50 + 54 * len(rows["differences"]))
     notes = [
