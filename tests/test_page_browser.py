@@ -33,7 +33,7 @@ def driver():
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """(page of one run, page of two)."""
+    """(page of one run, page of two, page of two with long names)."""
     place = tmp_path_factory.mktemp("runs")
     runs = [
         write_whole_run(place / rule, steps=24, rule=rule, response=EVIL, seed=n)
@@ -41,7 +41,11 @@ def pages(tmp_path_factory):
     ]
     report.write(runs[1:], place / "one.html")
     report.write(runs, place / "two.html")
-    return place / "one.html", place / "two.html"
+    long = [
+        write_whole_run(place / f"directory_{n}" / ("of_a_long_name_" * 5), steps=2, rule="rule" * 20) for n in (1, 2)
+    ]
+    report.write(long, place / "long.html")
+    return place / "one.html", place / "two.html", place / "long.html"
 
 
 def open_page(driver, path, *, width=1280, scheme="light"):
@@ -73,7 +77,7 @@ def choose(driver, name, value):
 
 
 def test_every_chart_has_marks_and_nothing_complains(driver, pages):
-    for path, charts in zip(pages, (CHARTS, [*CHARTS, "differences"]), strict=True):
+    for path, charts in zip(pages[:2], (CHARTS, [*CHARTS, "differences"]), strict=True):
         open_page(driver, path)
         for name in charts:
             marks = f"document.querySelectorAll('#{name} .chart svg .role-mark path').length"
@@ -156,7 +160,7 @@ def test_dark_and_light_follow_the_system(driver, pages):
     assert light[1] != dark[1]
 
 
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_phone_scrolls_down_only(driver, pages, which):
     open_page(driver, pages[which], width=360)
     assert run(driver, "[document.documentElement.scrollWidth, innerWidth]") == [360, 360]

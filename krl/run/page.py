@@ -67,7 +67,7 @@ def build(runs: Sequence[Run], table: Mapping[str, Sequence[str]], sentence: str
     return page.render(
         title=", ".join(run["label"] for run in runs) if len(runs) < 4 else f"{len(runs)} runs", about=_about(runs), runs=held["runs"],
         tiles=[] if several else _tiles(runs[0]), table=table if several else {}, sentence=sentence, seeds=_seeds(runs),
-        colours=specs.colours(runs), every=every, differing=differing, version=__version__,
+        colours=specs.colours(runs), workdirs=[str(run["workdir"]) for run in runs], every=every, differing=differing, version=__version__,
         sections=[(heading, [by_name[name] for name in names if name in by_name]) for heading, names in SECTIONS],
         sampled=_sampled(len(rollouts)) if rollouts else "", unsampled="No rollouts were kept (rollouts/).",
         css=Markup((HERE / "page.css").read_text()), bundle=Markup(bundle), script=Markup(script),
@@ -117,18 +117,20 @@ def _digest(script: str) -> str:
 
 
 def _about(runs: Sequence[Run]) -> list[str]:
-    """What a run was, a line each where they are few."""
-    lines = []
-    for run in runs[:8]:
-        settings, steps = run["config"], run["metrics"][-1]["step"]
-        parts = [f"{run['label']}: " if len(runs) > 1 else "", f"{steps:,} steps"]
+    """What the runs were, in a line where that is the same for all; of a single one also its seed and directory."""
+    lines = set()
+    for run in runs:
+        settings = run["config"]
+        parts = [f"{run['metrics'][-1]['step']:,} steps"]
         if "prompts_per_step" in settings:
-            parts.append(f" of {settings['prompts_per_step']:,} prompts and {settings['alloc.budget']:,} rollouts")
+            parts.append(f"of {settings['prompts_per_step']:,} prompts and {settings['alloc.budget']:,} rollouts")
         source = settings.get("data.name") or settings.get("data.path") or settings.get("data.source")
-        parts.append(f" on {source}" if source else "")
-        parts.append(f", seed {settings['seed']}" if "seed" in settings else "")
-        lines.append("".join([*parts, f" · {run['workdir']}"]))
-    return lines
+        parts += [f"on {source}"] if source else []
+        lines.add(" ".join(parts))
+    if len(runs) == 1:
+        seed = runs[0]["config"].get("seed")
+        return [", ".join([*lines, *([] if seed is None else [f"seed {seed}"])]), str(runs[0]["workdir"])]
+    return list(lines) if len(lines) == 1 else []
 
 
 def _rate(value: float) -> str:
