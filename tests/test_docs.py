@@ -38,8 +38,9 @@ def here(tmp_path, monkeypatch, compiled):
     """An empty directory to run a page in, with small policies and few steps; rules that a page adds go away again."""
 
     def train(config, workdir):
-        shorter = {key: value for key, value in TINY.items() if key.startswith(("alloc", "eval", "policy"))}
-        shorter |= {"steps": 3, "prompts_per_step": 4, "sft.steps": 60, "sft.batch_size": 16, "operators.num_test": 20}
+        shorter = {key: value for key, value in TINY.items() if key.startswith(("eval", "policy"))}
+        shorter |= {"steps": 3, "alloc.budget": 4 * config.prompts_per_step, "eval.prompts": 20}
+        shorter |= {"sft.steps": 60, "sft.batch_size": 16}
         config.update_from_flattened_dict(shorter)
         config.data.max_prompt_tokens = min(config.data.max_prompt_tokens, 16)
         config.sample.max_new_tokens = min(config.sample.max_new_tokens, 16)
@@ -96,7 +97,7 @@ def test_own_reward_on_own_data_by_a_config_file(here):
 
 
 def test_own_data(here):
-    for name, size in (("train", 8), ("test", 4)):
+    for name, size in (("train", 16), ("test", 4)):
         lines = [{"question": f"{i} + 1?", "answer": str(i + 1), "solution": f"#### {i + 1}"} for i in range(size)]
         pathlib.Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = follow("recipes/data.md")["get_config"]()
