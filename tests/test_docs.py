@@ -6,16 +6,20 @@ import json
 import pathlib
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from absl import flags
 
 import krl.train
 from krl import budget
 from krl.configs import default
-from krl.configs.check import flatten
+from krl.configs.check import check, flatten
+from krl.configs.flags import define_flags, parse_flags
+from krl.run.setup import NAMES
 from tests.command_line import ROOT, TINY, environment, rows
 
 TRAIN = krl.train.train
@@ -69,7 +73,6 @@ def test_quickstart(here):
     names = follow("quickstart.md")
     assert names["last"]["step"] == 3
     assert len(rows(here / "runs" / "notebook")) == 4
-    assert names["get_config"]().data.source == "operators"
 
 
 def test_own_reward_on_own_data_in_python(here):
@@ -168,3 +171,20 @@ def test_keys_and_files_that_pages_name_are_there(page):
     for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in link:
             assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_that_pages_show_are_parsed(page):
+    for line in re.sub(r"\\\n\s*", " ", page.read_text()).splitlines():
+        found = re.match(r" {4,}(?:PYTHONPATH=\. )?(?:python (?:train|eval)\.py|krl-(?:train|eval)) (.*)", line)
+        if found and not re.search(r"FILE|mine\.py|\[|\.\.\.", found[1]):
+            values = flags.FlagValues()
+            define_flags(values)
+            parse_flags(["krl-train", *shlex.split(found[1], comments=True)], values)
+            check(values.config, **NAMES)
+
+
+def test_the_api_page_of_the_budget_has_all_of_it():
+    page = (ROOT / "docs" / "api" / "budget.md").read_text()
+    listed = {name for names in re.findall(r"members: \[(.*)\]", page) for name in names.split(", ")}
+    assert sorted(set(budget.__all__) - listed) == []
