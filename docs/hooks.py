@@ -87,7 +87,7 @@ def read_keys(source: str) -> list[Section]:
             first -= 1
         lines = range(first, (node.end_lineno or node.lineno) + 1)
         text = " ".join(comments[line] for line in lines if line in comments)
-        text = text[:1].upper() + text[1:]
+        text = text[:1].upper() + text[1:].rstrip(".") + "." if text else ""
         if ast.unparse(node.value) == "ConfigDict()":
             sections[name] = Section(name, text, [])
         else:

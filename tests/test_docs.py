@@ -157,8 +157,8 @@ def test_comments_belong_to_the_key_or_section_below_them(hooks):
         "# Above b,\n# on two lines.\nconfig.s.b = 'x|#'\nconfig.s.c = ()  # of c\n"
     )
     first, second = hooks.read_keys(source)
-    assert first == ("", "", [("a", "1", "Of a")])
-    assert second == ("s", "A section.", [("s.b", "'x|#'", "Above b, on two lines."), ("s.c", "()", "Of c")])
+    assert first == ("", "", [("a", "1", "Of a.")])
+    assert second == ("s", "A section.", [("s.b", "'x|#'", "Above b, on two lines."), ("s.c", "()", "Of c.")])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
