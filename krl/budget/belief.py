@@ -11,6 +11,7 @@ outcomes would have been likelier with less evidence, more is forgotten from the
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ class Belief(struct.PyTreeNode):
 def init_belief(num_tasks: int, *, discount: float = 0.9, discount_mixed: float = 0.25) -> Belief:
     """Nothing known of D tasks: Jeffreys' prior, Beta(1/2, 1/2), and discounts in [0, 1] to begin with."""
 
-    def zeros(dtype):
+    def zeros(dtype: Any) -> jax.Array:
         return jnp.zeros(num_tasks, dtype)
 
     return Belief(
@@ -149,7 +150,17 @@ def observe(
     return _observe(belief, task_ids, rewards, prompt_index, mask, step, lengths, 1.0, 1.0)
 
 
-def _observe(belief, task_ids, rewards, prompt_index, mask, step, lengths, discount, discount_mixed) -> Belief:
+def _observe(
+    belief: Belief,
+    task_ids: jax.Array,
+    rewards: jax.Array,
+    prompt_index: jax.Array,
+    mask: jax.Array,
+    step: jax.Array | int,
+    lengths: jax.Array | None,
+    discount: jax.Array | float,
+    discount_mixed: jax.Array | float,
+) -> Belief:
     num_prompts = task_ids.shape[0]
     index = jnp.where(mask, prompt_index, num_prompts)
     rewards = jnp.where(mask, jnp.asarray(rewards, jnp.float32), 0.0)
@@ -175,7 +186,7 @@ def _observe(belief, task_ids, rewards, prompt_index, mask, step, lengths, disco
         recent=_shift_in(old.recent, rewards, index, number),
     )
 
-    def write(whole, before, after):
+    def write(whole: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
         return whole.at[task_ids].set(jnp.where(count > 0, after, before)) if whole.ndim else whole
 
     return jax.tree.map(write, belief, old, new)
@@ -217,7 +228,9 @@ def update(
     return belief
 
 
-def _next_discounts(belief: Belief, task_ids, rewards, prompt_index, mask) -> tuple[jax.Array, jax.Array]:
+def _next_discounts(
+    belief: Belief, task_ids: jax.Array, rewards: jax.Array, prompt_index: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """One step up the likelihood of new outcomes, for each discount by the tasks whose evidence it cut last.
 
     The slope is d/dc log P(successes | Beta(prior + c evidence)) at c = 1, nats per visit: above 0 where more
@@ -229,7 +242,7 @@ def _next_discounts(belief: Belief, task_ids, rewards, prompt_index, mask) -> tu
     wins = segment_sum(jnp.where(mask, rewards, 0.0), index, num_prompts)
     known = take(belief, task_ids)
 
-    def log_likelihood(kept):
+    def log_likelihood(kept: jax.Array) -> jax.Array:
         alpha, beta = posterior(known.replace(successes=kept * known.successes, failures=kept * known.failures))
         return betaln(alpha + wins, beta + count - wins) - betaln(alpha, beta)
 
@@ -237,7 +250,7 @@ def _next_discounts(belief: Belief, task_ids, rewards, prompt_index, mask) -> tu
     _, slope = jax.jvp(log_likelihood, (ones,), (ones,))
     seen, was_mixed = (known.visits > 0) & (count > 0), known.even_streak == 0
 
-    def move(discount, tasks):
+    def move(discount: jax.Array, tasks: jax.Array) -> jax.Array:
         rise = DISCOUNT_RATE * divide(jnp.where(tasks, slope, 0.0).sum(), tasks.sum())
         return jax.nn.sigmoid(logit(jnp.clip(discount, 0.02, 0.98)) + rise)
 
@@ -276,7 +289,7 @@ def merge(beliefs: Sequence[Belief]) -> Belief:
         raise ValueError(f"merge needs beliefs of the same tasks, got {sorted(sizes)}")
     newest = jnp.stack([belief.last_step for belief in beliefs]).argmax(axis=0)
 
-    def pick(*leaves):
+    def pick(*leaves: jax.Array) -> jax.Array:
         stacked = jnp.stack(leaves)
         return jnp.take_along_axis(stacked, newest[None], axis=0)[0] if leaves[0].ndim else stacked.mean()
 

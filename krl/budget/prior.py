@@ -19,7 +19,7 @@ import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,14 +48,17 @@ class Prior(struct.PyTreeNode):
     source: str = struct.field(pytree_node=False)  # a key of PRIORS
 
 
+Evidence = tuple[jax.Array, jax.Array]  # of one candidate, [W] each: what a source keeps of every feature
+
+
 class Source(NamedTuple):
     """How rates follow from features: functions of one candidate's evidence, [W] arrays, its memory and spread [W]."""
 
-    start: Callable  # (spread) -> evidence
+    start: Callable[[jax.Array], Evidence]  # (spread) -> evidence
     # (evidence, spread, features [M, F], common mean) -> (rates [M], how unsure they are [M], as 1 / outcomes)
-    estimate: Callable
+    estimate: Callable[..., tuple[jax.Array, jax.Array]]
     # (evidence, spread, memory, features, common mean, wins [M], outcomes [M]) -> evidence
-    learn: Callable
+    learn: Callable[..., Evidence]
 
 
 def init_prior(source: str, num_features: int) -> Prior:
@@ -161,7 +164,9 @@ def _candidates(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.
     return strengths * rates, strengths * (1 - rates)
 
 
-def _log_likelihood(belief: Belief, alpha, beta, wins, outcomes) -> jax.Array:
+def _log_likelihood(
+    belief: Belief, alpha: jax.Array, beta: jax.Array, wins: jax.Array, outcomes: jax.Array
+) -> jax.Array:
     """Log-probability of a step's outcomes, in one given order, under priors [..., M]; [...] float32, nats."""
     alpha, beta = alpha + belief.successes, beta + belief.failures
     return (betaln(alpha + wins, beta + outcomes - wins) - betaln(alpha, beta)).sum(axis=-1)
@@ -188,7 +193,9 @@ def _start_groups(spread: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros_like(spread), jnp.zeros_like(spread)
 
 
-def _estimate_groups(evidence, spread, features, centre):
+def _estimate_groups(
+    evidence: Evidence, spread: jax.Array, features: jax.Array, centre: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The mean of each prompt's group under Beta(centre / spread + successes, (1 - centre) / spread + failures)."""
     successes, failures = (_look_up(counts, features) for counts in evidence)
     believed = 1 / spread[0]  # in outcomes; all labels are of one kind
@@ -196,9 +203,18 @@ def _estimate_groups(evidence, spread, features, centre):
     return (centre * believed + successes) / outcomes, 1 / outcomes
 
 
-def _learn_groups(evidence, spread, memory, features, centre, wins, outcomes):
+def _learn_groups(
+    evidence: Evidence,
+    spread: jax.Array,
+    memory: jax.Array,
+    features: jax.Array,
+    centre: jax.Array,
+    wins: jax.Array,
+    outcomes: jax.Array,
+) -> Evidence:
     more = (_add_up(x, features, len(evidence[0])) for x in (wins, outcomes - wins))
-    return tuple(memory * (old + new) for old, new in zip(evidence, more, strict=True))
+    successes, failures = (memory * (old + new) for old, new in zip(evidence, more, strict=True))
+    return successes, failures
 
 
 # ---------------------------------------------------------------- features
@@ -208,14 +224,24 @@ def _start_features(spread: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros_like(spread), 1 / spread
 
 
-def _estimate_features(evidence, spread, features, centre):
+def _estimate_features(
+    evidence: Evidence, spread: jax.Array, features: jax.Array, centre: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """sigmoid(logit(centre) + sum of weights); the variance of that sum, taken over to the rate."""
     weights, precision = evidence
     rate = jax.nn.sigmoid(logit(centre) + _look_up(weights, features))
     return rate, rate * (1 - rate) * _look_up(1 / precision, features)
 
 
-def _learn_features(evidence, spread, memory, features, centre, wins, outcomes):
+def _learn_features(
+    evidence: Evidence,
+    spread: jax.Array,
+    memory: jax.Array,
+    features: jax.Array,
+    centre: jax.Array,
+    wins: jax.Array,
+    outcomes: jax.Array,
+) -> Evidence:
     """Newton steps to the mode, given the Gaussian from before; then forget towards the start.
 
     The precision is a diagonal between steps. Within a step the Hessian is whole: features that come
@@ -223,7 +249,7 @@ def _learn_features(evidence, spread, memory, features, centre, wins, outcomes):
     """
     before, precision = evidence
 
-    def newton(_, weights):
+    def newton(_: jax.Array, weights: jax.Array) -> jax.Array:
         rate = jax.nn.sigmoid(logit(centre) + _look_up(weights, features))
         curvature = outcomes * rate * (1 - rate)
         slope = _add_up(wins - outcomes * rate, features, len(weights)) - precision * (weights - before)
@@ -246,13 +272,23 @@ def _learn_features(evidence, spread, memory, features, centre, wins, outcomes):
 # ---------------------------------------------------------------- Gaussian process
 
 
-def _estimate_process(evidence, spread, features, centre):
+def _estimate_process(
+    evidence: Evidence, spread: jax.Array, features: jax.Array, centre: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """sigmoid(logit(centre) + sum of weights); how sure that is, is left to the strength."""
     rate = jax.nn.sigmoid(logit(centre) + _look_up(evidence[0], features))
     return rate, jnp.zeros_like(rate)
 
 
-def _learn_process(evidence, spread, memory, features, centre, wins, outcomes):
+def _learn_process(
+    evidence: Evidence,
+    spread: jax.Array,
+    memory: jax.Array,
+    features: jax.Array,
+    centre: jax.Array,
+    wins: jax.Array,
+    outcomes: jax.Array,
+) -> Evidence:
     """The posterior mean of the logits after a step, which is the next step's prior mean.
 
     The kernel, the sum of the shared features' spreads, does not shrink as evidence comes: the policy moves, so
@@ -337,7 +373,7 @@ def hash_features(
 
 
 @functools.lru_cache(maxsize=1 << 20)
-def _hash(feature: tuple, width: int) -> int:
+def _hash(feature: tuple[Any, ...], width: int) -> int:
     digest = int.from_bytes(hashlib.blake2b(repr(feature).encode(), digest_size=8).digest(), "little")
     lower = width // 2
     if feature[0] == "tokens" and len(feature) > 2:

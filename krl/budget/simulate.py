@@ -71,7 +71,7 @@ def synthetic_rates(
     return jax.nn.sigmoid(jax.scipy.special.logit(start) + jnp.cumsum(moves, axis=0))
 
 
-def logged_rates(log: Sequence[Mapping] | Any, num_tasks: int, *, bandwidth: float = 20.0) -> jax.Array:
+def logged_rates(log: Sequence[Mapping[str, Any]] | Any, num_tasks: int, *, bandwidth: float = 20.0) -> jax.Array:
     """Success rates at every step of a real run, from the groups or the rollouts it logged.
 
     A task's outcomes are averaged with weights that fall with their distance in steps, as a normal
@@ -170,8 +170,19 @@ def replay(
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8, 9, 10, 11))
 def _replay_seeds(
-    rule, rates, keys, start, prompts_per_step, budget, n_min, n_max, fit_prior, fit_discounts, known, pilot
-):
+    rule: Rule,
+    rates: jax.Array,
+    keys: jax.Array,
+    start: beliefs.Belief,
+    prompts_per_step: int,
+    budget: int,
+    n_min: int,
+    n_max: int,
+    fit_prior: bool,
+    fit_discounts: bool,
+    known: bool,
+    pilot: bool,
+) -> dict[str, jax.Array]:
     one = functools.partial(
         _replay_one, rule, prompts_per_step=prompts_per_step, budget=budget, n_min=n_min, n_max=n_max,
         fit_prior=fit_prior, fit_discounts=fit_discounts, known=known, pilot=pilot,
@@ -180,17 +191,31 @@ def _replay_seeds(
 
 
 def _replay_one(
-    rule, rates, key, start, *, prompts_per_step, budget, n_min, n_max, fit_prior, fit_discounts, known, pilot
-):
+    rule: Rule,
+    rates: jax.Array,
+    key: jax.Array,
+    start: beliefs.Belief,
+    *,
+    prompts_per_step: int,
+    budget: int,
+    n_min: int,
+    n_max: int,
+    fit_prior: bool,
+    fit_discounts: bool,
+    known: bool,
+    pilot: bool,
+) -> dict[str, jax.Array]:
     steps, num_tasks = rates.shape
     per_pass = num_tasks // prompts_per_step
     order_key, outcome_key = jax.random.split(key)
 
-    def tasks_of(step):
+    def tasks_of(step: jax.Array) -> jax.Array:
         order = jax.random.permutation(jax.random.fold_in(order_key, step // per_pass), num_tasks)
         return jax.lax.dynamic_slice(order, (step % per_pass * prompts_per_step,), (prompts_per_step,))
 
-    def take_step(belief, inputs):
+    def take_step(
+        belief: beliefs.Belief, inputs: tuple[jax.Array, jax.Array]
+    ) -> tuple[beliefs.Belief, dict[str, jax.Array]]:
         step, rate = inputs
         ids = tasks_of(step)
         p = rate[ids]
@@ -223,7 +248,9 @@ def _replay_one(
     return shown | sums
 
 
-def _measure(p, belief, counts, rewards, index) -> dict[str, jax.Array]:
+def _measure(
+    p: jax.Array, belief: beliefs.Belief, counts: jax.Array, rewards: jax.Array, index: jax.Array
+) -> dict[str, jax.Array]:
     """The numbers of one step; all but `rewards` and `index` [R] are [M]."""
     prompts = len(p)
     wins = segment_sum(rewards, index, prompts)

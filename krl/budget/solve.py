@@ -117,13 +117,19 @@ def knapsack_large(
 
 
 @functools.partial(jax.jit, static_argnames="gain")
-def _take_largest_by_bisection(p, budget, least, most, gain) -> jax.Array:
+def _take_largest_by_bisection(
+    p: jax.Array,
+    budget: jax.Array,
+    least: jax.Array,
+    most: jax.Array,
+    gain: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
     wanted = jnp.clip(budget, least.sum(), most.sum()) - least.sum()
 
-    def reach(threshold, low, high):
+    def reach(threshold: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
         """How many rollouts each prompt has if it takes those with keys >= threshold; low <= it <= high."""
 
-        def halve(state):
+        def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             low, high = state
             middle = low + (high - low) // 2
             key = _ordered_integers(gain(p, middle.astype(jnp.float32)))
@@ -133,7 +139,9 @@ def _take_largest_by_bisection(p, budget, least, most, gain) -> jax.Array:
 
         return jax.lax.while_loop(lambda state: (state[0] < state[1]).any(), halve, (low, high))[0]
 
-    def with_bit(step, state):
+    def with_bit(
+        step: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         threshold, low, high = state
         candidate = jnp.where(step == 0, 0, threshold + jnp.left_shift(jnp.int32(1), 31 - jnp.maximum(step, 1)))
         reached = reach(candidate, low, high)
@@ -149,11 +157,11 @@ def _take_largest_by_bisection(p, budget, least, most, gain) -> jax.Array:
     low, high = reach(threshold + 1, low, high), reach(threshold, low, high)
     missing = wanted - (low - least).sum(dtype=jnp.int32)
 
-    def tied_before(column):
+    def tied_before(column: jax.Array) -> jax.Array:
         """How many tied rollouts lie in columns < column, counted from each prompt's least."""
         return jnp.clip(jnp.minimum(high, least + column) - low, 0)
 
-    def halve(state):
+    def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         first, last = state
         middle = first + (last - first) // 2
         enough = tied_before(middle).sum(dtype=jnp.int32) >= missing
@@ -211,7 +219,9 @@ def knapsack_cost(
 
 
 @jax.jit
-def _take_densest(log_gains, costs, budget, least, most):
+def _take_densest(
+    log_gains: jax.Array, costs: jax.Array, budget: jax.Array, least: jax.Array, most: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     left = budget - (costs * least).sum()
     allowed = jnp.arange(log_gains.shape[1]) < (most - least)[:, None]
     density = log_gains - jnp.log(costs.astype(jnp.float32))[:, None]
@@ -283,8 +293,8 @@ def max_plus_dp(values: jax.Array, budget: int) -> jax.Array:
 def _max_plus(values: jax.Array, budget: int) -> tuple[jax.Array, jax.Array]:
     most = values.shape[1] - 1
 
-    def add_prompt(best, row):
-        def try_count(n, state):
+    def add_prompt(best: jax.Array, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def try_count(n: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             total, choice = state
             shifted = jnp.where(jnp.arange(budget + 1) >= n, jnp.roll(best, n), -jnp.inf) + row[n]
             return jnp.where(shifted > total, shifted, total), jnp.where(shifted > total, n, choice)
@@ -295,21 +305,21 @@ def _max_plus(values: jax.Array, budget: int) -> tuple[jax.Array, jax.Array]:
     start = jnp.where(jnp.arange(budget + 1) == 0, 0.0, -jnp.inf).astype(values.dtype)
     best, choices = jax.lax.scan(add_prompt, start, values)
 
-    def look_back(left, choice):
+    def look_back(left: jax.Array, choice: jax.Array) -> tuple[jax.Array, jax.Array]:
         return left - choice[left], choice[left]
 
     _, counts = jax.lax.scan(look_back, jnp.int32(budget), choices, reverse=True)
     return counts, best[budget]
 
 
-_NEVER = jnp.iinfo(jnp.int32).min  # below the key of every float, -inf too
+_NEVER = np.iinfo(np.int32).min  # below the key of every float, -inf too
 
 
 def _ordered_integers(values: jax.Array) -> jax.Array:
     """Integers in the order of float32 values: the bit pattern, with negative numbers turned round."""
     values = jnp.where(values == 0, 0.0, values)  # -0.0 is 0.0
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    return jnp.where(bits < 0, jnp.iinfo(jnp.int32).min - bits - 1, bits)
+    return jnp.where(bits < 0, np.iinfo(np.int32).min - bits - 1, bits)
 
 
 def _largest_threshold(total: Callable[[jax.Array], jax.Array], wanted: jax.Array) -> jax.Array:
@@ -318,7 +328,7 @@ def _largest_threshold(total: Callable[[jax.Array], jax.Array], wanted: jax.Arra
     Building t bit by bit from the sign down needs 32 totals over the table, and no sort.
     """
 
-    def with_bit(step, threshold):
+    def with_bit(step: jax.Array, threshold: jax.Array) -> jax.Array:
         candidate = threshold + jnp.left_shift(jnp.int32(1), 30 - step)
         return jnp.where(total(candidate) >= wanted, candidate, threshold)
 
@@ -332,7 +342,9 @@ def _running_total(table: jax.Array) -> jax.Array:
     return jnp.cumsum(table, axis=0, dtype=jnp.int32) + (jnp.cumsum(columns) - columns)[None, :]
 
 
-def _limits(shape: tuple[int, ...], n_min: Bound, n_max: Bound | None, mask) -> tuple[jax.Array, jax.Array]:
+def _limits(
+    shape: tuple[int, ...], n_min: Bound, n_max: Bound | None, mask: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
     """The fewest and the most rollouts of each prompt, [M] int32, 0 where mask is False."""
     prompts = shape[0]
     n_max = n_min + shape[1] if n_max is None else n_max
@@ -350,7 +362,7 @@ def _limits(shape: tuple[int, ...], n_min: Bound, n_max: Bound | None, mask) -> 
     return least, most
 
 
-def _unknown(*arrays) -> bool:
+def _unknown(*arrays: Any) -> bool:
     """Whether a value is traced, or lies on the devices of other hosts too."""
     return any(
         isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable)

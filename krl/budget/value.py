@@ -210,7 +210,7 @@ def log_gains_beta(
         raise ValueError(f"alpha and beta must both have shape [M], got {a.shape} and {b.shape}")
     i, k = powers
 
-    def log_rising(x, times):
+    def log_rising(x: jax.Array, times: int) -> jax.Array:
         """log of x (x+1) ... (x+times-1)."""
         return sum((jnp.log(x + j) for j in range(times)), jnp.zeros_like(x))
 
@@ -218,17 +218,18 @@ def log_gains_beta(
     won = log_rising(a, i) + log_rising(b, k + 1) - total  # at n = 0
     lost = log_rising(a, i + 1) + log_rising(b, k) - total
 
-    def one_more(won, lost, n):
+    def one_more(won: jax.Array, lost: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
         """From n to n + 1 by B(x+1, y) = B(x, y) x / (x+y)."""
         total = a + b + n + i + k + 1
         return won + jnp.log(divide(a + n + i, total)), lost + jnp.log(divide(b + n + k, total))
 
-    def before_first(n, state):
-        return tuple(
-            jnp.where(n < first, after, now) for now, after in zip(state, one_more(state[0], state[1], n), strict=True)
-        )
+    def before_first(n: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        won, lost = one_more(*state, n)
+        return jnp.where(n < first, won, state[0]), jnp.where(n < first, lost, state[1])
 
-    def column(state, offset):
+    def column(
+        state: tuple[jax.Array, jax.Array, jax.Array], offset: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
         won_since, lost_since, lowest = state  # from 0, so that small steps are not lost in a large sum
         gain = jnp.minimum(
             lowest, jnp.logaddexp(won + won_since, lost + lost_since)
@@ -264,12 +265,12 @@ def gains_of(value: Value, p: jax.Array, n_min: Bound, n_max: Bound, *, columns:
     gain = after - jnp.broadcast_to(value(p, n), shape)
     falling = jax.lax.cummin(gain, axis=1)
     # Rounding makes flat stretches wiggle; a rise beyond that is the function's own and is left to be seen.
-    rounding = 8 * jnp.finfo(jnp.float32).eps * jnp.abs(after)
+    rounding = 8 * np.finfo(np.float32).eps * jnp.abs(after)
     gain = jnp.where((gain > falling + rounding).any(axis=1, keepdims=True), gain, falling)
     return jnp.where(gain <= 0, -jnp.inf, jnp.log(jnp.where(gain <= 0, 1.0, gain)))
 
 
-def _rollouts(n_min: Bound, n_max: Bound, columns: int | None, **vectors) -> jax.Array:
+def _rollouts(n_min: Bound, n_max: Bound, columns: int | None, **vectors: jax.Array) -> jax.Array:
     """[M or 1, J] float32: how many rollouts a prompt has before the one of each column."""
     for name, vector in vectors.items():
         if jnp.ndim(vector) != 1:

@@ -1,6 +1,7 @@
 """Group-relative advantages over ragged groups, by segment sums."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -126,12 +127,14 @@ def token_weights(
     return jnp.where(mask, share * lengths.sum(), 0.0)
 
 
-def _prompts_alike(lengths, index, mask, num_prompts, max_tokens):
+def _prompts_alike(
+    lengths: jax.Array, index: jax.Array, mask: jax.Array, num_prompts: int, max_tokens: int
+) -> jax.Array:
     tokens = segment_sum(lengths, index, num_prompts)
     return jnp.append(divide(1.0, tokens * (tokens > 0).sum()), 0.0)[index]
 
 
-AVERAGES = {  # what a token of each rollout counts in a loss that is a sum, [R]
+AVERAGES: dict[str, Callable[..., jax.Array]] = {  # what a token of each rollout counts in a loss that is a sum, [R]
     "tokens": lambda lengths, *_: divide(1.0, lengths.sum()),
     "sequences": lambda lengths, index, mask, *_: divide(1.0, lengths * mask.sum()),
     "prompts": _prompts_alike,

@@ -6,6 +6,8 @@ Ye et al., arXiv 1912.09729, section 3.4 (dual clip); Zheng et al., "GSPO", arXi
 off-policy RL training", 2025 (truncated importance weight); Schulman, "Approximating KL divergence", 2020 (the estimators).
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -96,7 +98,9 @@ def policy_loss(
     return masked_sum(loss, mask), metrics
 
 
-def _check(logps, old_logps, advantages, mask, surrogate, kl_estimator):
+def _check(
+    logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, mask: jax.Array, surrogate: str, kl_estimator: str
+) -> None:
     fits = advantages.shape in (logps.shape, logps.shape[:1])
     if not logps.ndim == 2 or not logps.shape == old_logps.shape == mask.shape or not fits:
         raise ValueError(
@@ -108,19 +112,23 @@ def _check(logps, old_logps, advantages, mask, surrogate, kl_estimator):
             raise ValueError(f"{name} {given!r} must be one of {sorted(known)}")
 
 
-def _clipped(ratio, logps, advantage, clip_low, clip_high, dual_clip):
+def _clipped(
+    ratio: jax.Array, logps: jax.Array, advantage: jax.Array, clip_low: float, clip_high: float, dual_clip: float
+) -> jax.Array:
     clipped_ratio = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     loss = jnp.maximum(-ratio * advantage, -clipped_ratio * advantage)
     return jnp.where(advantage < 0, jnp.minimum(loss, -dual_clip * advantage), loss)
 
 
-def _weighted_likelihood(ratio, logps, advantage, clip_low, clip_high, dual_clip):
+def _weighted_likelihood(
+    ratio: jax.Array, logps: jax.Array, advantage: jax.Array, clip_low: float, clip_high: float, dual_clip: float
+) -> jax.Array:
     return -jax.lax.stop_gradient(jnp.minimum(ratio, 1 + clip_high)) * advantage * logps
 
 
-SURROGATES = {"ppo": _clipped, "gspo": _clipped, "cispo": _weighted_likelihood}
+SURROGATES: dict[str, Callable[..., jax.Array]] = {"ppo": _clipped, "gspo": _clipped, "cispo": _weighted_likelihood}
 
-KL_ESTIMATORS = {
+KL_ESTIMATORS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "k1": lambda behind: -behind,
     "k2": lambda behind: behind**2 / 2,
     "k3": lambda behind: jnp.exp(behind) - behind - 1,
@@ -149,7 +157,7 @@ def overlong_penalty(lengths: jax.Array, max_tokens: int, buffer: int) -> jax.Ar
     return jnp.clip((lengths - (max_tokens - buffer)) / buffer, 0.0, 1.0)
 
 
-def _sequence_mean(values, mask, sequences):
+def _sequence_mean(values: jax.Array, mask: jax.Array, sequences: jax.Array | None) -> jax.Array:
     """Each token's rollout's mean over the tokens under a mask, [B, T]; 0 outside."""
     if sequences is None:
         sequences = jnp.broadcast_to(jnp.arange(values.shape[0])[:, None], values.shape)
@@ -159,7 +167,9 @@ def _sequence_mean(values, mask, sequences):
     return jnp.where(mask, divide(total, count)[index], 0.0)
 
 
-def _ratio_metrics(ratio, advantage, active, clip_low, clip_high, dual_clip):
+def _ratio_metrics(
+    ratio: jax.Array, advantage: jax.Array, active: jax.Array, clip_low: float, clip_high: float, dual_clip: float
+) -> dict[str, tuple[jax.Array, jax.Array]]:
     """(sum, count) pairs of the ratios [B, T] where active [B, T], given the advantages; see docs/metrics.md."""
     return {
         "clip_low_fraction": masked_sum((ratio < 1 - clip_low) & (advantage < 0), active),
