@@ -65,7 +65,7 @@ def build(runs: Sequence[Run], table: Mapping[str, Sequence[str]], sentence: str
         (HERE / "page.html").read_text()
     )
     return page.render(
-        title=", ".join(run["label"] for run in runs) if len(runs) < 4 else f"{len(runs)} runs", about=_about(runs), runs=held["runs"],
+        title=" · ".join(run["label"] for run in runs) if len(runs) < 4 else f"{len(runs)} runs", about=_about(runs), runs=held["runs"],
         tiles=[] if several else _tiles(runs[0]), table=table if several else {}, sentence=sentence, seeds=_seeds(runs),
         colours=specs.colours(runs), workdirs=[str(run["workdir"]) for run in runs], every=every, differing=differing, version=__version__,
         sections=[(heading, [by_name[name] for name in names if name in by_name]) for heading, names in SECTIONS],
