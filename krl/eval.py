@@ -14,6 +14,7 @@ where the same command continues if it was stopped, and the table to results.jso
 import functools
 import hashlib
 import pathlib
+import sys
 import zlib
 from collections.abc import Callable
 
@@ -178,5 +179,7 @@ def fingerprint(path: pathlib.Path) -> str:
 
 def run_command() -> None:
     """The commands `krl-eval` and `python eval.py`."""
+    main_module = sys.modules["__main__"]
+    main_module.__doc__ = main_module.__doc__ or __doc__  # which --help shows; an installed command has none
     define_flags()
     app.run(main, flags_parser=parse_flags)

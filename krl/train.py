@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import math
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -487,5 +488,7 @@ def evaluate_held_out(run: Run, learner: Learner, log: MetricsLog, step: int) ->
 
 def run_command() -> None:
     """The commands `krl-train` and `python train.py`."""
+    main_module = sys.modules["__main__"]
+    main_module.__doc__ = main_module.__doc__ or __doc__  # which --help shows; an installed command has none
     define_flags()
     app.run(main, flags_parser=parse_flags)

@@ -1,25 +1,30 @@
 """What a run leaves on disk: metrics, checkpoints, claims."""
 
 import errno
+import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from krl import learn
 from krl.configs import arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.run import checkpoint, lock
+from krl.run import metrics as metrics_module
 from krl.run.checkpoint import Checkpoints, claim_workdir, open_workdir, stop_on_signal, write_json
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
@@ -31,7 +36,9 @@ from krl.run.metrics import (
     memory_used,
     over_processes,
     profile,
+    progress,
     read_rows,
+    status_line,
     step_metrics,
 )
 from krl.run.setup import NAMES
@@ -500,3 +507,21 @@ def test_the_process_that_the_others_waited_for_is_named():
     assert found == {"memory/host_gb": 2.0, "slowest_process": 1, "seconds/behind": pytest.approx(0.6)}
     assert over_processes({"seconds/wait": [0.1], "memory/host_gb": [1.0]}) == {"memory/host_gb": 1.0}
     assert memory_used()["memory/host_gb"] > 0.05
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_step_is_one_line_of_a_terminal_with_its_steps_and_the_time_left(monkeypatch, width):
+    written = io.StringIO()
+    monkeypatch.setattr(metrics_module, "Console", lambda: Console(file=written, force_terminal=True, color_system=None, width=width))  # fmt: skip
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
+    seen = {"reward_mean": 0.8731, "effective_ratio_rollouts": 0.341, "count_max": 117.0, "seconds/step": 1.0}
+    with progress(400, 396, "knapsack_log") as show:
+        show(397, status_line(seen, None))
+        show(399, status_line(seen, 0.917))
+    shown = re.split(r"[\r\n]|\x1b\[[\d?]*[A-Za-z]", written.getvalue())
+    line = next(part.rstrip() for part in reversed(shown) if part.strip())
+    assert re.search(
+        r"399/400 eta [-\d]:[-\d]{2}:[-\d]{2} reward 0.873  effective 0.34  max count 117  accuracy 0.917$", line
+    )
+    assert len(line) <= width
+    assert line.startswith("knapsack_log") == (width == 120)

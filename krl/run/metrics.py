@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from krl.learn import mixed_groups
 from krl.masked import divide, masked_sum, segment_sum
@@ -315,7 +315,7 @@ def read_rows(path: pathlib.Path) -> list[dict]:
 
 def status_line(metrics: dict[str, float], accuracy: float | None) -> str:
     """A step in one line: what it showed, and the accuracy of the newest evaluation."""
-    text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  largest count {metrics['count_max']:.0f}"
+    text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  max count {metrics['count_max']:.0f}"
     text += "" if accuracy is None else f"  accuracy {accuracy:.3f}"
     if metrics.get("seconds/behind", 0.0) > 0.2 * metrics["seconds/step"]:
         text += f"  waited {metrics['seconds/behind']:.1f} s for process {metrics['slowest_process']}"
@@ -332,16 +332,16 @@ def progress(total: int, first: int, label: str) -> Iterator:
         yield lambda step, text: None
         return
     if sys.stdout.isatty():
-        columns = (
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=20),
+        console = Console()
+        columns: tuple[ProgressColumn, ...] = (
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[text]}"),
         )
-        with Progress(*columns, console=Console()) as bar:
+        if console.width >= 120:  # what a narrow terminal has no room for
+            columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=20), *columns)
+        with Progress(*columns, console=console) as bar:
             task = bar.add_task(label, total=total, completed=first, text="")
             yield lambda step, text: bar.update(task, completed=step, text=text)
         return
