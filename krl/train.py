@@ -71,7 +71,7 @@ from krl.run.update import (
     policy_update,
     skipped_updates,
 )
-from krl.run.writers import find_writers
+from krl.run.writers import check_writers, find_writers
 from krl.sharding import reshape_mesh
 from krl.tasks import EncodedTasks, step_task_ids
 from krl.tasks.pool import FAULTS
@@ -107,6 +107,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
     """
     workdir, compiles = pathlib.Path(workdir), CompileCounter()
     check(config, **NAMES)
+    check_writers(flatten(config))
     with stop_on_signal() as asked:
         with first_before_others("set up"):
             parts = set_up(config, workdir, flatten(config), FREE_KEYS)
@@ -208,7 +209,7 @@ def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:
     """Tell what a finished run showed; the last row of its metrics, {} if it has none."""
     with first_before_others("report"):
         if config.steps:
-            say(report.write([workdir], workdir) if is_first() else "")
+            say(report.of_a_run(workdir) if is_first() else "")
         else:
             say(f"krl: fine-tuned; the checkpoint is in {epath.Path(config.checkpoint.dir or workdir) / 'checkpoints'}")
     rows = read_rows(workdir / "metrics.jsonl")
@@ -385,11 +386,12 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
     with clock.phase("update"):
         advantages = run.advantages(rewards, rollouts)
         state, learnt = run.update_policy(state, prompts, rollouts, advantages, shuffle_key)
+        outcomes = jnp.clip(rewards, 0.0, 1.0)  # beliefs are about shares of success
         if prior is not None:
-            prior = learn_prior(prior, before, features, rewards, rollouts.prompt_index, rollouts.mask)
+            prior = learn_prior(prior, before, features, outcomes, rollouts.prompt_index, rollouts.mask)
             learnt |= budget.prior_metrics(prior, config.prompts_per_step)
         belief = run.update_belief(
-            belief, prompts.task_ids, rewards, rollouts.prompt_index, rollouts.mask, step, rollouts.lengths
+            belief, prompts.task_ids, outcomes, rollouts.prompt_index, rollouts.mask, step, rollouts.lengths
         )
         learner = jax.block_until_ready(Learner(state, belief, prior))
     check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
@@ -448,7 +450,8 @@ def spend_budget(
         with clock.phase("wait"):  # for the other processes
             return rollouts, sum_over_processes(rewards), sum_over_processes(faults), texts
 
-    def learn_from(known, rollouts, outcomes):
+    def learn_from(known, rollouts, rewards):
+        outcomes = jnp.clip(rewards, 0.0, 1.0)
         index, mask, lengths = rollouts.prompt_index, rollouts.mask, rollouts.lengths
         return budget.observe(known, jnp.arange(num_prompts), outcomes, index, mask, lengths=lengths)
 

@@ -16,3 +16,8 @@ def same(prompt, response, answer):
 def nan_where_wrong(prompt, response, answer):
     """A reward that is no number wherever `same` is 0."""
     return 1.0 if same(prompt, response.strip(), answer) else float("nan")
+
+
+def signed(prompt, response, answer):
+    """3 for the answer and -1 for anything else: no share of a success."""
+    return 3.0 if response == answer else -1.0

@@ -95,6 +95,7 @@ def test_a_command_line_that_is_wrong(here, line, told):
         ("--config --workdir x", "--config needs a value, such as --config=arithmetic"),
         ("--workdir --config arithmetic", "--workdir needs a value, such as --workdir=runs/first"),
         ("--config configs/nothing.py", f"there is no config file configs/nothing.py; krl has {OWN}"),
+        ("--config arithmetic.yaml", f"there is no config file arithmetic.yaml; krl has {OWN}"),
         ("--config elsewhere/arithmetic.py", f"there is no config file elsewhere/arithmetic.py; krl has {OWN}"),
         ("--config folder", "the config folder is a directory; name a .py file in it"),
         ("--config broken.py", "the config file broken.py is not Python: line 2: invalid syntax"),
@@ -217,7 +218,7 @@ def test_places_that_are_wrong(here):
         assert told == f"{place} holds no run; give the --workdir of a run that has taken a step"
     said = told_by(plan.plan, config_with(), "v5p:no")
     assert said.startswith("cannot plan for --topology=v5p:no (")
-    assert said.endswith("; it needs libtpu: pip install 'krl[plan]'")
+    assert said.endswith("; it needs libtpu: pip install 'jax[tpu]'")
 
 
 def test_a_notebook_is_told_of_a_key_that_is_none(here):

@@ -3,6 +3,8 @@
 import html
 import json
 import pathlib
+import re
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from krl.run.metrics import MetricsLog
 from krl.run.rollouts import SCHEMA, describe_rollouts, logged_steps, read_rollouts, show_rollouts, write_step
-from krl.run.writers import find_writers, mlflow, wandb
+from krl.run.writers import check_writers, find_writers, mlflow, wandb
 from krl.tasks import EncodedTasks, TaskSet
 from krl.types import Rollouts
 
@@ -60,7 +62,7 @@ def test_shown_rollouts_are_the_best_and_the_worst_of_the_largest_group():
     assert all(line.startswith("    ") for line in shown.splitlines() if line)  # nothing is taken for Markdown
 
 
-def test_a_full_log_keeps_every_second_step_then_every_fourth(tmp_path):
+def test_a_full_log_keeps_every_second_step_then_every_fourth(tmp_path, capsys):
     directory, table = tmp_path / "rollouts", table_of()
     write_step(directory, 1, table, 1.0)
     size = next(directory.iterdir()).stat().st_size / 1e9
@@ -74,6 +76,11 @@ def test_a_full_log_keeps_every_second_step_then_every_fourth(tmp_path):
     assert not list(directory.glob("*.partial"))
     write_step(directory, 40, table, 0.5 * size)  # not even one
     assert logged_steps(directory) == []
+    write_step(directory, 1, table, 0.5 * size)
+    assert re.fullmatch(
+        r"krl: the rollouts of a step take \S+ GB, more than config.log.rollouts_gb=\S+; none are kept\n",
+        capsys.readouterr().out,
+    )
     write_step(tmp_path / "none", 1, table, 0.0)
     assert not (tmp_path / "none").exists()
 
@@ -85,6 +92,9 @@ def test_a_log_may_begin_at_any_step(tmp_path):
     assert read_rollouts(tmp_path)["step"].to_pylist() == [176] * 4 + [177] * 4 + [178] * 4
     assert read_rollouts(tmp_path, [177])["step"].to_pylist() == [177] * 4
     assert read_rollouts(tmp_path / "none").num_rows == 0
+    for step in (1, 101, 102):  # a time without a log is not taken for a full one
+        write_step(tmp_path / "paused", step, table_of(step), 1.0)
+    assert logged_steps(tmp_path / "paused") == [1, 101, 102]
 
 
 def test_a_continued_run_forgets_later_rollouts(tmp_path):
@@ -131,7 +141,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     shown: dict = {}
     library = pytest.importorskip("wandb")
     kept = library.sdk.wandb_run.Run.log
-    monkeypatch.setattr(library.sdk.wandb_run.Run, "log", lambda run, data, step: (shown.setdefault(step, {}).update(data), kept(run, data, step=step))[1])  # fmt: skip
+    monkeypatch.setattr(library.sdk.wandb_run.Run, "log", lambda run, data: (shown.setdefault(data["step"], {}).update(data), kept(run, data))[1])  # fmt: skip
     with wandb("project", tmp_path, {"seed": 3}) as write:
         write(1, {"loss": 0.5}, {"counts": np.array([2, 4])}, {"rollouts": "<script>"})
     assert shown[1]["loss"] == 0.5
@@ -178,9 +188,26 @@ def test_a_server_that_goes_away_costs_a_line_and_not_the_run(tmp_path, monkeypa
         pass
 
 
-def test_a_writer_that_is_not_installed_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    (writer,) = find_writers(tmp_path, QUIET | {"log.wandb": "project"})
-    with pytest.raises(ValueError, match=r"pip install 'krl\[wandb\]'"), writer:
-        pass
+def test_a_writer_that_is_not_installed_is_named_before_the_run_begins(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "mlflow", None)
+    for name, package in (("wandb", "wandb"), ("mlflow", "mlflow-skinny")):
+        with pytest.raises(ValueError, match=f"config.log.{name} needs {package}, .*: pip install {package}$"):
+            check_writers(QUIET | {f"log.{name}": "somewhere"})
+    check_writers(QUIET)
     assert find_writers(tmp_path, QUIET) == []
+
+
+def test_a_run_that_failed_is_not_shown_as_finished(tmp_path, monkeypatch):
+    library = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = (tmp_path / "store").as_uri()
+    client = library.MlflowClient(tracking_uri=uri)
+    found = lambda: client.search_runs([client.get_experiment_by_name("krl").experiment_id])[0].info.status  # noqa: E731
+    with pytest.raises(KeyError), MetricsLog(tmp_path, first_step=0, writers=[mlflow(uri, tmp_path, {})]):
+        raise KeyError
+    assert found() == "FAILED"
+    with MetricsLog(tmp_path, first_step=0, writers=[mlflow(uri, tmp_path, {})]) as log:
+        assert found() == "RUNNING"
+        log.write_groups(1, {"counts": np.array([2, 4]), "belief": np.array([np.nan, np.nan])})
+    assert found() == "FINISHED"

@@ -144,6 +144,17 @@ def test_the_rollout_log_says_what_the_groups_say_and_rules_replay_on_it(finishe
     assert replay.effective.shape == (1, 4)
 
 
+def test_rewards_beyond_0_and_1_count_as_failures_and_successes_for_the_belief(finished, tmp_path):
+    """A group's advantages see neither scale nor shift, so the first two steps are those of rewards 0 and 1."""
+    workdir, _ = finished
+    run_here(tmp_path, **{"data.reward": "tests.rewards:signed"})
+    mine, theirs = rows(tmp_path, "groups"), rows(workdir, "groups")
+    for name in ("task_ids", "counts", "belief", "prior"):
+        assert [row[name] for row in mine[:2]] == [row[name] for row in theirs[:2]]
+    assert any(min(row["successes"]) < 0 for row in mine)
+    assert all(0 <= rate <= 1 for row in mine for rate in row["belief"])
+
+
 def test_every_metric_is_documented(finished):
     text = (ROOT / "docs" / "metrics.md").read_text()
     for name in rows(finished[0])[-1]:

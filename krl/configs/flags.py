@@ -69,7 +69,8 @@ def load_config(name: str) -> ConfigDict:
         ValueError: there is no such file, it fails, or it has not the keys of krl/configs/default.py.
     """
     file = pathlib.Path(name)
-    if not file.is_file() and str(file.parent) in (".", "configs", "krl/configs") and file.stem in own_configs():
+    inside = str(file.parent) in (".", "configs", "krl/configs") and file.suffix in ("", ".py")
+    if not file.is_file() and inside and file.stem in own_configs():
         file = HERE / f"{file.stem}.py"
     if file.is_dir():
         raise ValueError(f"the config {name} is a directory; name a .py file in it")

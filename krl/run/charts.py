@@ -40,8 +40,10 @@ def _steps(runs: Sequence[Run], rows: Rows) -> None:
     rows["steps"] = []
     for run in runs:
         for row in thin(run):
-            if "price" in row:
-                row["price"] = math.exp(row["price"])
+            if "price" in row and not 0 < (price := math.exp(min(row["price"], 700))) < 1e300:
+                del row["price"]  # no place on a logarithmic axis
+            elif "price" in row:
+                row["price"] = price
             rows["steps"].append({"run": run["label"]} | {name: row[name] for name in ("step", *DRAWN) if name in row})
 
 
@@ -91,7 +93,12 @@ def differences(runs: Sequence[Run], rows: Rows) -> Chart:
     )
     spec = finish(alt.layer(zero, bar, dot, name), height=50 + 54 * len(rows["differences"]))
     notes = [
-        f"{row['run']}: {row['mean']:+.4f}, interval {row['low']:+.4f} to {row['high']:+.4f}, {row['pairs']:,} prompts."
+        f"{row['run']}: {row['mean']:+.4f}, "
+        + (
+            f"interval {row['low']:+.4f} to {row['high']:+.4f}, {row['pairs']:,} prompts."
+            if row["pairs"] > 1
+            else "one prompt."
+        )
         for row in rows["differences"]
     ]
     return Chart("differences", title, reading, {"": spec}, notes=notes)

@@ -216,10 +216,11 @@ def check_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> N
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{workdir} holds no run that can be read ({error}); choose another --workdir") from None
     config = json.loads(json.dumps(config))
-    if earlier.keys() != config.keys():
-        key = min(earlier.keys() ^ config.keys())
+    bound, bound_earlier = config.keys() - set(free), earlier.keys() - set(free)
+    if bound != bound_earlier:
+        key = min(bound ^ bound_earlier)
         raise ValueError(f"{workdir} is from a version with other keys (config.{key}); choose another --workdir")
-    for key in sorted(config.keys() - set(free)):
+    for key in sorted(bound):
         if config[key] != earlier[key]:
             raise ValueError(
                 f"{workdir} belongs to a run with config.{key}={earlier[key]!r}, not {config[key]!r}; "

@@ -180,7 +180,7 @@ def wilson(rate: float, number: float) -> tuple[float, float]:
     >>> [round(bound, 4) for bound in wilson(0.5, 10)]
     [0.2366, 0.7634]
     """
-    square = 1.959964**2 / number
+    rate, square = min(max(rate, 0.0), 1.0), 1.959964**2 / number  # mean rewards may lie outside
     middle = (rate + square / 2) / (1 + square)
     half = math.sqrt(square * (rate * (1 - rate) + square / 4)) / (1 + square)
     return max(middle - half, 0.0), min(middle + half, 1.0)

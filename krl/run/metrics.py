@@ -250,8 +250,8 @@ class MetricsLog:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self._open.close()
+    def __exit__(self, *exception):
+        self._open.__exit__(*exception)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add a row of metrics; numbers that are not finite become null in the JSON."""
@@ -266,7 +266,8 @@ class MetricsLog:
         bars: dict[str, np.ndarray] = {name: known[name] for name in ("counts", "belief") if name in known}
         if "successes" in known and "counts" in known:
             bars["success_rate"] = known["successes"] / known["counts"]
-        self._show(step, histograms=bars)
+        finite = {name: values[np.isfinite(values)] for name, values in bars.items()}
+        self._show(step, histograms={name: values for name, values in finite.items() if values.size})
 
     def write_rollouts(self, step: int, table: pa.Table) -> None:
         """Add the rollouts of a step that this process has to the log, and show some of them now and then."""

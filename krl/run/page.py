@@ -19,7 +19,7 @@ from krl.configs import default
 from krl.configs.check import flatten
 from krl.run import charts, specs
 from krl.run.estimates import SOLVED
-from krl.run.findings import by_settings, over_seeds, spending
+from krl.run.findings import NO_SETTINGS, by_settings, over_seeds, spending
 from krl.run.history import Run, sample_rollouts, series, summary
 from krl.run.metrics import format_seconds
 
@@ -168,7 +168,7 @@ def _seeds(runs: Sequence[Run]) -> list[list[str]]:
     for each in lists:
         ends = [end[-1]["accuracy"] for run in each if (end := spending(run))]
         name = (
-            ", ".join(f"{key}={each[0]['config'].get(key)}" for key in sorted(own - {"seed"}))
+            ", ".join(f"{key}={each[0]['config'].get(key)}" for key in sorted(own - NO_SETTINGS))
             or each[0]["config"]["alloc.rule"]
         )
         found = over_seeds(lists[0], each) if each is not lists[0] else None
@@ -187,9 +187,8 @@ def _settings(runs: Sequence[Run]) -> tuple[list, list]:
     for name in names:
         values = [json.dumps(run["config"][name]) if name in run["config"] else NONE for run in runs]
         row = (name, values, json.dumps(usual[name]) if name in usual else NONE)
-        if NONE not in values:
-            every.append(row)
-            differing += [row] if any(value != row[2] for value in values) else []
+        every.append(row)
+        differing += [row] if any(value not in (row[2], NONE) for value in values) else []
     differing.sort(key=lambda row: len(set(row[1])) == 1)  # what differs between runs comes first
     return every, differing
 

@@ -3,7 +3,7 @@
     python -m krl.run.plan --config configs/qwen2_5_math_7b.py --config.policy.path=DIR --topology v5p:2x2x4
 
 DIR needs no more than the checkpoint's config.json. A topology is one that `jax.experimental.topologies` knows for
-TPUs, for which libtpu must be installed (`pip install "krl[plan]"`) and no TPU be there; without it the programs are compiled for the
+TPUs, for which libtpu must be installed (`pip install "jax[tpu]"`) and no TPU be there; without it the programs are compiled for the
 devices that are. Nothing is allocated. docs/performance.md says how to read the table.
 """
 
@@ -129,7 +129,7 @@ def find_mesh(config: ConfigDict, topology: str) -> Mesh:
     except RuntimeError as error:  # no libtpu, or one that knows no such topology
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"cannot plan for --topology={topology} ({reason}); it needs libtpu: pip install 'krl[plan]'"
+            f"cannot plan for --topology={topology} ({reason}); it needs libtpu: pip install 'jax[tpu]'"
         ) from None
     if math.prod(shape) != len(described.devices):
         devices = len(described.devices)

@@ -108,6 +108,14 @@ def _rate(value: float) -> str:
     return "-" if math.isnan(value) else f"{value:.3f}"
 
 
+def of_a_run(workdir: pathlib.Path) -> str:
+    """Write a run's report; what goes wrong there is told, and is not the run's failure."""
+    try:
+        return write([workdir], workdir)
+    except Exception as error:
+        return f"krl: the run is finished, but its report could not be written ({type(error).__name__}: {error})"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: print the comparison and write the page and the figures."""
     parser = argparse.ArgumentParser(prog="python -m krl.run.report", description="Compare runs.")

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from krl.run.processes import is_first, to_host
+from krl.run.processes import gather, is_first, say, to_host
 from krl.tasks import EncodedTasks
 from krl.tasks.pool import FAULTS
 from krl.types import Array, Rollouts
@@ -103,7 +103,9 @@ def describe_rollouts(
 
 
 def write_step(directory: pathlib.Path, step: int, table: pa.Table, most_gb: float) -> None:
-    """Add the file of a step, if it is one of those that are kept, whole or not at all; then make room.
+    """Make room and add the file of a step, whole or not at all, if the step is one of those that are kept.
+
+    Of several processes all must call it: the first makes room for all of them, before any of them writes.
 
     Args:
         directory: WORKDIR/rollouts; made if it is missing.
@@ -111,18 +113,38 @@ def write_step(directory: pathlib.Path, step: int, table: pa.Table, most_gb: flo
         table: of `describe_rollouts`.
         most_gb: 10^9 bytes that all files may take; 0 writes nothing.
     """
-    every = min(np.diff([number for number in logged_steps(directory) if number < step]), default=1)
-    if not most_gb or step % every:
+    if not most_gb:
         return
-    directory.mkdir(exist_ok=True)
-    process = f"-{jax.process_index():04d}" if jax.process_count() > 1 else ""
-    path = directory / f"step-{step:07d}{process}.parquet"
-    partial = path.with_suffix(".partial")
-    parquet.write_table(table, partial, compression="zstd")
-    partial.replace(path)
-    while is_first() and sum(path.stat().st_size for path in directory.glob(_NAMES)) > most_gb * 1e9:
-        every *= 2  # the other processes see it when they list the files of the next step, which comes after this
-        drop_steps(directory, [number for number in logged_steps(directory) if number % every])
+    written = pa.BufferOutputStream()
+    parquet.write_table(table, written, compression="zstd")
+    data = written.getvalue()
+    needed = sum(gather({"bytes": data.size})["bytes"])
+    every = _make_room(directory, most_gb * 1e9 - needed) if is_first() else 0
+    every = int(gather({"every": every})["every"][0])
+    if every and step % every == 0:
+        directory.mkdir(exist_ok=True)
+        process = f"-{jax.process_index():04d}" if jax.process_count() > 1 else ""
+        path = directory / f"step-{step:07d}{process}.parquet"
+        partial = path.with_suffix(".partial")
+        partial.write_bytes(data)
+        partial.replace(path)
+    elif not every and step == 1:
+        say(
+            f"krl: the rollouts of a step take {needed / 1e9:.2g} GB, more than config.log.rollouts_gb={most_gb:g}; none are kept"
+        )
+
+
+def _make_room(directory: pathlib.Path, most: float) -> int:
+    """Delete steps until the others take at most so many bytes; returns the power of two whose multiples are kept, 0 if none are."""
+    steps = logged_steps(directory)
+    every = int(min(np.diff(steps), default=1))
+    every &= -every  # a gap may also be from a time without a log: what is kept are multiples
+    while any(step % every for step in steps):
+        every //= 2
+    while (left := logged_steps(directory)) and sum(path.stat().st_size for path in directory.glob(_NAMES)) > most:
+        every *= 2
+        drop_steps(directory, [step for step in left if step % every])
+    return every if most >= 0 else 0
 
 
 def drop_steps(directory: pathlib.Path, steps: Iterable[int]) -> None:

@@ -65,6 +65,8 @@ def has(rows: Sequence[dict], name: str) -> bool:
 def log_ticks(rows: Sequence[dict], *names: str) -> list[float]:
     """Where a logarithmic axis of some columns has its lines: at powers of ten, and between them where those are few."""
     values = [row[name] for row in rows for name in names if row.get(name)]
+    if not values:
+        return []
     powers = 10.0 ** np.arange(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
     for between in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
         ticks = [

@@ -222,13 +222,14 @@ def _loss(scores_of, params: dict, drawn, part, *, importance_cap, entropy_coeff
 def _means(metrics):
     """What the (sum, count) pairs of U updates are in the mean; a maximum stays a maximum.
 
-    The mismatch is the first update's: later ones have other parameters than the sampler had.
+    The mismatch is the first update's: later ones have other parameters than the sampler had. It is NaN where nothing was run.
     """
-    metrics = {k: jax.tree.map(lambda x: x[:1], v) if k.startswith("mismatch") else v for k, v in metrics.items()}
-    return {
-        k: total.max() if k.endswith("_max") else divide(total.sum(), count.sum())
-        for k, (total, count) in metrics.items()
-    }
+    first = {k: jax.tree.map(lambda x: x[:1], v) for k, v in metrics.items() if k.startswith("mismatch")}
+    unseen = first["mismatch"][1].sum() == 0
+    means = {}
+    for name, (total, count) in (metrics | first).items():
+        means[name] = total.max() if name.endswith("_max") else divide(total.sum(), count.sum())
+    return means | {name: jnp.where(unseen, jnp.nan, means[name]) for name in first}
 
 
 # ---------------------------------------------------------------- from rollouts to rows

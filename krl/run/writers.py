@@ -6,12 +6,15 @@ processes the first has writers.
 
 import contextlib
 import html
+import importlib
+import importlib.util
 import math
 import pathlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import numpy as np
 import tensorboardX
@@ -43,9 +46,9 @@ def wandb(project: str, workdir: pathlib.Path, config: Mapping) -> Iterator[Writ
     """A run of a Weights & Biases project, which a continued krl run goes on with; WANDB_MODE=offline keeps it in workdir/wandb.
 
     Raises:
-        ValueError: the library is not installed, or the service refuses.
+        ValueError: the service refuses.
     """
-    library = _import("wandb", "config.log.wandb")
+    library: Any = importlib.import_module("wandb")
     options = {"project": project, "dir": str(workdir), "name": workdir.name, "config": dict(config)}
     quiet = library.Settings(quiet=True)  # where the run is shown, but no table at the end
     try:
@@ -54,14 +57,21 @@ def wandb(project: str, workdir: pathlib.Path, config: Mapping) -> Iterator[Writ
         raise ValueError(
             f"config.log.wandb={project!r}: {_one_line(error)} (WANDB_MODE=offline needs no key)"
         ) from None
-    with opened as run:
+    opened.define_metric(
+        "*", step_metric="step"
+    )  # W&B's own count would leave out what is taken again after a rollback
 
-        def write(step, scalars, histograms, texts):
-            shown = {name: library.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()}
-            bars = {f"{name}_histogram": library.Histogram(values) for name, values in histograms.items()}
-            run.log({**scalars, **bars, **shown}, step=step)
+    def write(step, scalars, histograms, texts):
+        shown = {name: library.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()}
+        bars = {f"{name}_histogram": library.Histogram(values) for name, values in histograms.items()}
+        opened.log({"step": step, **scalars, **bars, **shown})
 
+    failed = True
+    try:
         yield write
+        failed = False
+    finally:
+        opened.finish(exit_code=int(failed))
 
 
 @contextmanager
@@ -69,13 +79,13 @@ def mlflow(uri: str, workdir: pathlib.Path, config: Mapping) -> Iterator[Writer]
     """A run of the MLflow experiment "krl", which a continued krl run goes on with; scalars and the config.
 
     Args:
-        uri: of the tracking server or store, such as "http://host:5000" or "sqlite:///mlflow.db".
+        uri: of the tracking server, such as "http://host:5000".
         workdir, config: of the run.
 
     Raises:
-        ValueError: the library is not installed, or the server cannot be used.
+        ValueError: the server cannot be used.
     """
-    library = _import("mlflow", "config.log.mlflow")
+    library: Any = importlib.import_module("mlflow")
     refused = library.exceptions.MlflowException
     try:
         client = library.MlflowClient(tracking_uri=uri)
@@ -96,11 +106,13 @@ def mlflow(uri: str, workdir: pathlib.Path, config: Mapping) -> Iterator[Writer]
             works = False
             say(f"krl: MLflow gets nothing from step {step} on: {_one_line(error)}")
 
+    status = "FAILED"
     try:
         yield write
+        status = "FINISHED"
     finally:
         with contextlib.suppress(refused):
-            client.set_terminated(run)
+            client.set_terminated(run, status)
 
 
 def _mlflow_run(client, workdir: pathlib.Path, config: Mapping) -> str:
@@ -109,6 +121,7 @@ def _mlflow_run(client, workdir: pathlib.Path, config: Mapping) -> str:
     number = experiment.experiment_id if experiment else client.create_experiment("krl")
     found = client.search_runs([number], f"tags.krl = '{identity}'")
     if found:
+        client.update_run(found[0].info.run_id, status="RUNNING")
         return found[0].info.run_id
     run = client.create_run(number, tags={"krl": identity}, run_name=workdir.name).info.run_id
     for name, value in config.items():
@@ -122,11 +135,15 @@ def find_writers(workdir: pathlib.Path, config: Mapping) -> list[AbstractContext
     return [writer(where, workdir, config) for writer, where in asked.items() if where]
 
 
-def _import(name: str, key: str):
-    try:
-        return __import__(name)
-    except ImportError:
-        raise ValueError(f"{key} needs {name}, which is not installed: pip install 'krl[{name}]'") from None
+def check_writers(config: Mapping) -> None:
+    """Check that what a flat config asks for is installed.
+
+    Raises:
+        ValueError: it is not; with what to install.
+    """
+    for name, package in (("wandb", "wandb"), ("mlflow", "mlflow-skinny")):
+        if config[f"log.{name}"] and importlib.util.find_spec(name) is None:
+            raise ValueError(f"config.log.{name} needs {package}, which is not installed: pip install {package}")
 
 
 def _one_line(error: Exception) -> str:
