@@ -57,11 +57,11 @@ def parse(line):
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ("--config.alloc.bugdet=3", "there is no config key alloc.bugdet; did you mean alloc.budget?"),
-        ("--config.budget=3", "there is no config key budget; did you mean alloc.budget?"),
-        ("--config.learning_rate=1", "there is no config key learning_rate; did you mean sft.learning_rate or optim.learning_rate?"),
-        ("--config.zzzz=1", "there is no config key zzzz; krl/configs/default.py has all of them"),
-        ("--config.alloc.rule.x=1", "there is no config key alloc.rule.x; did you mean alloc.rule?"),
+        ("--config.alloc.bugdet=3", "unknown config key alloc.bugdet; did you mean alloc.budget?"),
+        ("--config.budget=3", "unknown config key budget; did you mean alloc.budget?"),
+        ("--config.learning_rate=1", "unknown config key learning_rate; did you mean sft.learning_rate or optim.learning_rate?"),
+        ("--config.zzzz=1", "unknown config key zzzz; krl/configs/default.py has all of them"),
+        ("--config.alloc.rule.x=1", "unknown config key alloc.rule.x; did you mean alloc.rule?"),
         ("--config.alloc=3", "config.alloc is a section; change its keys, such as --config.alloc.budget=value"),
         ("--config.steps=abc", "config.steps='abc' must be a whole number"),
         ("--config.steps=2.5", "config.steps='2.5' must be a whole number"),
@@ -107,7 +107,7 @@ def test_a_command_line_that_is_wrong(here, line, told):
         ("--config imports.py", "the config file imports.py failed in line 2: ModuleNotFoundError: No module named 'no_such_module'"),
         ("--config asks.py", "the config file asks.py failed: TypeError: get_config() missing 1 required positional argument: 'which'"),
         ("--config bare.py", "the config file bare.py: there is no config.alloc.budget; begin with krl.configs.default.get_config() and change values"),
-        ("--config typo.py", "the config file typo.py: there is no config key alloc.bugdet; did you mean alloc.budget?"),
+        ("--config typo.py", "the config file typo.py: unknown config key alloc.bugdet; did you mean alloc.budget?"),
         ("--config none.py", "the config file none.py: config.steps=None must be a whole number"),
     ],
 )  # fmt: skip
@@ -224,7 +224,7 @@ def test_places_that_are_wrong(here):
 def test_a_notebook_is_told_of_a_key_that_is_none(here):
     config = config_with()
     config.alloc.bugdet = 3
-    assert told_by(train, config, "work") == "there is no config key alloc.bugdet; did you mean alloc.budget?"
+    assert told_by(train, config, "work") == "unknown config key alloc.bugdet; did you mean alloc.budget?"
     assert not (here / "work").exists()
 
 

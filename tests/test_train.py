@@ -244,7 +244,7 @@ def test_a_fine_tuning_that_is_not_finite_stops_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"alloc.rulez": "uniform"}, "train.py: there is no config key alloc.rulez; did you mean alloc.rule?"),
+        ({"alloc.rulez": "uniform"}, "train.py: unknown config key alloc.rulez; did you mean alloc.rule?"),
         ({"steps": "many"}, "train.py: config.steps='many' must be a whole number"),
         ({"alloc.budget": 6}, "config.alloc.budget=6 must be between 8"),
     ],

@@ -49,7 +49,7 @@ def check_keys(config: ConfigDict) -> None:
 def no_such_key(key: str, known: Iterable[str]) -> str:
     """That there is no such key, and which one was meant."""
     meant = did_you_mean(key, list(known))
-    return f"there is no config key {key}{meant or '; krl/configs/default.py has all of them'}"
+    return f"unknown config key {key}{meant or '; krl/configs/default.py has all of them'}"
 
 
 def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
