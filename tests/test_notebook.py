@@ -56,7 +56,7 @@ def test_what_is_kept_of_a_notebook(name):
     }  # fmt: skip
     code = [cell for cell in book["cells"] if cell["cell_type"] == "code"]
     assert code[0]["metadata"]["tags"] == ["install"]
-    assert "".join(code[0]["source"]).startswith("%pip install -q krl")
+    assert "".join(code[0]["source"]).startswith("%pip install -q ..")
     assert not any("execution" in cell["metadata"] for cell in code)
     outputs = [output for cell in code for output in cell["outputs"]]
     assert sum("image/png" in output.get("data", ()) for output in outputs) >= 2
