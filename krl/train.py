@@ -62,7 +62,6 @@ from krl.run.processes import (
     stay_together,
     sum_over_processes,
 )
-from krl.run.rollouts import describe_rollouts
 from krl.run.setup import NAMES, Setup, about_run, find_optimizer, find_slots, set_up, start_params
 from krl.run.update import (
     abstract_state,
@@ -251,6 +250,8 @@ mean_tokens = jax.jit(budget.mean_tokens)
 
 def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, reference: dict | None) -> Run:
     """Bind the functions of a step to their part of the config."""
+    from krl.run.rollouts import describe_rollouts  # with Arrow, for which help and refusals need not wait
+
     tokenizer, alloc, loss = parts.tokenizer, config.alloc, config.loss
     layout = reshape_mesh(parts.mesh, tuple(config.mesh.decode))
     place = functools.partial(place_whole, parts.mesh)

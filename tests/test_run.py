@@ -210,7 +210,7 @@ def test_a_checkpoint_tells_of_itself_and_takes_the_place_of_later_ones(tmp_path
 
 def test_checkpoints_may_lie_in_object_storage(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(checkpoint.ocp, "CheckpointManager", lambda directory, **_: asked.append(str(directory)))
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager", lambda directory, **_: asked.append(str(directory)))
     monkeypatch.chdir(tmp_path)
     for given in ("gs://bucket/run/checkpoints", "s3://bucket/run/checkpoints", "run/checkpoints"):
         Checkpoints(given, keep=1)

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 from absl import logging
@@ -347,6 +346,8 @@ def export(workdir: str | pathlib.Path, path: str | pathlib.Path, *, dtype: str 
     Raises:
         ValueError: there is no checkpoint that can be read, or `save_hf` refuses.
     """
+    import orbax.checkpoint as ocp  # slow to import, and only an export needs it
+
     workdir = pathlib.Path(workdir)
     if not (workdir / "policy").is_dir():
         raise ValueError(f"{workdir} holds no run; give the --workdir of a train.py run")

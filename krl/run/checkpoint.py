@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from krl.run.processes import any_process, is_first, say
@@ -24,6 +23,8 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, *, keep: int):
         """Open or create a directory, which may be in object storage, that keeps its newest `keep` checkpoints."""
+        import orbax.checkpoint as ocp  # takes most of a second, for which help and refusals need not wait
+
         local = "://" not in str(directory)
         self.directory = epath.Path(directory).absolute() if local else epath.Path(directory)
         # Processes wait for each other by name, and two directories may be written at a time.
@@ -56,6 +57,8 @@ class Checkpoints:
         Raises:
             ValueError: this one or the one before, whose writing ends meanwhile, found no space on the disk.
         """
+        import orbax.checkpoint as ocp
+
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         if about:
             arguments[_ABOUT] = ocp.args.JsonSave(about)
@@ -82,6 +85,8 @@ class Checkpoints:
 
     def about_newest(self) -> dict:
         """What was saved about the newest checkpoint; {} if nothing was, or there is none."""
+        import orbax.checkpoint as ocp
+
         self._finish()
         step = self.latest_step()
         if step is None or not (self.directory / str(step) / _ABOUT).exists():
@@ -103,6 +108,8 @@ class Checkpoints:
         Raises:
             ValueError: no checkpoint can be read, or its arrays are not those of `like`; the message names the directory.
         """
+        import orbax.checkpoint as ocp
+
         self._finish()
         abstract, problems = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), {}
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}

@@ -8,7 +8,6 @@ from typing import TypedDict
 import numpy as np
 
 from krl.run.metrics import read_rows
-from krl.run.rollouts import logged_steps, read_rollouts
 
 STATES = ("never", "rarely", "sometimes", "mostly", "always")  # how often a held-out prompt is solved
 FIELD_VALUES = (2, 200)  # fewest and most values of a field that prompts are grouped by
@@ -77,6 +76,8 @@ def sample_rollouts(workdir: pathlib.Path, most: int, steps: int = 16) -> list[d
     Returns:
         A row a rollout with the log's columns, see `krl.run.rollouts`, by step.
     """
+    from krl.run.rollouts import logged_steps, read_rollouts  # with Arrow, which nothing else here needs
+
     log = workdir / "rollouts"
     logged = logged_steps(log)
     chosen = sorted(

@@ -13,21 +13,22 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 from krl.learn import mixed_groups
 from krl.masked import divide, masked_sum, segment_sum
 from krl.run.processes import is_first
-from krl.run.rollouts import drop_steps, logged_steps, show_rollouts, write_step
 from krl.run.writers import Writer, tensorboard
 from krl.types import Rollouts
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 STUCK = 77  # exit code of a run that a phase without an end stopped
 
@@ -241,6 +242,8 @@ class MetricsLog:
             partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
             partial.replace(path)
             self._files[name] = self._open.enter_context(path.open("a"))
+        from krl.run.rollouts import drop_steps, logged_steps  # with Arrow, which only a run needs
+
         drop_steps(self._rollouts, [step for step in logged_steps(self._rollouts) if step > first_step])
         with self._open:  # a writer that cannot be opened closes the others
             for writer in (tensorboard(workdir / "tensorboard", first_step), *writers):
@@ -269,8 +272,10 @@ class MetricsLog:
         finite = {name: values[np.isfinite(values)] for name, values in bars.items()}
         self._show(step, histograms={name: values for name, values in finite.items() if values.size})
 
-    def write_rollouts(self, step: int, table: pa.Table) -> None:
+    def write_rollouts(self, step: int, table: "pa.Table") -> None:
         """Add the rollouts of a step that this process has to the log, and show some of them now and then."""
+        from krl.run.rollouts import show_rollouts, write_step
+
         write_step(self._rollouts, step, table, self._rollouts_gb)
         if self._writers and self._texts_every and step % self._texts_every == 0 and table.num_rows:
             self._show(step, texts={"rollouts": show_rollouts(table)})

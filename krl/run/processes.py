@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -95,6 +94,8 @@ def stay_together() -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
+    import orbax.checkpoint as ocp  # slow to import
+
     client = ocp.multihost.get_jax_distributed_client()
     over = threading.Event()
     heard = {f"krl/alive/{index}": Sign(0, 0) for index in range(jax.process_count())}
@@ -167,12 +168,17 @@ def say(line: str) -> None:
 @contextlib.contextmanager
 def first_before_others(name: str) -> Iterator[None]:
     """Process 0 goes through the block, then all others do; the name is used once in a run."""
-    several = jax.process_count() > 1
-    wait = ocp.multihost.get_barrier_sync_fn() if several else None
-    if wait and not is_first():
+    if jax.process_count() == 1:
+        yield
+        return
+    import orbax.checkpoint as ocp  # slow to import
+
+    wait = ocp.multihost.get_barrier_sync_fn()
+    assert wait is not None  # only a single process has none
+    if not is_first():
         wait(key=name, timeout_ms=SETUP_SECONDS * 1000)
     yield
-    if wait and is_first():
+    if is_first():
         wait(key=name, timeout_ms=SETUP_SECONDS * 1000)
 
 

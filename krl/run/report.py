@@ -6,6 +6,7 @@ compares runs of the same prompts; --out report.html writes the page alone. Runs
 """
 
 import argparse
+import importlib
 import math
 import pathlib
 import sys
@@ -14,9 +15,11 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from krl.run import figures, page
 from krl.run.history import Run, read_runs, rollouts_to_reach, summary
 from krl.run.metrics import format_seconds
+
+# What figures and page are drawn with: module, and what pip calls it. Slow to import, and a run needs none of them.
+LIBRARIES = {"altair": "altair", "jinja2": "jinja2", "matplotlib": "matplotlib", "vl_convert": "vl-convert-python"}
 
 
 def write(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> str:
@@ -30,7 +33,7 @@ def write(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> str:
         Where the figures and the page are, a table with a row a run, and the sentence that compares their accuracies.
 
     Raises:
-        ValueError: a directory holds no run.
+        ValueError: a directory holds no run, or a library is missing.
     """
     drawn, path, told = _write(workdirs, out)
     return "\n".join([*drawn, f"report: {path}", "", told])
@@ -38,6 +41,11 @@ def write(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> str:
 
 def _write(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> tuple[list[str], pathlib.Path, str]:
     """(a line that says where the figures are, if they were drawn; where the page is; what they come to)."""
+    problem = missing_libraries()
+    if problem:
+        raise ValueError(problem)
+    from krl.run import figures, page
+
     runs, drawn = read_runs(workdirs), []
     path = out if out.suffix == ".html" else out / "report.html"
     if path != out:
@@ -49,7 +57,23 @@ def _write(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> tuple[list[st
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8", errors="replace")
     partial.replace(path)
-    return drawn, path, f"{table(runs)}\n\n{sentence(runs)}"
+    return drawn, path, in_words(runs)
+
+
+def missing_libraries() -> str:
+    """Which of LIBRARIES cannot be imported, and what to install; "" if all can be."""
+    missing = []
+    for name, package in LIBRARIES.items():
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            missing.append(package)
+    return f"the report needs {', '.join(missing)}: pip install {' '.join(missing)}" if missing else ""
+
+
+def in_words(runs: Sequence[Run]) -> str:
+    """The table of some runs and the sentence that compares them."""
+    return f"{table(runs)}\n\n{sentence(runs)}"
 
 
 def columns(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -88,7 +112,7 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
-def sentence(runs: list[Run]) -> str:
+def sentence(runs: Sequence[Run]) -> str:
     """The runs' accuracy at their last evaluation, the last run first, with their rollouts a step.
 
     Runs of different length also say their steps: those times the rollouts a step is what each spent.
@@ -109,8 +133,15 @@ def _rate(value: float) -> str:
 
 
 def of_a_run(workdir: pathlib.Path) -> str:
-    """Write a run's report; what goes wrong there is told, and is not the run's failure."""
+    """Write a run's report; what goes wrong there is told, and is not the run's failure.
+
+    Without the libraries that draw it there are the words, and what to install.
+    """
     try:
+        problem = missing_libraries()
+        if problem:
+            again = f"python -m krl.run.report {workdir} --out {workdir}"
+            return f"{in_words(read_runs([workdir]))}\n\nkrl: no figures and no page: {problem}, then {again}"
         return write([workdir], workdir)
     except Exception as error:
         return f"krl: the run is finished, but its report could not be written ({type(error).__name__}: {error})"

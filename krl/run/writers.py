@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
-import tensorboardX
 
 from krl.run.processes import say
 
@@ -26,7 +25,16 @@ Writer = Callable[[int, Mapping[str, float], Mapping[str, np.ndarray], Mapping[s
 
 @contextmanager
 def tensorboard(directory: pathlib.Path, first_step: int) -> Iterator[Writer]:
-    """Event files; what they have of steps after first_step is hidden, for it will be written again."""
+    """Event files; what they have of steps after first_step is hidden, for it will be written again.
+
+    Where tensorboardX is missing this is said, and nothing is written.
+    """
+    try:
+        import tensorboardX  # slow to import, and only a run needs it
+    except ImportError as error:
+        say(f"krl: no TensorBoard events are written ({_one_line(error)}): pip install tensorboardX")
+        yield lambda step, scalars, histograms, texts: None
+        return
     with tensorboardX.SummaryWriter(str(directory), purge_step=first_step + 1 if first_step else 0) as board:
 
         def write(step, scalars, histograms, texts):

@@ -1,0 +1,64 @@
+"""What is imported when: commands start without what only a run writes with, and runs go on where that is missing."""
+
+import subprocess
+import sys
+
+import pytest
+
+from krl.run import report
+from tests.command_line import ROOT, command, environment, rows
+from tests.test_report import write_run
+
+HEAVY = (
+    "altair", "datasets", "jinja2", "matplotlib", "mlflow", "orbax", "pandas", "pyarrow", "sympy", "tensorboardX", "torch",
+    "transformers", "vl_convert", "wandb",
+)  # fmt: skip
+OPTIONAL = ("altair", "matplotlib", "tensorboardX", "vl_convert")
+
+
+def python(program, *arguments, home):
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=300
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "modules", ["krl.train, krl.eval, krl.run.report, krl.run.plan", "krl, krl.budget, krl.learn, krl.policy, krl.tasks, krl.rollout"]
+)  # fmt: skip
+def test_programs_and_rooms_import_none_of_what_only_a_run_reads_or_writes_with(tmp_path, modules):
+    done = python(f"import {modules}, sys; print(*sorted(set({HEAVY}) & sys.modules.keys()))", home=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stdout + done.stderr
+
+
+def test_a_run_without_the_libraries_that_draw_trains_and_says_what_to_install(tmp_path):
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({OPTIONAL}))  # each is then missing
+from krl.train import run_command
+run_command()
+"""
+    keys = {"sft.steps": 0, "steps": 1, "eval.every": 0}
+    done = python(program, *command(tmp_path / "work", **keys)[2:], home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in rows(tmp_path / "work")] == [1]
+    said = done.stdout.splitlines()
+    (board,) = [line for line in said if "TensorBoard" in line]
+    assert board.endswith(": pip install tensorboardX")
+    workdir = tmp_path / "work"
+    assert said[-1] == (
+        "krl: no figures and no page: the report needs altair, matplotlib, vl-convert-python: pip install altair matplotlib "
+        f"vl-convert-python, then python -m krl.run.report {workdir} --out {workdir}"
+    )
+    assert any(line.startswith("knapsack with 16 rollouts a step: ") for line in said)  # the words are there all the same
+    assert "Traceback" not in done.stderr
+    assert not (workdir / "tensorboard").exists()
+    assert not (workdir / "report.html").exists()
+
+
+def test_the_report_without_a_library_is_refused_in_one_line(tmp_path, monkeypatch):
+    workdir = write_run(tmp_path / "run")
+    monkeypatch.setitem(sys.modules, "vl_convert", None)
+    with pytest.raises(SystemExit) as refused:
+        report.main([str(workdir), "--out", str(tmp_path / "out")])
+    assert refused.value.code == "krl.run.report: the report needs vl-convert-python: pip install vl-convert-python"
+    assert not (tmp_path / "out").exists()
