@@ -1,20 +1,25 @@
 # make demo   from one warm start: uniform budgets, uniform with twice the rollouts, the knapsack; and compare
 # make pod    two processes on this machine that train one policy
-# make test   the test suite
+# make test   the test suite, or TESTS="tests/test_budget.py ..." of it
+# make oldest the same with the oldest versions that requirements.txt admits, in .venv-oldest
 # make slow   tests that take minutes each: several processes; compiled as for users
 # make check  format, lint, types
 # make site   the documentation as web pages in site/; begin at site/index.html
 # make clean  remove what make demo wrote (.venv stays)
+#
+# make test PYTHON=python3.13 VENV=.venv313 does it with another Python, which has an environment of its own.
 
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+TESTS ?=
 RUNS ?= runs/demo
 PORT ?= 9876
 TRAIN = JAX_COMPILATION_CACHE_DIR=$(RUNS)/compiled $(VENV)/bin/python train.py \
   --config configs/operators.py --config.eval.samples=8 --config.sft.dir=$(RUNS)/sft
+REQUIREMENTS := -r requirements.txt
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo pod test slow check site clean
+.PHONY: demo pod test oldest slow check site clean same-python
 
 demo: $(VENV)/runtime-installed
 	@$(TRAIN) --workdir $(RUNS)/uniform --config.alloc.rule=uniform
@@ -33,7 +38,11 @@ pod: $(VENV)/runtime-installed
 	for process in $$all; do wait $$process || exit; done
 
 test: $(VENV)/dev-installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(TESTS)
+
+# "name>=version,..." becomes "name==version"
+oldest:
+	@$(MAKE) test VENV=.venv-oldest REQUIREMENTS="$$(sed -nE 's/^([A-Za-z_-]+)>=([^, ]+).*/\1==\2/p' requirements.txt | xargs)"
 
 slow: $(VENV)/dev-installed
 	XLA_FLAGS= $(VENV)/bin/python -m pytest -m slow tests
@@ -51,9 +60,9 @@ clean:
 	rm -rf $(RUNS)
 
 # A stamp is written only after an installation ended well, so one that was cut off is done again.
-$(VENV)/runtime-installed: requirements.txt | $(VENV)/bin/python
-	@echo "installing requirements.txt into $(VENV) (once, a minute or so)"
-	@$(INSTALL) -r requirements.txt
+$(VENV)/runtime-installed: requirements.txt | $(VENV)/bin/python same-python
+	@echo "installing what requirements.txt names into $(VENV) (once, a minute or so)"
+	@$(INSTALL) $(REQUIREMENTS)
 	@touch $@
 
 $(VENV)/dev-installed: pyproject.toml $(VENV)/runtime-installed
@@ -66,11 +75,19 @@ $(VENV)/docs-installed: pyproject.toml $(VENV)/runtime-installed
 	@$(INSTALL) --editable '.[docs]'
 	@touch $@
 
+# A Python that is asked for is used, or none is.
+ASKED := $(filter-out file,$(origin PYTHON))
+
+same-python: $(VENV)/bin/python
+	@[ -z "$(ASKED)" ] || [ "$$($(PYTHON) -VV 2>&1)" = "$$($< -VV)" ] || { \
+	  asked=$$($(PYTHON) -V 2>/dev/null) || asked="no Python that runs"; \
+	  echo "$(VENV) has $$($< -V), and PYTHON=$(PYTHON) is $$asked: give VENV=.venv-other too, or remove $(VENV)" >&2; exit 1; }
+
 $(VENV)/bin/python:
-	@for python in $(PYTHON) python3.13 python3.12 python3.11; do \
+	@for python in $(PYTHON) $(if $(ASKED),,python3.13 python3.12 python3.11); do \
 	  if $$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; \
 	  then exec $$python -m venv $(VENV); fi; \
 	done; \
-	echo "krl needs Python 3.11 or newer with venv and pip, and found none as $(PYTHON) or python3.11 to 3.13." >&2; \
+	echo "krl needs Python 3.11 or newer with venv and pip, and found none as $(PYTHON)$(if $(ASKED),, or python3.11 to 3.13)." >&2; \
 	echo "Install one (Debian: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3.12" >&2; \
 	exit 1

@@ -37,7 +37,7 @@ def environment(home):
 
 def run(workdir, *extra, **changes):
     return subprocess.run(
-        [*command(workdir, **changes), *extra], cwd=ROOT, env=environment(workdir.parent), capture_output=True, text=True, timeout=300
+        [*command(workdir, **changes), *extra], cwd=ROOT, env=environment(workdir.parent), capture_output=True, text=True, timeout=900
     )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from jax.experimental.compilation_cache import compilation_cache
 # Tests compile thousands of programs that run for milliseconds, so XLA is asked for quick compilations and not for quick
 # programs; a compilation takes a fifth of the time. XLA_FLAGS= make test compiles as for users. XLA ends a process that
 # names a flag it does not know, so only versions that know these are asked.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-if jax.__version_info__ < (0, 11):
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1"
+if True:
     os.environ.setdefault("XLA_FLAGS", QUICK)
 
 jax.config.update("jax_platforms", "cpu")

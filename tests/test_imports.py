@@ -18,7 +18,7 @@ OPTIONAL = ("altair", "matplotlib", "tensorboardX", "vl_convert")
 
 def python(program, *arguments, home):
     return subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, env=environment(home), capture_output=True, text=True, timeout=900
     )  # fmt: skip
 
 

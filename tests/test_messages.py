@@ -258,6 +258,6 @@ def test_a_port_that_is_taken(here):
 )  # fmt: skip
 def test_programs_end_in_that_line(tmp_path, command, told):
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=120
+        [sys.executable, *command], cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=600
     )
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{told}\n")

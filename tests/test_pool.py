@@ -94,8 +94,8 @@ def rewards(tmp_path, monkeypatch):
 def make_pool(reward="odd_rewards:odd", **changes):
     options = {
         "workers": 2,
-        "item_seconds": 10,
-        "batch_seconds": 20,
+        "item_seconds": 60,  # longer than a busy machine takes for any item that ends
+        "batch_seconds": 120,
         "items_per_worker": 1000,
         "memory_gb": 2,
     } | changes
@@ -115,7 +115,7 @@ def alive(pid: int) -> bool:
 
 
 def gone(pid: int) -> bool:
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while alive(pid) and time.monotonic() < end:
         time.sleep(0.02)
     return not alive(pid)
@@ -129,7 +129,8 @@ def test_items_come_while_others_are_scored():
         pool.work(lambda: next(ticks) >= 40, look_seconds=0.01)  # "sleep" keeps one worker, and this one until then
         assert next(ticks) == 41
         pool.add(items("0.125", "raise"))
-        pool._batch_seconds = 1.0
+        pool.work(lambda: not pool._batch.waiting and len(pool._busy()) == 1)
+        pool._batch_seconds = 0.1
         rewards, faults = pool.finish()
         assert rewards.tolist() == [0.5, 0.0, 0.25, 0.125, 0.0]
         assert faults == {"timeouts": 1, "crashes": 0, "errors": 1}
@@ -215,21 +216,21 @@ def test_crashes_cost_only_their_item():
 
 
 def test_late_items_are_killed_and_the_rest_is_scored():
-    with make_pool(item_seconds=0.6) as pool:
+    with make_pool(item_seconds=1.5) as pool:
         begin = time.monotonic()
         rewards, counts = pool.score(items("1", "sleep", "2", "deaf", "3", "4"))
         assert rewards.tolist() == [1, 0, 2, 0, 3, 4]
         assert counts == {"timeouts": 2, "crashes": 0, "errors": 0}
-        assert 0.6 <= time.monotonic() - begin < 6
+        assert 1.5 <= time.monotonic() - begin < 60
 
 
 def test_a_batch_ends_in_time_and_leaves_no_answer_behind():
     with make_pool(workers=1, batch_seconds=1.0) as pool:
         begin = time.monotonic()
-        rewards, counts = pool.score(items(*["slow"] * 50))
-        assert 1.0 <= time.monotonic() - begin < 2.0
-        assert 1 <= rewards.sum() <= 5
-        assert counts == {"timeouts": 50 - rewards.sum(), "crashes": 0, "errors": 0}
+        rewards, counts = pool.score(items(*["slow"] * 500))  # 0.2 s each
+        assert 1.0 <= time.monotonic() - begin < 60
+        assert rewards.sum() <= 5
+        assert counts == {"timeouts": 500 - rewards.sum(), "crashes": 0, "errors": 0}
     with make_pool(workers=1, batch_seconds=3) as pool:
         pool._batch_seconds = 0.3
         assert pool.score(items("sleep", "7"))[1]["timeouts"] == 2
@@ -258,7 +259,7 @@ def test_killed_workers_are_replaced_and_none_outlives_the_pool():
         pool.score(items(*["slow"] * 4))
         for worker in pool._workers:
             os.kill(worker.process.pid, signal.SIGKILL)
-        time.sleep(0.1)
+            assert gone(worker.process.pid)
         rewards, counts = pool.score(items("1", "2", "3"))  # they died while idle: no item is lost
         assert rewards.tolist() == [1, 2, 3]
         assert counts == NOTHING
@@ -274,7 +275,7 @@ def test_killed_workers_are_replaced_and_none_outlives_the_pool():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_what_a_late_item_started_ends_with_it(tmp_path):
     note = tmp_path / "pid"
-    with make_pool(workers=1, item_seconds=1.0) as pool:
+    with make_pool(workers=1, item_seconds=4.0) as pool:
         assert pool.score(items("family", prompt=str(note)))[1]["timeouts"] == 1
         assert gone(int(note.read_text()))
 
@@ -316,9 +317,13 @@ def test_idle_workers_use_no_processor():
     with make_pool(workers=1) as pool:
         pool.score(items("1"))
         (pid,) = [worker.process.pid for worker in pool._workers]
-        before = ticks(pid)
-        time.sleep(0.5)
-        assert ticks(pid) == before
+
+        def rests() -> bool:
+            before = ticks(pid)
+            time.sleep(0.5)
+            return ticks(pid) == before
+
+        assert any(rests() for _ in range(10))  # at first it may still be on its way back to waiting
 
 
 @pytest.mark.parametrize("workers", [0, 2])

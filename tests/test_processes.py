@@ -84,7 +84,7 @@ def test_two_processes_that_are_killed_and_stopped_give_what_one_gives(tmp_path)
     began = time.monotonic()
     codes, outputs = finish(run)
     assert codes == [processes.ENDED_BY_ANOTHER, -signal.SIGKILL], outputs
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
     assert re.search(r"^krl: process 1 has been silent for 30 s; the same command continues", outputs[0], re.M)
     assert "knapsack" not in outputs[1]  # one process tells how the run is
 
@@ -137,7 +137,7 @@ def test_what_one_process_refuses_ends_all_in_one_line(tmp_path):
     began = time.monotonic()
     codes, outputs = finish(start(tmp_path / "pod", **{"alloc.prior": "groups", "alloc.prior_field": "nothing"}))
     assert codes == [1, processes.ENDED_BY_ANOTHER], outputs
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 200
     for output in outputs:
         said = [line for line in output.splitlines() if line.startswith("krl: process 0 ends")]
         assert len(said) == 1

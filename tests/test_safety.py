@@ -47,7 +47,7 @@ def test_overrides_are_values_and_never_run(tmp_path, key):
     for value in (code, f"({code},)", f"!!python/object/apply:pathlib.Path.touch [{tmp_path / 'ran'}]"):
         parsed = subprocess.run(
             [sys.executable, "-c", PARSED, "--config", "configs/arithmetic.py", f"--config.{key}={value}"],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
         assert not (tmp_path / "ran").exists()
         if key in ("mesh.shape", "data.name") and parsed.returncode == 0:

@@ -299,7 +299,7 @@ train(pathlib.Path(sys.argv[1]), place=Updates(13, kill))
 def test_a_killed_training_loses_the_updates_of_one_period(tmp_path, uninterrupted):
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     rest = Updates()

@@ -190,11 +190,11 @@ def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number, capsys)
     process = subprocess.Popen(
         command(workdir, **changes), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
-    file, deadline = workdir / "metrics.jsonl", time.time() + 120
+    file, deadline = workdir / "metrics.jsonl", time.time() + 600
     while time.time() < deadline and not (file.exists() and len(rows(workdir)) > 3):
         time.sleep(0.1)
     process.send_signal(number)
-    output, errors = process.communicate(timeout=120)
+    output, errors = process.communicate(timeout=600)
     assert process.returncode == 75, errors  # saved, to be continued
     assert "stopped after step" in output
     assert "Traceback" not in errors
@@ -209,7 +209,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint(finished, tmp_path):
     process = subprocess.Popen(
         command(workdir), cwd=ROOT, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.time() + 120
+    deadline = time.time() + 600
     while time.time() < deadline and not (workdir / "checkpoints" / "2").exists() and process.poll() is None:
         time.sleep(0.01)
     process.kill()
