@@ -1,5 +1,6 @@
 """Data sets by name: rows in each publisher's shape, and the real files where KRL_DATA names their directory."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -76,6 +77,11 @@ SHAPES = {
 }  # fmt: skip
 
 
+def load(name, **options):
+    """The tasks without the rest of their rows."""
+    return dataclasses.replace(load_named(name, **options), rows=())
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -85,8 +91,13 @@ def write(path, rows):
 def test_rows_in_the_publishers_shape(tmp_path, name):
     rows, tasks = SHAPES[name]
     path = write(tmp_path / f"{name}.jsonl", rows)
-    assert load_named(name, split="test", path=path) == tasks
-    assert load_named(name, split="train", path=path, limit=1) == tasks.take([0])
+    assert load(name, split="test", path=path) == tasks
+    assert load(name, split="train", path=path, limit=1) == tasks.take([0])
+
+
+def test_the_rest_of_a_row_is_the_row_as_published(tmp_path):
+    rows = SHAPES["dapo"][0]
+    assert load_named("dapo", split="train", path=write(tmp_path / "dapo.jsonl", rows)).rows == tuple(rows[:2])
 
 
 def test_every_name_is_tried_here():
@@ -96,7 +107,7 @@ def test_every_name_is_tried_here():
 def test_parquet_reads_as_json_lines_do(tmp_path):
     rows, tasks = SHAPES["dapo"]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "dapo.parquet"))
-    assert load_named("dapo", split="train", path=str(tmp_path / "dapo.parquet"), limit=2) == tasks
+    assert load("dapo", split="train", path=str(tmp_path / "dapo.parquet"), limit=2) == tasks
 
 
 @pytest.mark.parametrize(
@@ -109,7 +120,7 @@ def test_parquet_reads_as_json_lines_do(tmp_path):
     ],
 )  # fmt: skip
 def test_other_spellings(tmp_path, name, row, task):
-    assert load_named(name, split="test", path=write(tmp_path / "rows.jsonl", [row])) == task
+    assert load(name, split="test", path=write(tmp_path / "rows.jsonl", [row])) == task
 
 
 def gpqa(number):
@@ -142,7 +153,7 @@ def test_solutions_are_taken_only_if_every_row_has_one(tmp_path):
 def test_rows_without_an_answer(tmp_path):
     rows = [{"problem": str(i), "answer": answer} for i, answer in enumerate(["1", None, "", "2"])]
     path = write(tmp_path / "rows.jsonl", rows)
-    assert load_named("math", split="train", path=path) == TaskSet(("0", "3"), ("1", "2"))
+    assert load("math", split="train", path=path) == TaskSet(("0", "3"), ("1", "2"))
     with pytest.raises(ValueError, match=r"row 1 of data file .*rows\.jsonl has no 'answer'"):
         load_named("aime", split="test", path=path)
     with pytest.raises(ValueError, match="has no row with an answer"):

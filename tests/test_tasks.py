@@ -1,8 +1,10 @@
 """Tasks: exact answers, disjoint splits, files of several formats and odd content."""
 
+import dataclasses
 import functools
 import json
 import logging
+import pickle
 import re
 from typing import Any
 
@@ -55,6 +57,11 @@ def test_ladder_refuses_the_impossible():
 ROWS = [{"question": f"{i}?", "answer": f"so #### {i}"} for i in range(5)]
 
 
+def texts(tasks):
+    """The tasks without the rest of their rows."""
+    return dataclasses.replace(tasks, rows=())
+
+
 def load(path, **changes):
     options: dict[str, Any] = {
         "name": "", "subset": "", "split": "train", "prompt_field": "question", "answer_field": "answer",
@@ -78,6 +85,15 @@ def test_local_files_of_each_format(tmp_path, suffix):
     tasks = load(path, completion_field="answer", limit=3)
     assert tasks.prompts == ("0?", "1?", "2?")
     assert tasks.answers == tasks.completions == ("so #### 0", "so #### 1", "so #### 2")
+
+
+def test_what_else_a_row_has_is_kept_for_rewards(tmp_path):
+    rows = [row | {"tests": [f"f({i}) == 1"], "meta": {"level": i, "tags": None}} for i, row in enumerate(ROWS)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = load(tmp_path / "rows.jsonl", completion_field="answer", fields=["tests"])
+    assert tasks.rows == tuple({"tests": row["tests"], "meta": row["meta"]} for row in rows)
+    assert tasks.take([3, 1]).rows == (tasks.rows[3], tasks.rows[1])
+    assert pickle.loads(pickle.dumps(tasks)) == tasks
 
 
 GOOD = '{"question": "1", "answer": "2"}\n'
@@ -138,10 +154,10 @@ def test_chats_are_read_as_questions_and_solutions(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": [USER, REPLY]}) + "\n")
     tasks = load(path, prompt_field="messages", answer_field="", completion_field="messages")
-    assert tasks == TaskSet(("1+1?",), ("It is \\boxed{2}.",), ("It is \\boxed{2}.",))
+    assert texts(tasks) == TaskSet(("1+1?",), ("It is \\boxed{2}.",), ("It is \\boxed{2}.",))
     path.write_text(json.dumps({"prompt": [USER], "completion": [REPLY], "answer": 2}) + "\n")
     tasks = load(path, prompt_field="prompt", completion_field="completion")
-    assert tasks == TaskSet(("1+1?",), ("2",), ("It is \\boxed{2}.",))
+    assert texts(tasks) == TaskSet(("1+1?",), ("2",), ("It is \\boxed{2}.",))
 
 
 def test_an_unreachable_hub_is_one_line(monkeypatch):
@@ -157,7 +173,7 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
 def test_the_network_is_not_asked_about_local_files(tmp_path, monkeypatch):
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("looked up a host"))
     (tmp_path / "rows.jsonl").write_text(GOOD)
-    assert load(tmp_path / "rows.jsonl") == TaskSet(("1",), ("2",))
+    assert texts(load(tmp_path / "rows.jsonl")) == TaskSet(("1",), ("2",))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,10 @@ class TaskSet:
     answers: tuple[Answer, ...]
     completions: tuple[str, ...] = ()  # worked solutions for a supervised start; may be empty
     fields: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # what else is known, by name
+    # What a reward function may ask for: each row's fields besides those with the prompt, the answer and the completion
+    # (of a data set that krl knows by name: the row as published), as plain Python values that can be pickled. () where
+    # tasks come from no rows.
+    rows: tuple[Mapping[str, object], ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -35,6 +39,7 @@ class TaskSet:
             answers=tuple(self.answers[i] for i in rows),
             completions=tuple(self.completions[i] for i in rows) if self.completions else (),
             fields={name: tuple(values[i] for i in rows) for name, values in self.fields.items()},
+            rows=tuple(self.rows[i] for i in rows) if self.rows else (),
         )
 
 
@@ -102,6 +107,7 @@ def load_tasks(
     answers: list[Answer] = []
     completions: list[str] = []
     known: dict[str, list[str]] = {field: [] for field in fields}
+    others: list[dict[str, object]] = []
     for number, row in enumerate(itertools.islice(rows, limit or None)):
         at = f"row {number} of {source}"
         prompts.append(plain_text(row[prompt_field], "user", prompt_field, at))
@@ -110,9 +116,9 @@ def load_tasks(
         answers.append(plain_answer(row[answer_field], answer_field, at) if answer_field else completions[-1])
         for field, texts in known.items():
             texts.append("" if row[field] is None else str(row[field]))
-    return TaskSet(
-        tuple(prompts), tuple(answers), tuple(completions), {field: tuple(texts) for field, texts in known.items()}
-    )
+        others.append({name: value for name, value in row.items() if name not in named[:3]})
+    by_field = {field: tuple(texts) for field, texts in known.items()}
+    return TaskSet(tuple(prompts), tuple(answers), tuple(completions), by_field, tuple(others))
 
 
 def plain_text(value: object, role: str, field: str, at: str) -> str:

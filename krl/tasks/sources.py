@@ -58,20 +58,20 @@ def load_named(name: str, *, split: str, path: str = "", limit: int = 0, fields:
     tasks = list(itertools.islice(_read(source, rows, columns, where, fields), limit or None))
     if not tasks:
         raise ValueError(f"{where} has no row with an answer")
-    prompts, answers, solutions, known = zip(*tasks, strict=True)
+    prompts, answers, solutions, known, published = zip(*tasks, strict=True)
     by_field = {field: tuple(texts[i] for texts in known) for i, field in enumerate(fields)}
-    return TaskSet(prompts, answers, solutions if all(solutions) else (), by_field)
+    return TaskSet(prompts, answers, solutions if all(solutions) else (), by_field, published)
 
 
 def _read(
     source: Source, rows: Iterator[dict], columns: list[str], where: str, fields: Sequence[str]
-) -> Iterator[tuple[str, Answer, str, list[str]]]:
-    """The problem, the answer, the worked solution ("" for none) and the further fields of each row."""
+) -> Iterator[tuple[str, Answer, str, list[str], dict]]:
+    """The problem, the answer, the worked solution ("" for none), the further fields and the whole of each row."""
     seen: set[str] = set()
-    for number, row in enumerate(rows):
+    for number, published in enumerate(rows):
         at = f"row {number} of {where}"
         try:
-            row = source.prepare(row)
+            row = source.prepare(published)
             problem_field, answer_field = _first_of(source.problem, row), _first_of(source.answer, row)
         except KeyError as error:
             raise ValueError(f"{where} has no field {error.args[0]!r}; its fields are {columns}") from None
@@ -83,7 +83,7 @@ def _read(
         seen.add(problem)
         solution = next((row[field] for field in source.solution if field in row), None)
         known = ["" if row[field] is None else str(row[field]) for field in fields]
-        yield problem, plain_answer(row[answer_field], answer_field, at), solution or "", known
+        yield problem, plain_answer(row[answer_field], answer_field, at), solution or "", known, published
 
 
 def _first_of(names: tuple[str, ...], row: dict) -> str:
