@@ -16,6 +16,7 @@ from krl.policy.tokenizer import (
     load_tokenizer,
     train_sentencepiece,
 )
+from krl.tasks.templates import find_template
 from tests.bpe import CHATML, TEXTS, byte_level, write
 
 HARD_TEXTS = ["naïve — 数学\n\n#### 1,234", "🙂👩‍🔬 a .b ,c 's", "\t\r\n  x  \n", "\\boxed{\\frac{1}{2}}", "12345"]
@@ -132,6 +133,59 @@ def test_llama_puts_its_first_token_in_front_once(tmp_path):
     assert tmp_path / "chat_template.jinja" in tokenizer.files
 
 
+@pytest.fixture
+def begun(tmp_path):
+    """(a tokenizer that puts <bos> in front, the id of <bos>); its chat template writes <bos> and knows `think`."""
+    plain = byte_level(["<bos>", "<end>"])
+    begin = plain.token_to_id("<bos>")
+    plain.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", begin)])
+    names = {"bos_token": "<bos>", "eos_token": "<end>"}
+    write(tmp_path, tokenizer=plain, tokenizer_config=names)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% endif %}"
+        "{% for m in messages if m.role != 'system' %}[{{ m.content.split('</think>')[-1] }}]{% endfor %}"
+        "{% if think is defined and not think %}()/{% endif %}"
+    )
+    return load_tokenizer(tmp_path), begin
+
+
+def test_no_template_doubles_the_first_token(begun):
+    tokenizer, begin = begun
+    text = tokenizer.encode("1+<bos>1")  # which is only looked at in front
+    assert text.count(begin) == 1
+    for front in ("", "<bos>", "<bos><bos>"):
+        assert tokenizer.encode_prompt(front + "1+<bos>1") == [begin, *text]
+        assert find_template(front + "{prompt}")(tokenizer, "1+<bos>1") == [begin, *text]
+    said = tokenizer.encode("be[1]")
+    for front in ("", "<bos>"):
+        system = {"role": "system", "content": front + "be"}
+        assert tokenizer.encode_chat([system, {"role": "user", "content": "1"}]) == [begin, *said]
+    assert tokenizer.encode_prompt("<bos>") == tokenizer.encode_prompt("") == [begin]
+
+
+def test_template_arguments_are_the_templates_own(begun):
+    tokenizer, begin = begun
+    ask = [{"role": "user", "content": "1"}]
+    assert tokenizer.encode_chat(ask, think=True) == [begin, *tokenizer.encode("[1]")]
+    assert tokenizer.encode_chat(ask, think=False) == [begin, *tokenizer.encode("[1]()/")]
+    assert find_template("chat", {"think": False, "system_prompt": "be"})(tokenizer, "1") == [
+        begin, *tokenizer.encode("be[1]()/")
+    ]  # fmt: skip
+    for name in ("thinking", "thin", "max_length", "tokenize"):
+        with pytest.raises(ValueError, match=f"(no variable '{name}'; take it out of config.data.template_arg|fails)"):
+            tokenizer.encode_chat(ask, **{name: False})
+
+
+def test_a_message_that_the_template_leaves_out_is_told(begun):
+    tokenizer, begin = begun
+    ask, late = {"role": "user", "content": "1"}, {"role": "system", "content": "late"}
+    with pytest.raises(ValueError, match="leaves out the system message") as error:
+        tokenizer.encode_chat([ask, late, ask])
+    assert "\n" not in str(error.value)
+    thought = {"role": "assistant", "content": "<think>long</think>2"}  # thoughts are left out on purpose
+    assert tokenizer.encode_chat([ask, thought, ask]) == [begin, *tokenizer.encode("[1][2][1]")]
+
+
 def test_the_network_is_never_asked(qwen, monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("connected"))
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("looked up a host"))
@@ -185,7 +239,10 @@ def test_a_published_sentencepiece_model(tmp_path):
     }  # fmt: skip
     for add, front in ((True, [1]), (False, [])):
         write(tmp_path, tokenizer_config={"add_bos_token": add})
-        assert load_tokenizer(tmp_path).encode_prompt("12") == front + tokenizer.encode("12")
+        changed = load_tokenizer(tmp_path)
+        assert changed.encode_prompt("12") == front + tokenizer.encode("12")
+        for text in ("<s>12", "<s><s>12"):  # as the templates on model cards spell that piece
+            assert changed.encode_prompt(text) == [1, *tokenizer.encode("12")]
 
 
 def test_training_is_reproducible(tmp_path):

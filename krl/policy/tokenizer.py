@@ -3,9 +3,11 @@
 Nothing here uses the network or runs code that comes with a checkpoint.
 """
 
+import contextlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -33,13 +35,20 @@ class Tokenizer(Protocol):
         """Token ids of a text, without special tokens."""
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text that begins a sequence: what this tokenizer puts in front of it, then the text."""
+        """Token ids of a text that begins a sequence: what this tokenizer puts in front of it, then the text.
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        A text that already begins with that gets no second one.
+        """
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], **arguments: object) -> list[int]:
         """Token ids of {"role", "content"} messages in the chat template, up to where the reply begins.
 
+        Args:
+            messages: the chat.
+            arguments: values of the template's variables, such as enable_thinking=False.
+
         Raises:
-            ValueError: there is no chat template, or it refuses these messages.
+            ValueError: there is no chat template, it refuses these messages or leaves one out, or has no such variable.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -113,17 +122,28 @@ class SentencePieceTokenizer:
         self.pad_id: int = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos_ids[0]
         self.files: tuple[pathlib.Path, ...] = (path, *_present(path.parent, _SETTINGS))
         add_bos = _read_json(path.with_name("tokenizer_config.json")).get("add_bos_token") is not False
-        self._front = [self._model.bos_id()] if add_bos and self._model.bos_id() >= 0 else []
+        bos = self._model.bos_id()
+        self._bos: tuple[int, str] | None = (bos, self._model.id_to_piece(bos)) if bos >= 0 else None
+        self._add_bos: bool = add_bos
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens."""
         return self._model.encode(text)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text that begins a sequence: the `bos` piece if there is one, then the text."""
-        return self._front + self.encode(text)
+        """Token ids of a text that begins a sequence: the `bos` piece if there is one, then the text.
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        The piece's name at the beginning of the text ("<s>", as in templates on model cards) is that piece, once.
+        """
+        if self._bos is None:
+            return self.encode(text)
+        ident, name = self._bos
+        begun = text.startswith(name)
+        while text.startswith(name):
+            text = text.removeprefix(name)
+        return [ident] * (begun or self._add_bos) + self.encode(text)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], **arguments: object) -> list[int]:
         """Refused: a sentencepiece model has no chat template.
 
         Raises:
@@ -176,13 +196,14 @@ class HuggingFaceTokenizer:
         plain, whole = self.encode("1"), self._tokenizer.encode("1")
         start = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
         self._front = whole[:start]
+        begin = self._tokenizer.bos_token_id
+        self._begin = self._front or ([] if begin is None else [begin])  # never there twice
         # Gemma 3's text models have no row for the tokenizer's image token, which nothing here writes.
         special = {i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
-        try:
-            chat = self.encode_chat([{"role": "user", "content": "1"}])
-        except ValueError:
-            chat = []  # it is told when a chat is wanted
-        written = (self._known - special).union(self._front, chat, self.eos_ids, [self.pad_id])
+        written = {*(self._known - special), *self._front, *self.eos_ids, self.pad_id}
+        for roles in ("user",), ("system", "user"), ("user", "assistant", "user"):
+            with contextlib.suppress(ValueError):  # it is told when such a chat is wanted
+                written.update(self.encode_chat([{"role": role, "content": "1"} for role in roles]))
         self.vocab_size: int = max(written) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -190,14 +211,18 @@ class HuggingFaceTokenizer:
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a text that begins a sequence: Llama and Gemma put a token in front, Qwen nothing."""
-        return self._front + self.encode(text)
+        """Token ids of a text that begins a sequence: Llama and Gemma put a token in front, Qwen nothing.
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        A template that writes that token itself, as on many model cards, does not get a second one.
+        """
+        ids = self.encode(text)
+        return self._once(ids) if ids[: len(self._front)] == self._front else self._front + ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], **arguments: object) -> list[int]:
         """Token ids of {"role", "content"} messages in the chat template, up to where the reply begins.
 
         Raises:
-            ValueError: there is no chat template, or it refuses these messages.
+            ValueError: there is no chat template, it refuses these messages or leaves one out, or has no such variable.
         """
         if not self._tokenizer.chat_template:
             raise ValueError(
@@ -205,11 +230,33 @@ class HuggingFaceTokenizer:
                 "tokenizer_config.json, or use a template without chat"
             )
         try:
-            return self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+            template = self._tokenizer.get_chat_template()
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False, **arguments
             )
         except Exception as error:  # the template decides what it raises
             raise ValueError(f"the chat template in {self._path} fails: {_first_line(error)}") from None
+        for name in arguments:
+            if not re.search(rf"\b{re.escape(name)}\b", template):
+                raise ValueError(
+                    f"the chat template in {self._path} has no variable {name!r}; take it out of "
+                    "config.data.template_arguments"
+                )
+        for message in messages:
+            # Thoughts in earlier replies are left out on purpose by many templates.
+            if message["content"].rpartition("</think>")[2].strip() not in text:
+                raise ValueError(
+                    f"the chat template in {self._path} leaves out the {message['role']} message; use a chat without "
+                    "it, or another template"
+                )
+        return self._once(self.encode(text))
+
+    def _once(self, ids: list[int]) -> list[int]:
+        """Token ids whose beginning is there once, however often the text has it."""
+        size = len(self._begin)
+        while size and ids[: 2 * size] == 2 * self._begin:
+            ids = ids[size:]
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens and ids that no token has add nothing."""
