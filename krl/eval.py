@@ -36,6 +36,7 @@ from krl.run.processes import first_before_others, is_first, join_processes, pla
 from krl.run.setup import NAMES, abstract_params, encode, find_policy, find_slots, load_task_sets, make_verifiers
 from krl.sharding import make_mesh, reshape_mesh
 from krl.tasks import SOURCES, TaskSet, load_named
+from krl.tasks.files import named_file
 from krl.tasks.verify import answer_key
 
 # The form in which two answers vote together, by the reward that compares them.
@@ -140,9 +141,7 @@ def load_sets(config: ConfigDict) -> dict[str, TaskSet]:
     if unknown:
         raise ValueError(f"config.eval.sets names {unknown[0]!r}; the sets are {', '.join(SOURCES)}")
     folder = pathlib.Path(config.eval.dir) if config.eval.dir else None
-    return {
-        name: load_named(name, split="test", path=str(folder / f"{name}.jsonl") if folder else "") for name in names
-    }
+    return {name: load_named(name, split="test", path=named_file(folder, name) if folder else "") for name in names}
 
 
 def load_params(

@@ -10,6 +10,7 @@ import datasets
 import pytest
 
 from krl.tasks import SOURCES, TaskSet, load_named
+from krl.tasks.files import named_file
 
 BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: "
@@ -100,6 +101,53 @@ def test_the_rest_of_a_row_is_the_row_as_published(tmp_path):
     assert load_named("dapo", split="train", path=write(tmp_path / "dapo.jsonl", rows)).rows == tuple(rows[:2])
 
 
+def test_dapo_keeps_what_else_the_chat_says(tmp_path):
+    system = {"role": "system", "content": "Reply in French."}
+    row = dapo("1+1?", 2)
+    parts = [{"type": "text", "text": BEFORE}, {"type": "text", "text": "2+2?" + AFTER}]
+    rows = [row | {"prompt": [system, *row["prompt"]]}, row, row | {"prompt": [{"role": "user", "content": parts}]}]
+    tasks = load_named("dapo", split="train", path=write(tmp_path / "dapo.jsonl", rows), fields=["extra_info.index"])
+    assert tasks.prompts == ("system: Reply in French.\n\nuser: 1+1?", "1+1?", "2+2?")
+    assert tasks.chats == ((system, {"role": "user", "content": "1+1?"}), None, None)
+    assert tasks.fields == {"extra_info.index": ("9a9b6eb4",) * 3}
+    for prompt, message in (
+        (
+            [*row["prompt"], {"role": "assistant", "content": "2"}],
+            "row 0 of .* 'prompt' ends with a message of the assistant",
+        ),
+        ([{"role": "user", "content": [{"type": "image"}]}], "row 0 of .* has a part that is no text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_named("dapo", split="train", path=write(tmp_path / "dapo.jsonl", [row | {"prompt": prompt}]))
+
+
+def test_a_directory_as_the_hub_has_it(tmp_path):
+    rows = SHAPES["gsm8k"][0]
+    for split in ("train", "test"):
+        (tmp_path / "main").mkdir(exist_ok=True)
+        file = tmp_path / "main" / f"{split}-00000-of-00001.parquet"
+        datasets.Dataset.from_list([row | {"question": split} for row in rows[:1]]).to_parquet(str(file))
+    for split in ("train", "test"):
+        assert load_named("gsm8k", split=split, path=str(tmp_path)).prompts == (split,)
+    (tmp_path / "aime").mkdir()
+    write(tmp_path / "aime" / "train.jsonl", SHAPES["aime"][0])  # as its publisher calls the problems to test on
+    assert load_named("aime", split="test", path=str(tmp_path / "aime")).answers == ("204", "025")
+
+
+def test_a_set_in_a_directory_of_sets(tmp_path):
+    for name in ("amc.jsonl", "aime.parquet", "math500.json.gz"):
+        (tmp_path / name).touch()
+    (tmp_path / "gpqa").mkdir()
+    for name, file in {
+        "amc": "amc.jsonl",
+        "aime": "aime.parquet",
+        "math500": "math500.json.gz",
+        "gpqa": "gpqa",
+        "minerva": "minerva.jsonl",
+    }.items():
+        assert named_file(tmp_path, name) == str(tmp_path / file)
+
+
 def test_every_name_is_tried_here():
     assert set(SOURCES) == {*SHAPES, "gpqa"}
 
@@ -170,6 +218,16 @@ def test_rows_without_an_answer(tmp_path):
         ("gpqa", "test", [{"Question": "1"}], "has no field 'Correct Answer'"),
         ("gpqa", "test", [gpqa(0) | {"Correct Answer": None}], "row 0 of data file .* has no 'Correct Answer'"),
         ("dapo", "train", [{"prompt": "1", "reward_model": {"style": "rule"}}], "has no field 'ground_truth'"),
+        ("dapo", "train", [dapo("1", "1") | {"reward_model": "1"}], "row 0 of .* no field 'reward_model.ground_truth'"),
+        ("dapo", "train", [dapo("1", "1") | {"reward_model": None}], "row 0 of .* has no 'answer'"),
+        (
+            "olympiad_bench",
+            "test",
+            [{"question": None, "context": "x", "answer": "1"}],
+            "row 0 of .* has no 'question'",
+        ),
+        ("gpqa", "test", [gpqa(0) | {"Question": None}], "row 0 of .* has no 'Question'"),
+        ("aime", "test", [{"problem": "1", "answer": 2}, {"problem": "3"}], "row 1 of .* has no field 'answer'"),
         ("dapo", "train", [dapo("", "1")], "row 0 of data file .* has no 'prompt'"),
         ("gsm8k", "test", [{"question": "1", "answer": "so ####"}], "row 0 of data file .* has no 'answer'"),
     ],

@@ -1,5 +1,6 @@
 """Refuses a wrong configuration before anything is loaded or compiled, in one line with the fix."""
 
+import ast
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -169,6 +170,20 @@ def _check_data(
         "data.template",
         f"one of {sorted(templates)} or a text with {{prompt}} in it",
     )
+    try:
+        arguments = parse_arguments(config.data.template_arguments)
+    except ValueError as error:
+        raise ValueError(f"config.data.template_arguments={config.data.template_arguments!r} {error}") from None
+    need(
+        not arguments or template in ("chat", "chat_boxed"),
+        "data.template_arguments",
+        f"left empty: data.template={template!r} is no chat template ('chat' and 'chat_boxed' are)",
+    )
+    need(
+        isinstance(arguments.get("system_prompt", ""), str),
+        "data.template_arguments",
+        "such that system_prompt is a text",
+    )
     need(
         config.operators.num_operators <= 2704,
         "operators.num_operators",
@@ -191,6 +206,35 @@ def _check_data(
     else:
         need(bool(config.data.name or config.data.path), "data.name", "a data set, or set data.path to a local file")
         need(bool(config.data.prompt_field), "data.prompt_field", "the field of a row with the question")
+
+
+def parse_arguments(text: str) -> dict[str, object]:
+    """The values of Python keyword arguments, which must be literals; nothing is run.
+
+    Raises:
+        ValueError: the text is anything else; the message goes on after the text.
+
+    >>> parse_arguments("enable_thinking=False, system_prompt='Reply in French.'")
+    {'enable_thinking': False, 'system_prompt': 'Reply in French.'}
+    """
+    must = "must be Python keyword arguments, such as enable_thinking=False, system_prompt='Reply in French.'"
+    try:
+        call = ast.parse(f"f({text}\n)", mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: it has a null character
+        raise ValueError(must) from None
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
+        raise ValueError(must)
+    arguments: dict[str, object] = {}
+    for keyword in call.keywords:
+        if keyword.arg is None or keyword.arg in arguments:
+            raise ValueError(f"{must}, each once" if keyword.arg else must)
+        try:
+            arguments[keyword.arg] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+            raise ValueError(
+                f"must give {keyword.arg} a literal: a text in quotes, a number, True, False or None"
+            ) from None
+    return arguments
 
 
 _AT_LEAST_ONE = (

@@ -51,7 +51,9 @@ def get_config() -> ConfigDict:
     # Benchmarks of eval.py, keys of krl.tasks.SOURCES: "aime,amc,math500"; "" for held-out prompts.
     config.eval.sets = ""
     config.eval.best = False  # eval.py measures the parameters of the highest held-out accuracy, not the newest
-    config.eval.dir = ""  # directory with {set}.jsonl files to read instead of the hub; "" for the hub
+    # Directory to read them from instead of the hub, with a data file {set}.jsonl, .json, .parquet or .arrow or a
+    # directory {set} for each; "" for the hub.
+    config.eval.dir = ""
 
     # Checkpoints, from which the same command continues a run.
     config.checkpoint = ConfigDict()
@@ -89,15 +91,23 @@ def _add_tasks(config: ConfigDict) -> None:
     config.data.subset = ""  # hub subset, "" for none
     config.data.train_split = "train"  # hub split of the training prompts
     config.data.test_split = "test"  # hub split of the held-out prompts
-    config.data.path = ""  # local .jsonl/.json/.parquet/.arrow file for training, instead of the hub; "" for the hub
-    config.data.test_path = ""  # the same for the held-out prompts; "" with a local path holds out its last rows
-    # Field of a row with the question, such as "question"; "" for data sets of krl.tasks.SOURCES.
+    # Local .jsonl, .json, .parquet or .arrow files for training, instead of the hub: a file, a directory, a pattern such
+    # as "data/part-*.jsonl", or several of these separated by commas; "" for the hub.
+    config.data.path = ""
+    # The same for the held-out prompts; "" takes the test split of a directory in data.path that has one, or else holds
+    # out the last rows of data.path.
+    config.data.test_path = ""
+    # Field of a row with the question, such as "question", or "extra.question" for one inside another; "" for data sets
+    # of krl.tasks.SOURCES.
     config.data.prompt_field = ""
     config.data.answer_field = ""  # field with the answer; "" uses the worked solution as the answer
     config.data.completion_field = ""  # field with the worked solution for supervised fine-tuning; "" for none
     # Further fields of the training data, separated by commas, that the prior may use: "subject,level"; "" for none.
     config.data.fields = ""
     config.data.template = "raw"  # a key of krl.tasks.TEMPLATES, or a text with {prompt} in it
+    # What a chat template is given, as Python keyword arguments: "enable_thinking=False, system_prompt='Reply in French.'"
+    # sets the template's variable, and puts a system message in front of chats that have none; "" for nothing.
+    config.data.template_arguments = ""
     config.data.max_train = 0  # training prompts to read, 0 for all
     config.data.max_prompt_tokens = 12  # P, tokens of a prompt; longer prompts are left out
 
@@ -148,7 +158,7 @@ def _add_policy(config: ConfigDict) -> None:
     # Supervised fine-tuning on worked solutions, before the first step.
     config.sft = ConfigDict()
     config.sft.steps = 1500  # updates; 0 for none
-    config.sft.path = ""  # file of prompts and completions; "" takes the training data's
+    config.sft.path = ""  # files of prompts and completions, as in data.path; "" takes the training data's
     config.sft.prompt_field = "prompt"  # field of sft.path with the prompt
     config.sft.completion_field = "completion"  # field of sft.path with the completion
     config.sft.batch_size = 64  # rows per update

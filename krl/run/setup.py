@@ -17,7 +17,7 @@ import optax
 from ml_collections import ConfigDict
 
 from krl import budget, learn, policy
-from krl.configs.check import FREE_KEYS, flatten
+from krl.configs.check import FREE_KEYS, flatten, parse_arguments
 from krl.policy.hf import check_hf
 from krl.policy.hf_config import config_json
 from krl.policy.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
@@ -30,6 +30,7 @@ from krl.run.update import make_optimizer
 from krl.sharding import make_mesh, reshape_mesh, tree_sharding
 from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks, step_task_ids
 from krl.tasks.arithmetic import make_ladder
+from krl.tasks.files import has_split
 from krl.tasks.operators import make_operators
 from krl.tasks.pool import VerifierPool
 
@@ -119,12 +120,12 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
         sizes = {"warm": o.num_warm, "train": o.num_train, "test": o.num_test}
         drawn = make_operators(sizes, seed=config.seed, num_operators=o.num_operators)
         return {"sft": drawn["warm"], "train": drawn["train"], "test": drawn["test"]}
-    data, sft = config.data, config.sft
+    data, sft, source = config.data, config.sft, SOURCES.get(config.data.name)
     further = [name.strip() for name in data.fields.split(",") if name.strip()]
 
     def read(split: str, path: str, limit: int) -> TaskSet:
         fields = further if split == "train" else ()
-        if data.name in SOURCES:
+        if source:
             return load_named(data.name, split=split, path=path, limit=limit, fields=fields)
         return load_tasks(
             name=data.name, subset=data.subset, split=data[f"{split}_split"], path=path, prompt_field=data.prompt_field,
@@ -136,16 +137,19 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
         raise ValueError(
             "the training data has a single row; it needs config.prompts_per_step of them, and some to hold out"
         )
-    no_test_split = data.name in SOURCES and "test" not in SOURCES[data.name].splits
-    if data.test_path or not (data.path or no_test_split):
-        test = read("test", data.test_path, 0)
+    names = source.splits if source else {"train": data.train_split, "test": data.test_split}
+    subset, held_out = source.subset if source else data.subset, names.get("test", "")
+    in_path = held_out != names.get("train", "train") and has_split(data.path, subset=subset, split=held_out)
+    test_path = data.test_path or (data.path if in_path else "")
+    if test_path or (held_out and not data.path):
+        test = read("test", test_path, 0)
     else:
         kept = len(train) - min(config.eval.prompts or len(train) // 10, len(train) // 2)
         train, test = train.take(range(kept)), train.take(range(kept, len(train)))
     if not sft.path:
         return {"sft": train, "train": train, "test": test}
     pairs = load_tasks(
-        name="", subset="", split="", path=sft.path, prompt_field=sft.prompt_field, answer_field="",
+        name="", subset="", split="train", path=sft.path, prompt_field=sft.prompt_field, answer_field="",
         completion_field=sft.completion_field, limit=0,
     )  # fmt: skip
     return {"sft": pairs, "train": train, "test": test}
@@ -154,8 +158,9 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
 def encode(config: ConfigDict, tokenizer: Tokenizer, tasks: TaskSet, *, limit: int = 0) -> EncodedTasks:
     """The tasks whose prompts fit, at most `limit` of them (0 keeps all), in the config's template."""
     return encode_tasks(
-        tasks, tokenizer, template=config.data.template, max_prompt_tokens=config.data.max_prompt_tokens, limit=limit
-    )
+        tasks, tokenizer, template=config.data.template, max_prompt_tokens=config.data.max_prompt_tokens, limit=limit,
+        arguments=parse_arguments(config.data.template_arguments),
+    )  # fmt: skip
 
 
 def find_features(config: ConfigDict, tasks: EncodedTasks) -> tuple[np.ndarray, int]:

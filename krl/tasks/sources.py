@@ -8,9 +8,12 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-from krl.tasks.data import Answer, TaskSet, plain_answer, plain_text, read_rows
-from krl.tasks.verify import extract_answer
+from krl.tasks.data import TaskSet
+from krl.tasks.fields import Chat, further_texts, join_parts, plain_answer, plain_prompt, plain_text, plain_value
+from krl.tasks.files import Rows, read_rows
+from krl.tasks.verify import Answer, extract_answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +37,10 @@ def load_named(name: str, *, split: str, path: str = "", limit: int = 0, fields:
     Args:
         name: a key of SOURCES.
         split: "train" or "test".
-        path: a local .jsonl, .json, .parquet or .arrow file to read instead of the hub, whatever the split.
+        path: local files to read instead of the hub, see `krl.tasks.files.find_files`; of a directory that tells its
+            splits apart the split that the hub has for this one, and else all, whatever the split.
         limit: tasks to take from the front; 0 takes all.
-        fields: further fields of a row, as published, to keep as texts.
+        fields: further fields of a row, as published, to keep as texts, "" where a row has none.
 
     Returns:
         The tasks in the order of the rows, with completions if every row has a worked solution.
@@ -49,41 +53,50 @@ def load_named(name: str, *, split: str, path: str = "", limit: int = 0, fields:
     source = SOURCES[name]
     if not path and split not in source.splits:
         raise ValueError(f"the data set {name} has no split {split!r}, only {', '.join(source.splits)}")
-    rows, columns, where = read_rows(
-        name=source.hub, subset=source.subset, split=source.splits.get(split, ""), path=path
-    )
-    unknown = [field for field in fields if field not in columns]
-    if unknown:
-        raise ValueError(f"{where} has no field {unknown[0]!r}; its fields are {columns}")
-    tasks = list(itertools.islice(_read(source, rows, columns, where, fields), limit or None))
+    rows, where = read_rows(name=source.hub, subset=source.subset, split=source.splits.get(split, split), path=path)
+    tasks = list(itertools.islice(_read(source, rows), limit or None))
     if not tasks:
         raise ValueError(f"{where} has no row with an answer")
-    prompts, answers, solutions, known, published = zip(*tasks, strict=True)
-    by_field = {field: tuple(texts[i] for texts in known) for i, field in enumerate(fields)}
-    return TaskSet(prompts, answers, solutions if all(solutions) else (), by_field, published)
+    solutions, chats = tuple(task.solution for task in tasks), tuple(task.chat for task in tasks)
+    return TaskSet(
+        prompts=tuple(task.prompt for task in tasks),
+        answers=tuple(task.answer for task in tasks),
+        completions=solutions if all(solutions) else (),
+        fields=further_texts([task.published for task in tasks], fields, where),
+        rows=tuple({name: plain_value(value) for name, value in task.published.items()} for task in tasks),
+        chats=chats if any(chats) else (),
+        places=tuple(task.at for task in tasks),
+    )
 
 
-def _read(
-    source: Source, rows: Iterator[dict], columns: list[str], where: str, fields: Sequence[str]
-) -> Iterator[tuple[str, Answer, str, list[str], dict]]:
-    """The problem, the answer, the worked solution ("" for none), the further fields and the whole of each row."""
+class _Task(NamedTuple):
+    prompt: str
+    chat: Chat | None
+    answer: Answer
+    solution: str  # "" for none
+    published: dict  # the whole row
+    at: str  # the words that name it
+
+
+def _read(source: Source, rows: Rows) -> Iterator[_Task]:
     seen: set[str] = set()
-    for number, published in enumerate(rows):
-        at = f"row {number} of {where}"
+    for published, at in rows:
         try:
             row = source.prepare(published)
             problem_field, answer_field = _first_of(source.problem, row), _first_of(source.answer, row)
         except KeyError as error:
-            raise ValueError(f"{where} has no field {error.args[0]!r}; its fields are {columns}") from None
+            raise ValueError(f"{at} has no field {error.args[0]!r}; its fields are {list(published)}") from None
         if source.drop_unanswered and row[answer_field] in (None, ""):
             continue
-        problem = plain_text(row[problem_field], "user", problem_field, at)
-        if source.drop_repeats and problem in seen:
+        prompt, chat = plain_prompt(row[problem_field], problem_field, at)
+        if source.drop_repeats and prompt in seen:
             continue
-        seen.add(problem)
-        solution = next((row[field] for field in source.solution if field in row), None)
-        known = ["" if row[field] is None else str(row[field]) for field in fields]
-        yield problem, plain_answer(row[answer_field], answer_field, at), solution or "", known, published
+        seen.add(prompt)
+        solution, field = next(((row[field], field) for field in source.solution if field in row), (None, ""))
+        yield _Task(
+            prompt, chat, plain_answer(row[answer_field], answer_field, at),
+            plain_text(solution, field, at) if solution else "", published, at,
+        )  # fmt: skip
 
 
 def _first_of(names: tuple[str, ...], row: dict) -> str:
@@ -112,21 +125,36 @@ _DAPO_AFTER = 'Remember to put your answer on its own line after "Answer:".'
 
 
 def _dapo(row: dict) -> dict:
-    """The published prompt is a chat of one message: the problem between two instructions, which are dropped."""
-    text = row["prompt"][-1]["content"] if isinstance(row["prompt"], list) and row["prompt"] else row["prompt"]
-    problem = str(text or "").strip().removeprefix(_DAPO_BEFORE).removesuffix(_DAPO_AFTER).strip()
-    return row | {"prompt": problem, "answer": (row["reward_model"] or {"ground_truth": None})["ground_truth"]}
+    """The published prompt is a chat whose question stands between two instructions, which are dropped."""
+    prompt, reward = row["prompt"], row["reward_model"]
+    if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
+        prompt = [*prompt[:-1], {**prompt[-1], "content": _dapo_problem(prompt[-1].get("content"))}]
+    if reward is not None and not isinstance(reward, dict):
+        raise KeyError("reward_model.ground_truth")
+    return row | {"prompt": _dapo_problem(prompt), "answer": reward and reward["ground_truth"]}
+
+
+def _dapo_problem(content: object) -> object:
+    """A text, or a message's content, without the instructions."""
+    text = join_parts(content) if isinstance(content, list) else content
+    if not isinstance(text, str):
+        return content
+    return text.strip().removeprefix(_DAPO_BEFORE).removesuffix(_DAPO_AFTER).strip()
 
 
 def _olympiad_bench(row: dict) -> dict:
     """Some published questions need the context that they were asked in."""
-    return row | {"question": f"{row['context']}\n{row['question']}"} if row.get("context") else row
+    if not row.get("context") or not row["question"]:
+        return row
+    return row | {"question": f"{row['context']}\n{row['question']}"}
 
 
 def _gpqa(row: dict) -> dict:
     """Four options in an order that a hash decides, so that it is the same in every run; the answer is a letter."""
     question, correct = row["Question"], row["Correct Answer"]
     options = [correct, *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]
+    if not question:
+        return row
     options.sort(key=lambda option: hashlib.blake2b(f"{question}\n{option}".encode()).digest())
     lines = [f"{letter}) {str(option).strip()}" for letter, option in zip("ABCD", options, strict=True)]
     text = "\n".join([f"{question}".strip(), "", *lines, "", "Answer with the letter of the right option."])
