@@ -17,6 +17,7 @@ import pytest
 
 from krl.configs import default
 from krl.configs.check import check, parse_arguments
+from krl.run import setup
 from krl.run.setup import NAMES, load_task_sets
 from krl.tasks import TaskSet, encode_tasks, load_tasks, step_task_ids
 from krl.tasks.arithmetic import RUNGS, make_ladder
@@ -145,6 +146,12 @@ HALF = json.dumps({"chat": [USER], "answer": "2"})
             "row 1 of .* 'question' has half a character",
         ),
         ("deep.jsonl", GOOD + "[" * 99999 + "\n", {}, "row 1: its lists and objects are nested too deeply"),
+        (
+            "deeper.jsonl",
+            f'{{"question": "1", "answer": 2, "x": {"[" * 600}{"]" * 600}}}\n',
+            {},
+            "row 0 of .* nested too deeply",
+        ),
         ("list.jsonl", GOOD + "[1]\n", {}, "row 1: .* list instead of an object"),
         ("rows.json", '[{"question": "1", "answer": "2"}, 3]', {}, "row 1: .* int instead of an object"),
         ("bad.json", '[{"question": "1", "answer": "2"},\n {"question": 1 2}]', {}, "row 1: .* at line 2 column 17"),
@@ -524,7 +531,12 @@ def test_the_test_split_of_a_directory_is_held_out(tmp_path):
     assert [len(load_task_sets(config)[name]) for name in ("train", "test")] == [5, 1]
     config.data.test_path = str(tmp_path / "train.jsonl")
     assert len(load_task_sets(config)["test"]) == 5
-    config.data.update(test_path="", test_split="train")
+    config.data.update(name="aime", test_path="", prompt_field="", answer_field="")
+    write_rows(tmp_path / "test.jsonl", [{"problem": "1", "answer": "2"}])
+    write_rows(tmp_path / "train.jsonl", [{"problem": str(i), "answer": i} for i in range(5)])
+    assert [len(load_task_sets(config)[name]) for name in ("train", "test")] == [5, 1]
+    write_rows(tmp_path / "train.jsonl", ROWS)
+    config.data.update(name="", test_split="train", prompt_field="question", answer_field="answer")
     assert [len(load_task_sets(config)[name]) for name in ("train", "test")] == [3, 2]
 
 
@@ -607,6 +619,13 @@ def test_chats_go_to_chat_templates_whole():
     refused = dataclasses.replace(tasks, chats=(None, (SYSTEM | {"content": "Refuse"}, USER)))
     with pytest.raises(ValueError, match="row 5: the chat template fails: no system role"):
         encode_tasks(refused, Letters(), template="chat", max_prompt_tokens=200)
+
+
+def test_the_configs_arguments_reach_the_template():
+    config = default.get_config()
+    config.data.update(template="chat", template_arguments="number=66, system_prompt='Be.'", max_prompt_tokens=40)
+    encoded = setup.encode(config, Letters(), TaskSet(("1",), ("1",)))
+    assert "".join(map(chr, encoded.tokens[encoded.mask][1:-1])) == "<system>Be.<user>1B"
 
 
 @pytest.mark.parametrize(

@@ -137,11 +137,11 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
         raise ValueError(
             "the training data has a single row; it needs config.prompts_per_step of them, and some to hold out"
         )
-    names = source.splits if source else {"train": data.train_split, "test": data.test_split}
-    subset, held_out = source.subset if source else data.subset, names.get("test", "")
-    in_path = held_out != names.get("train", "train") and has_split(data.path, subset=subset, split=held_out)
+    subset, held_out = (source.subset, "test") if source else (data.subset, data.test_split)
+    in_path = held_out != data.train_split and has_split(data.path, subset=subset, split=held_out)
     test_path = data.test_path or (data.path if in_path else "")
-    if test_path or (held_out and not data.path):
+    on_hub = not data.path and (not source or "test" in source.splits)
+    if test_path or on_hub:
         test = read("test", test_path, 0)
     else:
         kept = len(train) - min(config.eval.prompts or len(train) // 10, len(train) // 2)

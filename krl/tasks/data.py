@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from krl.tasks.fields import Chat, find_field, further_texts, plain_answer, plain_pair, plain_prompt, plain_value
+from krl.tasks.fields import Chat, find_field, further_texts, plain_answer, plain_pair, plain_prompt, plain_row
 from krl.tasks.files import read_rows
 from krl.tasks.templates import Encoder, find_template
 from krl.tasks.verify import Answer
@@ -121,13 +121,12 @@ def load_tasks(
         answer = plain_answer(find_field(row, answer_field, at), answer_field, at) if answer_field else completions[-1]
         answers.append(answer)
     named = (prompt_field, answer_field, completion_field)
-    others = ({name: plain_value(value) for name, value in row.items() if name not in named} for row, _ in kept)
     return TaskSet(
         prompts=tuple(prompts),
         answers=tuple(answers),
         completions=tuple(completions),
         fields=further_texts([row for row, _ in kept], fields, source),
-        rows=tuple(others),
+        rows=tuple(plain_row(row, at, without=named) for row, at in kept),
         chats=tuple(chats) if any(chats) else (),
         places=tuple(at for _, at in kept),
     )

@@ -82,16 +82,27 @@ def _inside(value: object, name: str) -> object:
     raise KeyError(name)
 
 
-def plain_value(value: object) -> object:
-    """A value of a row with Python's own floats in it, as reward functions get it."""
+def plain_row(row: dict, at: str, without: Collection[str] = ()) -> dict[str, object]:
+    """A row as reward functions get it, with Python's own floats and without some fields.
+
+    Raises:
+        ValueError: its lists and objects are nested hundreds deep.
+    """
+    try:
+        return {name: _plain_value(value) for name, value in row.items() if name not in without}
+    except RecursionError:
+        raise ValueError(f"{at}: its lists and objects are nested too deeply; remove the row or the field") from None
+
+
+def _plain_value(value: object) -> object:
     if isinstance(value, str):
         return value
     if isinstance(value, Literal):
         return float(value)
     if isinstance(value, dict):
-        return {name: plain_value(inner) for name, inner in value.items()}
+        return {name: _plain_value(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [plain_value(inner) for inner in value]
+        return [_plain_value(inner) for inner in value]
     return value
 
 

@@ -119,9 +119,8 @@ def _in_directory(folder: pathlib.Path, subset: str, split: str) -> list[pathlib
     if not splits:
         raise ValueError(f"the directory {folder} holds no .jsonl, .json, .parquet or .arrow files; check the path")
     if split not in splits and (len(splits) > 1 or next(iter(splits)) in _SPLITS):
-        raise ValueError(
-            f"the directory {folder} has no split {split!r}, only {', '.join(sorted(splits))}; name one, or the files"
-        )
+        names = ", ".join(sorted(name or "files whose names tell none" for name in splits))
+        raise ValueError(f"the directory {folder} has no split {split!r}, only {names}; name one, or the files")
     files = splits[split] if split in splits else next(iter(splits.values()))
     kinds = sorted({_kind(file) for file in files})
     if len(kinds) > 1:

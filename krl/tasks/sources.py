@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from krl.tasks.data import TaskSet
-from krl.tasks.fields import Chat, further_texts, join_parts, plain_answer, plain_prompt, plain_text, plain_value
-from krl.tasks.files import Rows, read_rows
+from krl.tasks.fields import Chat, further_texts, join_parts, plain_answer, plain_prompt, plain_row, plain_text
+from krl.tasks.files import Rows, has_split, read_rows
 from krl.tasks.verify import Answer, extract_answer
 
 
@@ -38,7 +38,7 @@ def load_named(name: str, *, split: str, path: str = "", limit: int = 0, fields:
         name: a key of SOURCES.
         split: "train" or "test".
         path: local files to read instead of the hub, see `krl.tasks.files.find_files`; of a directory that tells its
-            splits apart the split that the hub has for this one, and else all, whatever the split.
+            splits apart this one, or else the one that the hub has for it.
         limit: tasks to take from the front; 0 takes all.
         fields: further fields of a row, as published, to keep as texts, "" where a row has none.
 
@@ -53,7 +53,9 @@ def load_named(name: str, *, split: str, path: str = "", limit: int = 0, fields:
     source = SOURCES[name]
     if not path and split not in source.splits:
         raise ValueError(f"the data set {name} has no split {split!r}, only {', '.join(source.splits)}")
-    rows, where = read_rows(name=source.hub, subset=source.subset, split=source.splits.get(split, split), path=path)
+    own = has_split(path, subset=source.subset, split=split)
+    published = split if own else source.splits.get(split, split)
+    rows, where = read_rows(name=source.hub, subset=source.subset, split=published, path=path)
     tasks = list(itertools.islice(_read(source, rows), limit or None))
     if not tasks:
         raise ValueError(f"{where} has no row with an answer")
@@ -63,7 +65,7 @@ def load_named(name: str, *, split: str, path: str = "", limit: int = 0, fields:
         answers=tuple(task.answer for task in tasks),
         completions=solutions if all(solutions) else (),
         fields=further_texts([task.published for task in tasks], fields, where),
-        rows=tuple({name: plain_value(value) for name, value in task.published.items()} for task in tasks),
+        rows=tuple(plain_row(task.published, task.at) for task in tasks),
         chats=chats if any(chats) else (),
         places=tuple(task.at for task in tasks),
     )
