@@ -139,6 +139,17 @@ def test_few_steps_of_the_regression_come_close(monkeypatch):
     np.testing.assert_allclose(few, rates(), atol=0.05)
 
 
+@pytest.mark.parametrize("fit_discounts", [False, True])
+def test_beliefs_that_were_taken_outlive_a_donated_one(fit_discounts):
+    """A step asks what was known before it after the belief of all tasks has been given away."""
+    belief = init_belief(8).replace(prior_alpha=jnp.float32(0.75), discount=jnp.float32(0.875))
+    taken = take(belief, jnp.arange(3))
+    give_away = jax.jit(lambda belief: update(belief, jnp.arange(2), *rollouts([1, 0], [2, 2]), fit_discounts=fit_discounts), donate_argnums=0)  # fmt: skip
+    give_away(belief)
+    assert [float(taken.prior_alpha), float(taken.discount), float(taken.discount_mixed)] == [0.75, 0.875, 0.25]
+    assert taken.successes.tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("source", sorted(priors.PRIORS))
 def test_nothing_learnt_is_the_common_prior(source):
     belief = known(4, 0.7, 2.1, 3.0, 1.0)

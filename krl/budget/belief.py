@@ -73,8 +73,11 @@ def init_belief(num_tasks: int, *, discount: float = 0.9, discount_mixed: float 
 
 
 def take(belief: Belief, task_ids: jax.Array) -> Belief:
-    """The beliefs of some tasks: [D] arrays in, [M] arrays out, the same prior."""
-    return jax.tree.map(lambda leaf: leaf[task_ids] if leaf.ndim else leaf, belief)
+    """The beliefs of some tasks: [D] arrays in, [M] arrays out, the same prior.
+
+    All arrays are copies, so that the belief of the D tasks may be donated while these are still asked.
+    """
+    return jax.tree.map(lambda leaf: leaf[task_ids] if leaf.ndim else jnp.copy(leaf), belief)
 
 
 def posterior(belief: Belief) -> tuple[jax.Array, jax.Array]:
