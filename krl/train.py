@@ -107,7 +107,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
     workdir, compiles = pathlib.Path(workdir), CompileCounter()
     check(config, **NAMES)
     check_writers(flatten(config))
-    with stop_on_signal() as asked:
+    with stop_on_signal() as asked, hold_workdir(workdir) if is_first() else contextlib.nullcontext():
         with first_before_others("set up"):
             parts = set_up(config, workdir, flatten(config), FREE_KEYS)
         size = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
@@ -118,7 +118,6 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
         )
         place = epath.Path(config.checkpoint.dir or workdir)
         with (
-            hold_workdir(workdir) if is_first() else contextlib.nullcontext(),
             jax.set_mesh(parts.mesh),
             parts.verifiers,
             Checkpoints(place / "checkpoints", keep=config.checkpoint.keep) as checkpoints,

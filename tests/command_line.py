@@ -62,3 +62,9 @@ def learnt(workdir):
     """What a run measured, without its times."""
     timed = ("seconds", "memory", "tokens_per_second", "compiles")
     return [{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows(workdir)]
+
+
+def files_of(directory):
+    """Everything below a directory, with its content and when it was written."""
+    found = [directory, *directory.rglob("*")]
+    return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in sorted(found)}

@@ -19,8 +19,9 @@ from krl import train as script
 from krl.configs import arithmetic
 from krl.eval import measure
 from krl.policy.hf import export
+from krl.run.lock import hold_workdir
 from krl.train import train
-from tests.command_line import ROOT, TINY, command, environment, learnt, rows, run, run_here
+from tests.command_line import ROOT, TINY, command, environment, files_of, learnt, rows, run, run_here
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -291,6 +292,16 @@ def test_another_config_in_the_same_directory_is_refused(finished):
     refused = run(finished[0], seed=7)
     assert "config.seed=0, not 7" in refused.stderr
     assert refused.returncode != 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"seed": 7}, {"eval.prompts": 3}])
+def test_a_run_that_is_refused_because_another_lives_changes_nothing(finished, changes):
+    workdir, _ = finished
+    with hold_workdir(workdir):
+        before = files_of(workdir)
+        with pytest.raises(ValueError, match=rf"in use by process {os.getpid()} on .*; stop that run"):
+            run_here(workdir, **changes)
+        assert files_of(workdir) == before
 
 
 def test_a_missing_config_file_is_one_line(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import threading
@@ -16,6 +17,11 @@ from etils import epath
 from krl.run.processes import any_process, is_first, say
 
 _ABOUT = "about"  # the item of a checkpoint that is no tree of arrays
+_PAUSES = (1.0, 5.0, 25.0)  # seconds before a place that did not answer is asked again
+# What is raised for a file that is missing or cannot be understood; all else is about the way to it.
+_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, EOFError, FileNotFoundError, NotADirectoryError, IsADirectoryError)  # fmt: skip
+# How TensorStore, which reads the arrays, begins its ValueErrors about the way.
+_NO_ANSWER = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED)\b")  # fmt: skip
 
 
 class Checkpoints:
@@ -106,7 +112,8 @@ class Checkpoints:
         move_aside is False.
 
         Raises:
-            ValueError: no checkpoint can be read, or its arrays are not those of `like`; the message names the directory.
+            ValueError: no checkpoint can be read, or its arrays are not those of `like`; or what a checkpoint is kept in
+                does not answer, and then nothing is moved. The message names the directory.
         """
         import orbax.checkpoint as ocp
 
@@ -114,13 +121,7 @@ class Checkpoints:
         abstract, problems = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), {}
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            problem, found = "another process could not", {}
-            try:
-                told = {_ABOUT: ocp.args.JsonRestore()} if (self.directory / str(step) / _ABOUT).exists() else {}
-                restored = self._manager.restore(step, args=ocp.args.Composite(**arguments, **told))
-                found = {name: restored[name] for name in like} | {_ABOUT: restored[_ABOUT] if told else {}}
-            except (ValueError, KeyError, OSError) as error:
-                problem = str(error).strip().splitlines()[0]
+            found, problem = self._read(step, arguments)
             if any_process(not found):
                 problems[step] = problem
                 continue
@@ -136,6 +137,30 @@ class Checkpoints:
             )
         return None
 
+    def _read(self, step: int, arguments: dict) -> tuple[dict, str]:
+        """(what a checkpoint holds, "about" too; why it is damaged): {} if it is, here or for another process.
+
+        A place that does not answer says nothing of the checkpoint: it is asked again, by all processes.
+        """
+        for pause in (*_PAUSES, None):
+            problem, found, unreachable = "another process could not", {}, False
+            try:
+                told = {_ABOUT: ocp.args.JsonRestore()} if (self.directory / str(step) / _ABOUT).exists() else {}
+                restored = self._manager.restore(step, args=ocp.args.Composite(**arguments, **told))
+                found = {name: restored[name] for name in (*arguments, *told)}
+            except Exception as error:  # Orbax raises a plain one for damaged arrays
+                cause = _first_cause(error)
+                problem, unreachable = " ".join(str(cause).strip().splitlines()[:1]), not _is_damage(cause)
+            if not any_process(unreachable):
+                return ({_ABOUT: {}} | found if found else {}), problem
+            if pause is not None:
+                say(f"krl: checkpoint {step} does not answer ({problem}); asking again in {pause:g} s")
+                time.sleep(pause)
+        raise ValueError(
+            f"cannot reach checkpoint {self.directory / str(step)}: {problem}; it was left as it is: give the same command "
+            "again when it can be read, or remove it to go on from the one before"
+        )
+
     def _move_aside(self, steps: Sequence[int]) -> None:
         if is_first():
             aside = self.directory.parent / "damaged"
@@ -146,9 +171,36 @@ class Checkpoints:
         self._manager.reload()
 
 
+def _first_cause(error: BaseException) -> BaseException:
+    """The error that others were raised for."""
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return _first_cause(cause) if cause else error
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether an error is about what a checkpoint's files hold, and not about the way to them."""
+    return isinstance(error, _DAMAGE) and not _NO_ANSWER.search(str(error))
+
+
 def keep_from_others() -> None:
     """Let nobody but this user and, where the umask says so, the group change what this process writes from now on."""
     os.umask(os.umask(0o077) | 0o002)
+
+
+def make_workdir(workdir: pathlib.Path) -> None:
+    """Make a directory if it is missing, and try whether it can be written.
+
+    Raises:
+        ValueError: it cannot; the message says why.
+    """
+    probe = workdir / ".writable"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another start may look too
+    except OSError as error:
+        reason = "it is a file" if workdir.is_file() else error
+        raise ValueError(f"cannot write the work directory {workdir}: {reason}; choose another --workdir") from None
 
 
 def open_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> None:
@@ -162,14 +214,7 @@ def open_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> No
     Raises:
         ValueError: the directory cannot be written, or belongs to a run with another config.
     """
-    probe = workdir / ".writable"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = "it is a file" if workdir.is_file() else error
-        raise ValueError(f"cannot write the work directory {workdir}: {reason}; choose another --workdir") from None
+    make_workdir(workdir)
     if (workdir / "config.json").exists():
         check_workdir(workdir, config, free)
 
