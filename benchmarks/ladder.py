@@ -18,7 +18,6 @@ from absl import logging
 
 from krl import rollout
 from krl.configs import arithmetic
-from krl.configs.check import FREE_KEYS, flatten
 from krl.policy.tokenizer import load_tokenizer
 from krl.run import setup
 from krl.run.evaluate import score_rollouts
@@ -40,10 +39,11 @@ def main():
 
     mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
     tasks = setup.load_task_sets(config)
-    cache = setup.sft_cache(pathlib.Path(), flatten(config), FREE_KEYS)
-    tokenizer = load_tokenizer(setup.find_tokenizer(config, tasks["sft"], cache, cache))
+    folder = pathlib.Path(options.sft)
+    tokenizer = load_tokenizer(setup.find_tokenizer(config, tasks["sft"], folder, folder))
     pairs = setup.find_pairs(config, setup.encode(config, tokenizer, tasks["sft"]), tokenizer)
-    policy_config = setup.find_policy(config, tokenizer, cache)
+    policy_config = setup.find_policy(config, tokenizer, folder)
+    cache = setup.sft_cache(folder, config, policy_config.vocab_size, pairs)
     encoded = setup.encode(config, tokenizer, tasks["train"])
     with jax.set_mesh(mesh), setup.make_verifiers(config) as verifiers:
         params = setup.start_params(config, policy_config, mesh, pairs, cache, should_stop=lambda: False)

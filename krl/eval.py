@@ -12,7 +12,6 @@ where the same command continues if it was stopped, and the table to results.jso
 """
 
 import functools
-import hashlib
 import pathlib
 import sys
 import zlib
@@ -33,7 +32,16 @@ from krl.run.checkpoint import Checkpoints, check_workdir, keep_from_others, ope
 from krl.run.estimates import table
 from krl.run.metrics import keep_compilations, progress
 from krl.run.processes import first_before_others, is_first, join_processes, place_whole, say, stay_together
-from krl.run.setup import NAMES, abstract_params, encode, find_policy, find_slots, load_task_sets, make_verifiers
+from krl.run.setup import (
+    NAMES,
+    abstract_params,
+    encode,
+    find_policy,
+    find_slots,
+    fingerprint,
+    load_task_sets,
+    make_verifiers,
+)
 from krl.sharding import make_mesh, reshape_mesh
 from krl.tasks import SOURCES, TaskSet, load_named
 from krl.tasks.files import named_file
@@ -51,7 +59,8 @@ def main(argv):
     script = pathlib.Path(argv[0]).name
     with one_line_errors(script):
         join_processes(flags.FLAGS.config.distributed)
-    with stay_together(), one_line_errors(script):
+    file = pathlib.Path(flags.FLAGS.workdir, f"error{jax.process_index() or ''}.txt")
+    with stay_together(), one_line_errors(script, file):
         keep_from_others()
         keep_compilations()
         measure(flags.FLAGS.config, flags.FLAGS.workdir)
@@ -162,18 +171,6 @@ def load_params(
     step, trees = restored
     undone = trees["about"].get("rollbacks", 0)  # steps that were taken again have the same numbers
     return f"step {step}" + (f" after {undone} rollbacks" if undone else ""), trees["params"]
-
-
-def fingerprint(path: pathlib.Path) -> str:
-    """A digest of a checkpoint's names, sizes, and first and last megabytes."""
-    digest = hashlib.blake2b(digest_size=4)
-    for file in sorted([path / "config.json", *path.glob("*.safetensors")]):
-        digest.update(f"{file.name} {file.stat().st_size}".encode())
-        with file.open("rb") as opened:
-            digest.update(opened.read(1 << 20))
-            opened.seek(max(file.stat().st_size - (1 << 20), 0))
-            digest.update(opened.read())
-    return digest.hexdigest()
 
 
 def run_command() -> None:

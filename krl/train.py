@@ -31,7 +31,7 @@ from krl import budget, learn, rollout
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.run import report
-from krl.run.checkpoint import Checkpoints, keep_from_others, stop_on_signal
+from krl.run.checkpoint import Checkpoints, digest, keep_from_others, stop_on_signal
 from krl.run.evaluate import Scoring, evaluate, score_rollouts
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
 from krl.run.lock import hold_workdir
@@ -82,7 +82,8 @@ def main(argv):
     script = pathlib.Path(argv[0]).name
     with one_line_errors(script):
         join_processes(flags.FLAGS.config.distributed)
-    with stay_together(), one_line_errors(script):
+    file = pathlib.Path(flags.FLAGS.workdir, f"error{jax.process_index() or ''}.txt")
+    with stay_together(), one_line_errors(script, file):
         keep_from_others()
         keep_compilations()
         last = train(flags.FLAGS.config, flags.FLAGS.workdir)
@@ -313,7 +314,7 @@ def start_or_continue(
 
     Returns:
         (steps done, learner, parameters to stay close to). The learner is None if it should stop before
-        fine-tuning was finished; the parameters are None without a penalty.
+        fine-tuning was finished; the parameters are None without a penalty, and else about["reference"] tells them.
     """
     place, alloc = functools.partial(place_whole, parts.mesh), config.alloc
     belief = place(budget.init_belief(len(parts.train), discount=alloc.discount, discount_mixed=alloc.discount_mixed))
@@ -327,6 +328,8 @@ def start_or_continue(
     if params is None:
         return 0, None, None
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coefficient else None
+    if reference is not None:
+        about["reference"] = digest(reference)
     if begins:
         return 0, Learner(init_state(parts.policy_config, optimizer, params), belief, prior), reference
     like = saved(Learner(abstract_state(parts.policy_config, optimizer, parts.params), belief, prior))
@@ -342,6 +345,11 @@ def start_or_continue(
     if was["config_digest"] != about["config_digest"]:
         raise ValueError(
             f"{checkpoints.directory} has checkpoints of a run with another config; choose another config.checkpoint.dir"
+        )
+    if was.get("reference") != about.get("reference"):
+        raise ValueError(
+            f"the policy that config.loss.kl_coefficient holds the run to is not the one that it began from: {was['reference']} "
+            f"at step {first}, {about['reference']} now; bring back what config.policy.path or config.sft.dir held, or choose another --workdir"
         )
     say(f"krl: continuing from step {first}")
     state = TrainState(trees["params"], trees["opt_state"])

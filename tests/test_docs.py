@@ -39,7 +39,7 @@ def mine():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, compiled):
-    """An empty directory to run a page in, with small policies and few steps; rules that a page adds go away again."""
+    """An empty directory to run a page in, with small policies and few steps; rules and priors that a page adds go away again."""
 
     def train(config, workdir):
         shorter = {key: value for key, value in TINY.items() if key.startswith(("eval", "policy"))}
@@ -50,13 +50,13 @@ def here(tmp_path, monkeypatch, compiled):
         config.sample.max_new_tokens = min(config.sample.max_new_tokens, 16)
         return TRAIN(config, workdir)
 
-    rules, pilots = dict(budget.RULES), set(budget.PILOT_RULES)
+    rules, pilots, priors = dict(budget.RULES), set(budget.PILOT_RULES), dict(budget.PRIORS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(krl.train, "train", train)
     yield tmp_path
     sys.modules.pop("mine", None)
-    for kept, before in ((budget.RULES, rules), (budget.PILOT_RULES, pilots)):
+    for kept, before in ((budget.RULES, rules), (budget.PILOT_RULES, pilots), (budget.PRIORS, priors)):
         kept.clear()
         kept.update(before)
 
@@ -128,6 +128,15 @@ def test_own_allocation_rule(here):
     assert counts.tolist() == [10] * 4
     assert float(info["mean_hope"]) == pytest.approx(0.5 + deviation)
     assert all(0 < row["mean_hope"] <= 1 for row in rows(here / "runs" / "optimist")[1:])
+
+
+def test_own_prior(here):
+    source = follow("recipes/prior.md")["hardest"]
+    evidence = source.learn(source.start(np.full(3, 0.5)), None, 0.5, np.array([[0, 1], [1, 3]]), None, np.array([2, 0]), np.array([4, 2]))  # fmt: skip
+    assert [part.tolist() for part in evidence] == [[1, 1, 0], [2, 3, 0]]
+    rates, _ = source.estimate(evidence, np.full(3, 0.5), np.array([[0, 1], [0, 2], [3, 3]]), 0.75)
+    assert rates.tolist() == pytest.approx([(1.5 + 1) / (2 + 3), (1.5 + 1) / (2 + 2), 0.75])
+    assert all(np.isfinite(row["prior_gain"]) for row in rows(here / "runs" / "hardest")[1:])
 
 
 @pytest.fixture(scope="module")

@@ -111,4 +111,4 @@ def test_every_prior_finds_its_features(source):
     features, number = find_features(config, encoded)
     assert features.shape[0] == 60
     assert 0 < len(np.unique(features)) <= number + 1
-    assert budget.init_prior(source, number).source == source
+    assert budget.init_prior(source, number).source is budget.PRIORS[source]

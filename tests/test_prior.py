@@ -281,6 +281,22 @@ def test_candidates_that_never_see_two_rates_stay_finite():
     assert (rate[2:4] < 0.05).all()
 
 
+def test_functions_are_a_prior_and_those_of_another_one_with_the_same_name_are_not_mistaken_for_it(monkeypatch):
+    """In a notebook a cell is run again; what was compiled of its last version must not be used."""
+    groups, features = priors.PRIORS["groups"], jnp.array([[0], [1], [2]])
+
+    def told(rate):
+        sure = groups._replace(estimate=lambda evidence, spread, features, centre: (jnp.full(3, rate), jnp.zeros(3)))
+        monkeypatch.setitem(priors.PRIORS, "mine", sure)
+        prior = priors.init_prior("mine", 3).replace(shared_score=jnp.float32(-1.0))
+        assert prior.source is priors.init_prior(sure, 3).source is sure
+        belief = INFORM(prior, known(3), features)
+        return belief.prior_alpha / (belief.prior_alpha + belief.prior_beta)
+
+    np.testing.assert_allclose(told(0.25), [0.25] * 3, rtol=1e-6)
+    np.testing.assert_allclose(told(0.75), [0.75] * 3, rtol=1e-6)
+
+
 def test_unknown_sources_and_empty_priors_are_refused():
     with pytest.raises(ValueError, match="features"):
         priors.init_prior("shared", 4)

@@ -20,6 +20,7 @@ from krl.budget.explanation import explain
 from krl.budget.prior import (
     PRIORS,
     Prior,
+    Source,
     hash_features,
     inform,
     init_prior,
@@ -47,6 +48,7 @@ __all__ = [
     "Belief",
     "Prior",
     "Replay",
+    "Source",
     "allocate",
     "continuous_value",
     "explain",

@@ -45,14 +45,19 @@ class Prior(struct.PyTreeNode):
     evidence: tuple[jax.Array, jax.Array]  # [C, W] float32 each: successes and failures, or weights and precisions
     scores: jax.Array  # [C, S] float32, discounted log-likelihood of new outcomes for each strength, nats
     shared_score: jax.Array  # [] float32, the same for the prior common to all prompts
-    source: str = struct.field(pytree_node=False)  # a key of PRIORS
+    source: "Source" = struct.field(pytree_node=False)
 
 
 Evidence = tuple[jax.Array, jax.Array]  # of one candidate, [W] each: what a source keeps of every feature
 
 
 class Source(NamedTuple):
-    """How rates follow from features: functions of one candidate's evidence, [W] arrays, its memory and spread [W]."""
+    """How rates follow from features: pure functions of one candidate's evidence, [W] arrays, its memory and spread [W].
+
+    They are called by these names of the arguments: start(spread), and `estimate` and `learn` with the first two or three in
+    this order and the others as features=, centre=, wins= and outcomes=. All numbers are float32, features int32; W or more
+    among the F features of a prompt stands for none. docs/recipes/prior.md has one.
+    """
 
     start: Callable[[jax.Array], Evidence]  # (spread) -> evidence
     # (evidence, spread, features [M, F], common mean) -> (rates [M], how unsure they are [M], as 1 / outcomes)
@@ -61,21 +66,22 @@ class Source(NamedTuple):
     learn: Callable[..., Evidence]
 
 
-def init_prior(source: str, num_features: int) -> Prior:
+def init_prior(source: "str | Source", num_features: int) -> Prior:
     """Nothing learnt yet.
 
     Args:
-        source: a key of PRIORS.
+        source: a key of PRIORS, or functions of one's own.
         num_features: W, labels of "groups", or the width to which "features" are hashed.
 
     Raises:
         ValueError: an unknown source, or no feature.
     """
-    if source not in PRIORS:
+    if isinstance(source, str) and source not in PRIORS:
         raise ValueError(f"unknown prior {source!r}; the sources are {sorted(PRIORS)}, or no prior at all")
     if num_features < 1:
         raise ValueError(f"a prior needs at least one feature, got num_features={num_features}")
-    evidence = jax.vmap(PRIORS[source].start)(_spreads(num_features))
+    source = PRIORS[source] if isinstance(source, str) else source
+    evidence = jax.vmap(source.start)(_spreads(num_features))
     return Prior(evidence, jnp.zeros((len(CANDIDATES), len(STRENGTHS))), jnp.float32(0.0), source)
 
 
@@ -133,7 +139,7 @@ def learn_prior(
     # Outcomes of one prompt are alike: beyond `strength` of them, more say little about its features.
     share = divide(strength + 1, strength + outcomes)
     learn = functools.partial(
-        PRIORS[prior.source].learn,
+        prior.source.learn,
         features=features, centre=_common_mean(belief), wins=share * wins, outcomes=share * outcomes,
     )  # fmt: skip
     memories = jnp.array(CANDIDATES)[:, 0]
@@ -156,7 +162,7 @@ def prior_metrics(prior: Prior, num_prompts: int) -> dict[str, jax.Array]:
 
 def _candidates(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(alpha, beta) of every candidate, [C, S, M] float32."""
-    estimate = functools.partial(PRIORS[prior.source].estimate, features=features, centre=_common_mean(belief))
+    estimate = functools.partial(prior.source.estimate, features=features, centre=_common_mean(belief))
     rates, unsure = jax.vmap(estimate)(prior.evidence, _spreads(_width(prior)))
     # Two sources of doubt add up: about what the features say, and about how far the prompt is from that.
     strengths = 1 / (unsure[:, None] + 1 / jnp.array(STRENGTHS)[None, :, None])

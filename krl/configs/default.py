@@ -22,9 +22,11 @@ def get_config() -> ConfigDict:
     config.alloc.n_max = 128  # most rollouts of a prompt in a step
     # What a prompt's success rate is expected to be before it is sampled: "shared" (one prior for all prompts),
     # "groups" (by a field of the data), "features" (by pieces of its text and all of data.fields), or
-    # "gaussian_process" (by the same features, as the rule "vip" was published).
+    # "gaussian_process" (by the same features, as the rule "vip" was published); or your own, by its name in
+    # krl.budget.PRIORS.
     config.alloc.prior = "features"
-    # Field of the data that names a prompt's group, such as "subject"; for prior="groups".
+    # Field of the data that names a prompt's group, such as "subject"; for prior="groups", and for your own prior to go
+    # by ("" for the features).
     config.alloc.prior_field = ""
     config.alloc.prior_width = 4096  # number of features that pieces of text and fields are hashed to
     # Share of the evidence about a prompt that is kept after a group whose rewards were all equal, 0 to 1.

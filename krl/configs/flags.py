@@ -1,9 +1,12 @@
 """The command line that train.py and eval.py share: --config FILE, --config.key=value and --workdir DIR."""
 
 import contextlib
+import dis
+import errno
 import importlib.machinery
 import pathlib
 import re
+import sys
 import traceback
 import types
 from collections.abc import Iterator
@@ -156,18 +159,50 @@ def _wrong_value(error: flags.IllegalFlagValueError, values: flags.FlagValues) -
 
 
 @contextlib.contextmanager
-def one_line_errors(script: str) -> Iterator[None]:
-    """End what a user can mend in one line: a ValueError, a FloatingPointError, or an OSError such as a full disk.
+def one_line_errors(script: str, file: pathlib.Path | None = None) -> Iterator[None]:
+    """End a program that fails in one line; where the user cannot mend it, the traceback comes before and goes to a file.
 
-    With --verbosity=1 the traceback comes before it. Otherwise only warnings are logged: Orbax tells every write.
+    With --verbosity=1 it comes before every line. Otherwise only warnings are logged: Orbax tells every write.
+
+    Args:
+        script: begins the line.
+        file: for the traceback; its directory is not made.
 
     Raises:
-        SystemExit: with the script's name and the error's message.
+        SystemExit: with the line.
     """
     verbose = logging.get_verbosity() >= logging.DEBUG
     logging.set_verbosity(logging.DEBUG if verbose else logging.WARNING)
     try:
         yield
-    except (ValueError, FloatingPointError, OSError) as error:
-        logging.debug("%s failed", script, exc_info=True)
-        raise SystemExit(f"{script}: {error}") from None
+    except Exception as error:
+        if _is_for_the_user(error):
+            logging.debug("%s failed", script, exc_info=True)
+            raise SystemExit(f"{script}: {error}") from None
+        told, places = "".join(traceback.format_exception(error)), ["above"]
+        print(told, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            if file:
+                file.write_text(told)
+                places.append(f"in {file}")
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        raise SystemExit(f"{script}: {line} (the traceback is {' and '.join(places)})") from None
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    """Whether an error is something to mend outside of the code: the message then says how.
+
+    That is what a `raise` in krl says with a ValueError or a FloatingPointError. What JAX, NumPy, Python itself or a
+    function of the user's raises has the same types and says nothing of what to do; so the instruction that raised it decides,
+    and callers of the library go on catching plain ValueErrors. Of the system's errors it is a full or forbidden place.
+    """
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+    last = error.__traceback__
+    while last and last.tb_next:
+        last = last.tb_next
+    if last is None or not isinstance(error, ValueError | FloatingPointError):
+        return False
+    code = last.tb_frame.f_code
+    ours = pathlib.Path(code.co_filename).is_relative_to(HERE.parent)
+    return ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"

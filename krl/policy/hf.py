@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from krl.configs.flags import one_line_errors
 from krl.policy.hf_config import STORED_TYPES, config_json, read_config
 from krl.policy.model import PolicyConfig, init, param_axes
 from krl.sharding import tree_sharding
@@ -407,11 +407,8 @@ def main() -> None:
         "--dtype", choices=list(STORED_TYPES.values()), help="of the tensors; that of the start if absent"
     )
     given = parser.parse_args()
-    logging.set_verbosity(logging.WARNING)  # Orbax tells every read
-    try:
+    with one_line_errors("krl.policy.hf"):
         step = export(given.workdir, given.out, dtype=given.dtype)
-    except ValueError as error:
-        raise SystemExit(f"krl.policy.hf: {error}") from None
     print(f"wrote step {step} of {given.workdir} to {given.out}")
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -314,7 +315,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike, *, vocab_
         ValueError: sentencepiece refuses, for example because vocab_size cannot hold the characters.
     """
     path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")  # another run may train the same
     with partial.open("wb") as file:
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -338,6 +339,7 @@ def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike, *, vocab_
                 minloglevel=2,
             )
         except RuntimeError as error:
+            partial.unlink()
             reason = str(error).strip().splitlines()[-1]
             raise ValueError(f"cannot train a tokenizer of {vocab_size} pieces: {reason}") from None
     partial.replace(path)

@@ -9,12 +9,12 @@ import argparse
 import importlib
 import math
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from krl.configs.flags import one_line_errors
 from krl.run.history import Run, read_runs, rollouts_to_reach, summary
 from krl.run.metrics import format_seconds
 
@@ -155,10 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--out", type=pathlib.Path, required=True, help="where page and figures go, or NAME.html for the page alone"
     )
     options = parser.parse_args(arguments)
-    try:
+    with one_line_errors("krl.run.report"):
         drawn, path, told = _write(options.workdirs, options.out)
-    except ValueError as error:
-        sys.exit(f"krl.run.report: {error}")
     print("\n".join([*drawn, "", told, "", f"report: {path}"]).lstrip("\n"))
 
 

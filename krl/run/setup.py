@@ -9,6 +9,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from krl.policy.hf_config import config_json
 from krl.policy.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
 from krl.rollout import slots_in_memory
 from krl.run.checkpoint import claim_workdir, open_workdir, write_json
+from krl.run.lock import wait_for
 from krl.run.metrics import progress
 from krl.run.processes import is_first, place_whole, say
 from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
@@ -54,7 +56,7 @@ class Setup:
     features: np.ndarray  # [D, F] int32, what the prior of a training prompt goes by
     num_features: int  # how many different ones there are
     pairs: Pairs | None  # of supervised fine-tuning, None without one
-    cache: pathlib.Path  # directory of the tokenizer trained and the policy fine-tuned for this config
+    cache: pathlib.Path  # directory of the policy fine-tuned for this config on these pairs
 
 
 def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence[str]) -> Setup:
@@ -74,8 +76,8 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence
         open_workdir(workdir, flat, free)
     verifiers = make_verifiers(config)
     tasks = load_task_sets(config)
-    cache = sft_cache(workdir, flat, free)
-    tokenizer = load_tokenizer(find_tokenizer(config, tasks["sft"], cache, workdir))
+    folder = pathlib.Path(config.sft.dir or workdir / "sft")
+    tokenizer = load_tokenizer(find_tokenizer(config, tasks["sft"], folder, workdir))
     policy_config = find_policy(config, tokenizer, workdir)
     train = encode(config, tokenizer, tasks["train"])
     test = encode(config, tokenizer, tasks["test"], limit=config.eval.prompts)
@@ -91,7 +93,8 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence
     claim_workdir(workdir, flat, config_json(policy_config, policy_config.stored_dtype), tokenizer.files)
     return Setup(
         mesh=mesh, verifiers=verifiers, tokenizer=tokenizer, policy_config=policy_config, params=params, train=train,
-        test=test, features=features, num_features=num_features, pairs=pairs, cache=cache,
+        test=test, features=features, num_features=num_features, pairs=pairs,
+        cache=sft_cache(folder, config, policy_config.vocab_size, pairs or ()),
     )  # fmt: skip
 
 
@@ -164,26 +167,29 @@ def encode(config: ConfigDict, tokenizer: Tokenizer, tasks: TaskSet, *, limit: i
 
 
 def find_features(config: ConfigDict, tasks: EncodedTasks) -> tuple[np.ndarray, int]:
-    """What the prior goes by: features [D, F] int32 of the training prompts, and how many different ones."""
+    """What the prior goes by: features [D, F] int32 of the training prompts, and how many different ones.
+
+    A prior of the user's own goes by the labels of alloc.prior_field where that is given, or else by hashed features.
+    """
     fields, name = tasks.tasks.fields, config.alloc.prior_field
-    if config.alloc.prior in ("features", "gaussian_process"):
+    if config.alloc.prior == "shared":
+        return np.zeros((len(tasks), 0), np.int32), 0
+    if config.alloc.prior in ("features", "gaussian_process") or not name:
         width = config.alloc.prior_width
         return budget.hash_features(tasks.tokens, tasks.mask, fields, width=width), width
-    if config.alloc.prior == "groups":
-        if name not in fields:
-            raise ValueError(
-                f"config.alloc.prior_field={name!r} is none of the training data's fields {sorted(fields)}; "
-                "name it in config.data.fields too"
-            )
-        return budget.number_groups(fields[name])
-    return np.zeros((len(tasks), 0), np.int32), 0
+    if name not in fields:
+        raise ValueError(
+            f"config.alloc.prior_field={name!r} is none of the training data's fields {sorted(fields)}; "
+            "name it in config.data.fields too"
+        )
+    return budget.number_groups(fields[name])
 
 
 # ---------------------------------------------------------------- tokenizer and decoder
 
 
-def find_tokenizer(config: ConfigDict, tasks: TaskSet, cache: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
-    """The tokenizer of a run that has begun, or the config's, or the policy's, or one trained on the texts."""
+def find_tokenizer(config: ConfigDict, tasks: TaskSet, folder: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """The tokenizer of a run that has begun, or the config's, or the policy's, or one trained on the texts, in a folder."""
     if (workdir / "config.json").exists():
         return workdir / "policy"
     if config.policy.path and not pathlib.Path(config.policy.path, "config.json").is_file():
@@ -192,16 +198,13 @@ def find_tokenizer(config: ConfigDict, tasks: TaskSet, cache: pathlib.Path, work
         )
     if config.tokenizer.path or config.policy.path:
         return pathlib.Path(config.tokenizer.path or config.policy.path)
-    file = cache / "tokenizer.model"
+    frame = config.data.template if "{prompt}" in config.data.template else "{prompt}"
+    prompts = [frame.replace("{prompt}", prompt) for prompt in tasks.prompts]
+    texts = [p + c for p, c in zip(prompts, tasks.completions or tasks.prompts, strict=True)]
+    size, fallback = config.tokenizer.vocab_size, config.tokenizer.byte_fallback
+    file = folder / _digest(json.dumps([size, fallback, texts]).encode()) / "tokenizer.model"
     if not file.exists():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write {file.parent}: {error}; choose another config.sft.dir") from None
-        frame = config.data.template if "{prompt}" in config.data.template else "{prompt}"
-        prompts = [frame.replace("{prompt}", prompt) for prompt in tasks.prompts]
-        texts = [p + c for p, c in zip(prompts, tasks.completions or tasks.prompts, strict=True)]
-        size, fallback = config.tokenizer.vocab_size, config.tokenizer.byte_fallback
+        _make_cache(file.parent)
         train_sentencepiece(texts, file, vocab_size=size, byte_fallback=fallback)
     return file
 
@@ -254,16 +257,46 @@ def abstract_params(policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh)
 # ---------------------------------------------------------------- supervised fine-tuning
 
 
-def sft_cache(workdir: pathlib.Path, flat: dict, free: Sequence[str]) -> pathlib.Path:
-    """The directory of the tokenizer and fine-tuned policy that belong to this config and no other.
+def sft_cache(folder: pathlib.Path, config: ConfigDict, vocab_size: int, pairs: Sequence[np.ndarray]) -> pathlib.Path:
+    """The directory of the fine-tuned policy that belongs to this config and to what these files held, and to no other.
 
     Args:
-        workdir, flat, free: as for `set_up`. The directory lies below sft.dir, or else below the work directory.
+        folder: that it lies in.
+        config: of the run.
+        vocab_size: V of the policy.
+        pairs: from `find_pairs`; they say all that fine-tuning sees of data, template and tokenizer.
     """
-    decides = ("seed", "data.", "arithmetic.", "operators.", "tokenizer.", "policy.", "sft.", "sample.max_new_tokens")
-    chosen = {k: v for k, v in flat.items() if k.startswith(decides) and k not in free}
-    name = hashlib.blake2b(json.dumps(chosen, sort_keys=True).encode(), digest_size=6).hexdigest()
-    return pathlib.Path(flat["sft.dir"] or workdir / "sft") / name
+    flat = flatten(config)
+    chosen = {k: flat[k] for k in sorted(flat) if k.startswith(("seed", "policy.", "sft.")) and k not in FREE_KEYS}
+    told = [f"{part.dtype} {part.shape}" for part in pairs]
+    return folder / _digest(json.dumps([chosen, vocab_size, told]).encode(), *map(np.ascontiguousarray, pairs))
+
+
+def fingerprint(path: pathlib.Path) -> str:
+    """A digest of all that is in a checkpoint's config.json and safetensors."""
+
+    def of_file(file: pathlib.Path) -> bytes:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "blake2b").digest()
+
+    files = sorted([path / "config.json", *path.glob("*.safetensors")])
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to other threads
+        return _digest(*(file.name.encode() for file in files), *pool.map(of_file, files))
+
+
+def _digest(*parts: Any) -> str:
+    """Of bytes and arrays, one after the other."""
+    digest = hashlib.blake2b(digest_size=6)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _make_cache(directory: pathlib.Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {directory}: {error}; choose another config.sft.dir") from None
 
 
 def find_pairs(config: ConfigDict, encoded: EncodedTasks, tokenizer: Tokenizer) -> Pairs:
@@ -288,7 +321,7 @@ def start_params(
 
     Args:
         config: of the run.
-        policy_config, mesh, pairs, cache: as in `Setup`.
+        policy_config, mesh, pairs, cache: as in `Setup`. Of runs that share the cache one fine-tunes, and others wait.
         should_stop: whether fine-tuning should save and leave, asked before each update.
 
     Returns:
@@ -308,7 +341,14 @@ def start_params(
         params = initialise(jax.random.key(config.seed))
     if pairs is None:
         return params
-    with progress(config.sft.steps, 0, "fine-tuning") as show:
+    if config.policy.path:
+        cache = cache.with_name(f"{cache.name}_{fingerprint(pathlib.Path(config.policy.path))}")
+    if is_first():
+        _make_cache(cache)
+    lock = wait_for(cache.with_name(f"{cache.name}.running"), f"the fine-tuning in {cache}", should_stop)
+    with lock as ours, progress(config.sft.steps, 0, "fine-tuning") as show:
+        if not ours:
+            return None
         params, finished = finetune(
             policy_config, params, pairs, cache, steps=config.sft.steps, batch_size=config.sft.batch_size,
             micro_tokens=config.optim.micro_tokens, learning_rate=config.sft.learning_rate, warmup_steps=20, decay_steps=0, seed=config.seed,
