@@ -26,7 +26,7 @@ from rich.console import Console
 from krl import policy, rollout
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
-from krl.policy.tokenizer import load_tokenizer
+from krl.policy.tokenizer import Tokenizer, load_tokenizer
 from krl.run.benchmark import evaluate_set
 from krl.run.checkpoint import Checkpoints, check_workdir, keep_from_others, open_workdir, write_json
 from krl.run.estimates import table
@@ -43,7 +43,7 @@ from krl.run.setup import (
     make_verifiers,
 )
 from krl.sharding import make_mesh, reshape_mesh
-from krl.tasks import SOURCES, TaskSet, load_named
+from krl.tasks import SOURCES, EncodedTasks, TaskSet, load_named
 from krl.tasks.files import named_file
 from krl.tasks.verify import answer_key
 
@@ -91,7 +91,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
     mesh = reshape_mesh(mesh, tuple(config.mesh.decode))  # there is no update
     verifiers = make_verifiers(config)
     tokenizer = load_tokenizer(workdir / "policy" if has_run else config.tokenizer.path or config.policy.path)
-    encoded = {name: encode(config, tokenizer, tasks, limit=config.eval.prompts) for name, tasks in sets.items()}
+    encoded = {name: encode_set(config, tokenizer, name, tasks) for name, tasks in sets.items()}
     policy_config = find_policy(config, tokenizer, workdir)
     identity, params = load_params(config, policy_config, workdir if has_run else None, mesh)
 
@@ -151,6 +151,15 @@ def load_sets(config: ConfigDict) -> dict[str, TaskSet]:
         raise ValueError(f"config.eval.sets names {unknown[0]!r}; the sets are {', '.join(SOURCES)}")
     folder = pathlib.Path(config.eval.dir) if config.eval.dir else None
     return {name: load_named(name, split="test", path=named_file(folder, name) if folder else "") for name in names}
+
+
+def encode_set(config: ConfigDict, tokenizer: Tokenizer, name: str, tasks: TaskSet) -> EncodedTasks:
+    """The tasks of a benchmark whose prompts fit; what is wrong with them is told with its name."""
+    try:
+        return encode(config, tokenizer, tasks, limit=config.eval.prompts)
+    except ValueError as error:
+        error.args = (f"{name}: {error}",)  # and it still says where it was raised
+        raise
 
 
 def load_params(

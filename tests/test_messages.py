@@ -1,5 +1,8 @@
 """What a user is told: one plain line that says what was wrong, where, and what to do."""
 
+import errno
+import json
+import os
 import pathlib
 import re
 import shlex
@@ -7,14 +10,20 @@ import socket
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 from absl import flags
 
 from krl import eval as measuring
+from krl.budget import number_groups
 from krl.configs import arithmetic
+from krl.configs.check import flatten
 from krl.configs.flags import define_flags, one_line_errors, own_configs, parse_flags
+from krl.masked import segment_sum
 from krl.policy.hf import export
+from krl.policy.tokenizer import load_tokenizer, train_sentencepiece
 from krl.run import plan, report
+from krl.run.metrics import format_seconds, gini
 from krl.run.processes import join_processes
 from krl.train import train
 from tests.command_line import ROOT, TINY, environment
@@ -226,6 +235,78 @@ def test_a_notebook_is_told_of_a_key_that_is_none(here):
     config.alloc.bugdet = 3
     assert told_by(train, config, "work") == "unknown config key alloc.bugdet; did you mean alloc.budget?"
     assert not (here / "work").exists()
+
+
+def test_a_benchmark_none_of_whose_prompts_fits_is_named(here):
+    for name in ("aime", "amc"):
+        (here / f"{name}.jsonl").write_text(json.dumps({"problem": "9" * (3 if name == "aime" else 40), "answer": "1"}) + "\n")  # fmt: skip
+    (here / "work" / "policy").mkdir(parents=True)
+    config = config_with(**{"eval.sets": "aime,amc", "eval.dir": "."})
+    (here / "work" / "config.json").write_text(json.dumps(flatten(config)))
+    train_sentencepiece(["123456789"], here / "work" / "policy" / "tokenizer.model", vocab_size=64, byte_fallback=False)
+    assert (
+        told_by(measuring.measure, config, "work")
+        == "amc: none of 1 prompts has 1 to 8 tokens (the shortest has 40); raise config.data.max_prompt_tokens"
+    )
+
+
+def fail_outside(error):
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda: format_seconds(float("nan")), "ValueError: cannot convert float NaN to integer"),  # Python, called by krl
+        (lambda: number_groups([["a"], ["b", "c"]]), "ValueError: setting an array element with a sequence"),  # NumPy
+        (lambda: gini(jnp.ones((2, 3)).reshape(4)), "TypeError: cannot reshape"),  # JAX
+        (lambda: segment_sum(jnp.ones(3), jnp.zeros(2, int), 2), "ValueError: "),  # JAX, called by krl
+        (lambda: fail_outside(ValueError("of a function of the user's")), "ValueError: of a function of the user's"),
+        (lambda: fail_outside(FileNotFoundError(errno.ENOENT, "gone")), "FileNotFoundError: [Errno 2] gone"),
+        (lambda: fail_outside(RuntimeError("a device")), "RuntimeError: a device"),
+    ],
+)  # fmt: skip
+def test_what_a_user_cannot_mend_ends_with_a_traceback_that_is_kept(tmp_path, capsys, call, told):
+    file = tmp_path / "error.txt"
+    with pytest.raises(SystemExit) as ended, one_line_errors("krl", file):
+        call()
+    assert ended.value.code.startswith(f"krl: {told}")
+    assert ended.value.code.endswith(f" (the traceback is above and in {file})")
+    assert "\n" not in ended.value.code
+    assert file.read_text().startswith("Traceback (most recent call last):")
+    assert "in test_what_a_user_cannot_mend" in file.read_text()
+    assert capsys.readouterr().err == file.read_text() + "\n"
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EROFS, errno.EACCES)]
+)
+def test_what_the_system_says_of_a_place_is_one_line(tmp_path, capsys, error):
+    with pytest.raises(SystemExit) as ended, one_line_errors("krl", tmp_path / "error.txt"):
+        fail_outside(error)
+    assert ended.value.code == f"krl: {error}"
+    assert (capsys.readouterr().err, list(tmp_path.iterdir())) == ("", [])
+
+
+def test_a_traceback_that_cannot_be_kept_is_shown_all_the_same(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended, one_line_errors("krl", tmp_path / "gone" / "error.txt"):
+        fail_outside(KeyError("x"))
+    assert ended.value.code == "krl: KeyError: 'x' (the traceback is above)"
+    assert "in fail_outside" in capsys.readouterr().err
+
+
+def test_what_krl_raises_itself_stays_a_value_error_and_one_line(here, capsys):
+    """Also where it was raised for another error, or on the way out of a context."""
+    for call in (
+        lambda: load_tokenizer("gone"),
+        lambda: load_tokenizer(here / "own.py"),
+        lambda: train_sentencepiece(["a"], here / "t.model", vocab_size=1, byte_fallback=False),
+    ):
+        with pytest.raises(ValueError, match=r"gone|own\.py|cannot train") as raised:
+            call()
+        assert told_by(call) == str(raised.value)
+    assert capsys.readouterr().err == ""
+    assert not list(here.glob("t.model*"))
 
 
 def test_a_port_that_is_taken(here):

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from krl import learn
+from krl import learn, policy
 from krl.configs import arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.run import checkpoint, lock
@@ -43,7 +43,7 @@ from krl.run.metrics import (
 )
 from krl.run.setup import NAMES
 from krl.run.sft import encode_pairs
-from krl.sharding import make_mesh, named_sharding
+from krl.sharding import make_mesh, named_sharding, tree_sharding
 from krl.tasks import EncodedTasks, TaskSet
 from krl.types import Rollouts
 from tests import tiny
@@ -352,7 +352,9 @@ def test_a_second_run_on_a_directory_is_refused_while_the_first_lives(tmp_path):
         assert holder(tmp_path).name.startswith(f"{os.getpid()}_")
         second = hold(tmp_path, 0)
         assert "in use by process" in second.communicate(timeout=60)[1]
-        with pytest.raises(ValueError, match=f"in use by process {os.getpid()}"):  # such as another thread of a notebook
+        with pytest.raises(
+            ValueError, match=f"in use by process {os.getpid()}"
+        ):  # such as another thread of a notebook
             hold_workdir(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
     assert hold(tmp_path, 0).wait(timeout=60) == 0
@@ -476,6 +478,22 @@ def test_a_run_that_begins_anew_does_not_keep_its_row_of_step_0(tmp_path):
             log.write(0, {"eval/accuracy": 0.5})
             log.write_evaluation(0, rollouts_total=0, samples=1, solved=np.array([1, 0]))
     assert len(read_rows(tmp_path / "metrics.jsonl")) == len(read_rows(tmp_path / "evaluations.jsonl")) == 1
+
+
+def test_a_digest_tells_parameters_apart_and_not_their_layout():
+    params = tiny.params()
+    mesh = make_mesh((4, 2), ("fsdp", "model"))
+    spread = jax.device_put(params, tree_sharding(mesh, policy.param_axes(tiny.CONFIG), jax.eval_shape(tiny.params)))
+    with jax.set_mesh(mesh):
+        assert checkpoint.digest(spread) == checkpoint.digest(params)
+    a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.zeros(3, np.float32)
+    minus, one_bit, last = b.copy(), a.copy(), a.copy()
+    minus[1], one_bit[0, 1], last[1, 2] = -0.0, np.nextafter(a[0, 1], 9, dtype=np.float32), np.nan
+    different = [
+        {"a": a, "b": b}, {"a": one_bit, "b": b}, {"a": last, "b": b}, {"a": a, "b": minus}, {"a": a[::-1], "b": b}, {"a": a.T, "b": b},
+        {"a": a.reshape(3, 2), "b": b}, {"b": a, "a": b}, {"a": a}, {"a": a[[0, 0]], "b": b},
+    ]  # fmt: skip
+    assert len({checkpoint.digest(jax.tree.map(jnp.asarray, each)) for each in different}) == len(different)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

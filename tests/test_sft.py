@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import json
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,12 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krl import policy
-from krl.run import sft
+from krl.configs import arithmetic
+from krl.configs.check import FREE_KEYS, flatten
+from krl.policy.tokenizer import load_tokenizer, train_sentencepiece
+from krl.run import lock, setup, sft
 from krl.run.sft import encode_pairs, finetune, pack_pairs
 from krl.run.update import for_this_backend, init_state, make_optimizer, supervised_update
 from krl.sharding import make_mesh, named_sharding, tree_sharding
 from krl.tasks import EncodedTasks, TaskSet
 from tests import tiny
+from tests.command_line import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 24
@@ -344,3 +350,113 @@ def test_updates_that_are_not_finite_end_the_training(tmp_path):
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, tiny.params())
     with pytest.raises(FloatingPointError, match="2 updates in a row were not finite; lower"):
         train(tmp_path, params=broken)
+
+
+# ---------------------------------------------------------------- the cache of several runs
+
+
+def set_up_here(place, **changes):
+    config = arithmetic.get_config()
+    config.update_from_flattened_dict(
+        TINY | {
+            "data.source": "dataset", "data.path": str(place / "sums.jsonl"), "data.prompt_field": "q", "data.answer_field": "a",
+            "data.completion_field": "a", "sft.dir": str(place / "sft"), "eval.prompts": 4,
+        } | changes
+    )  # fmt: skip
+    workdir = place / f"work{len(list(place.glob('work*')))}"
+    return setup.set_up(config, workdir, flatten(config), FREE_KEYS), config, workdir
+
+
+def write_sums(place, rows):
+    lines = [json.dumps({"q": question, "a": answer}) for question, answer in rows]
+    (place / "sums.jsonl").write_text("\n".join(lines) + "\n")
+
+
+SUMS = [(f"{i}+{i}", str(2 * i)) for i in range(20)]
+
+
+def test_a_fine_tuned_policy_belongs_to_what_the_files_held(tmp_path):
+    write_sums(tmp_path, SUMS)
+    first, config, workdir = set_up_here(tmp_path)
+    model = first.tokenizer.files[0]
+    assert setup.set_up(config, workdir, flatten(config), FREE_KEYS).cache == first.cache  # the run that continues
+    os.utime(tmp_path / "sums.jsonl", (1, 1))
+    second, _, _ = set_up_here(tmp_path)
+    assert (second.cache, second.tokenizer.files[0]) == (first.cache, model)
+    others = {
+        "the same texts in another order": SUMS[::-1],
+        "one other solution of the same length": [("0+0", "1"), *SUMS[1:]],
+        "another letter": [("0-0", "0"), *SUMS[1:]],
+    }
+    caches = {first.cache}
+    for rows in others.values():
+        write_sums(tmp_path, rows)
+        parts, _, _ = set_up_here(tmp_path)
+        caches.add(parts.cache)
+        assert parts.tokenizer.files[0] != model
+    assert len(caches) == 1 + len(others)
+    write_sums(tmp_path, SUMS)
+    assert set_up_here(tmp_path)[0].cache == first.cache
+    for changes in ({"seed": 1}, {"policy.mlp_size": 8}, {"sft.learning_rate": 1e-3}, {"data.template": "Q: {prompt}", "data.max_prompt_tokens": 20}):  # fmt: skip
+        assert set_up_here(tmp_path, **changes)[0].cache not in caches
+    for changes in ({"sft.save_every": 7}, {"policy.unroll": 2}, {"steps": 9}):
+        assert set_up_here(tmp_path, **changes)[0].cache == first.cache
+
+
+def test_a_checkpoint_is_told_from_another_by_all_its_bytes(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    weights = np.zeros(3 << 20, np.uint8)
+    found = []
+    for value in (0, 1, 0):
+        weights[len(weights) // 2] = value
+        (tmp_path / "model.safetensors").write_bytes(weights.tobytes())
+        found.append(setup.fingerprint(tmp_path))
+    assert found[0] == found[2] != found[1]
+
+
+def test_of_runs_that_share_a_cache_one_fine_tunes_and_the_others_wait(tmp_path, monkeypatch, capsys):
+    """The second sees what the first has written, whole, and takes no update of its own."""
+    write_sums(tmp_path, SUMS)
+    parts, config, _ = set_up_here(tmp_path)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    begun, release, updates = threading.Event(), threading.Event(), []
+
+    def fake(policy_config, params, pairs, directory, *, steps, **options):
+        done = directory / "done"
+        if not done.exists():
+            updates.append(steps)
+            begun.set()
+            release.wait(60)
+            done.touch()
+        return params, True
+
+    monkeypatch.setattr(setup, "finetune", fake)
+
+    def start(should_stop=lambda: False):
+        with jax.set_mesh(parts.mesh):
+            return setup.start_params(
+                config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, should_stop=should_stop
+            )
+
+    with ThreadPoolExecutor(3) as pool:
+        first = pool.submit(start)
+        assert begun.wait(60)
+        assert pool.submit(start, lambda: True).result() is None  # a signal came while it waited
+        second = pool.submit(start)
+        release.set()
+        assert first.result() is not None
+        assert second.result() is not None
+    assert updates == [config.sft.steps]
+    said = capsys.readouterr().out
+    assert f"krl: waiting for process {os.getpid()} on " in said
+    assert f", which has the fine-tuning in {parts.cache}" in said
+    assert [path.name for path in tmp_path.glob("sft/*.running*")] == []
+
+
+def test_runs_that_train_one_tokenizer_at_the_same_time_get_it_whole(tmp_path):
+    texts, file = ["abc def", "abc"] * 50, tmp_path / "tokenizer.model"
+    with ThreadPoolExecutor(4) as pool:
+        made = [pool.submit(train_sentencepiece, texts, file, vocab_size=20, byte_fallback=False) for _ in range(8)]
+    assert [one.exception() for one in made] == [None] * 8
+    assert load_tokenizer(file).decode(load_tokenizer(file).encode("abc def")) == "abc def"
+    assert list(tmp_path.iterdir()) == [file]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import datasets
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
@@ -94,6 +95,26 @@ def test_a_run_is_not_continued_on_other_data(tmp_path):
         run_here(tmp_path / "run", **keys)
     write(range(30))
     run_here(tmp_path / "run", **keys)
+
+
+def test_a_run_with_a_penalty_continues_only_towards_the_policy_that_it_began_from(tmp_path, monkeypatch):
+    """One of the same sizes, here with one parameter a bit larger, is not the same."""
+    keys = {"sft.steps": 0, "eval.every": 0, "loss.kl_coefficient": 0.1, "checkpoint.every": 1}
+    run_here(tmp_path, **keys, steps=1)
+    about = json.loads((tmp_path / "checkpoints" / "1" / "about" / "metadata").read_text())
+    start_params = script.start_params
+
+    def another(*arguments, **options):
+        params = start_params(*arguments, **options)
+        weight = params["final_norm"]["weight"]
+        return params | {"final_norm": {"weight": weight.at[3].set(jnp.nextafter(weight[3], 2.0))}}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "start_params", another)
+        told = f"holds the run to is not the one that it began from: {about['reference']} at step 1, .* now; bring back"
+        with pytest.raises(ValueError, match=told):
+            run_here(tmp_path, **keys, steps=2)
+    assert run_here(tmp_path, **keys, steps=2)["step"] == 2
 
 
 def test_a_run_leaves_everything_a_user_looks_for(finished):

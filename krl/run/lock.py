@@ -61,12 +61,12 @@ def wait_for(place: pathlib.Path, what: str, should_stop: Callable[[], bool]) ->
             holder = _try_to_hold(place, held) if is_first() else ""
             if not any_process(bool(holder)):
                 break
-            if should_stop():
-                yield False
-                return
             if not told:
                 say(f"krl: waiting for {holder}, which has {what}")
             told = True
+            if should_stop():
+                yield False
+                return
             time.sleep(BEAT_SECONDS / 5)
         yield True
 
