@@ -41,6 +41,7 @@ from krl.run.setup import (
     fingerprint,
     load_task_sets,
     make_verifiers,
+    say_ends,
 )
 from krl.sharding import make_mesh, reshape_mesh
 from krl.tasks import SOURCES, EncodedTasks, TaskSet, load_named
@@ -93,18 +94,20 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
     tokenizer = load_tokenizer(workdir / "policy" if has_run else config.tokenizer.path or config.policy.path)
     encoded = {name: encode_set(config, tokenizer, name, tasks) for name, tasks in sets.items()}
     policy_config = find_policy(config, tokenizer, workdir)
+    ends = rollout.find_ends(tokenizer, config.sample.stop, policy_config.vocab_size)
     identity, params = load_params(config, policy_config, workdir if has_run else None, mesh)
 
     # ---------------------------------------------------------------- measure it
     say(f"krl: measuring {identity}, {config.eval.samples} samples of each task")
+    say_ends(config, ends, next(iter(encoded.values())))
     generate = functools.partial(
-        rollout.generate, policy_config, max_new_tokens=config.sample.max_new_tokens, eos_ids=tokenizer.eos_ids,
-        pad_id=tokenizer.pad_id, num_slots=find_slots(config, policy_config, mesh), temperature=config.eval.temperature, top_p=config.eval.top_p,
+        rollout.generate, policy_config, max_new_tokens=config.sample.max_new_tokens, eos_ids=ends.eos_ids,
+        stop_table=ends.table, pad_id=tokenizer.pad_id, num_slots=find_slots(config, policy_config, mesh), temperature=config.eval.temperature, top_p=config.eval.top_p,
     )  # fmt: skip
     settings = {
         "policy": identity, "temperature": config.eval.temperature, "top_p": config.eval.top_p,
         "max_new_tokens": config.sample.max_new_tokens, "template": config.data.template,
-        "reward": config.data.reward, "seed": config.seed,
+        "reward": config.data.reward, "seed": config.seed, "stop": list(config.sample.stop),
     }  # fmt: skip
     results = {}
     with jax.set_mesh(mesh), verifiers:
@@ -115,7 +118,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
             with progress(len(tasks), 0, name) as report:
                 results[name] = evaluate_set(
                     name, generate, verifiers.score, params, tasks, key,
-                    tokenizer=tokenizer, answer_key=VOTES.get(config.data.reward, answer_key), samples=config.eval.samples,
+                    tokenizer=ends, answer_key=VOTES.get(config.data.reward, answer_key), samples=config.eval.samples,
                     num_rollouts=config.alloc.budget, place=functools.partial(place_whole, mesh),
                     path=workdir / "eval" / identity.replace(" ", "_") / f"{name}.jsonl", settings=settings, report=report,
                 )  # fmt: skip

@@ -62,7 +62,7 @@ from krl.run.processes import (
     stay_together,
     sum_over_processes,
 )
-from krl.run.setup import NAMES, Setup, about_run, find_optimizer, find_slots, set_up, start_params
+from krl.run.setup import NAMES, Setup, about_run, find_optimizer, find_slots, say_ends, set_up, start_params
 from krl.run.update import (
     abstract_state,
     for_this_backend,
@@ -117,6 +117,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
             f"{len(parts.train)} training prompts ({parts.train.dropped} too long), {size:,} parameters, "
             f"mesh {dict(parts.mesh.shape)} of {jax.devices()[0].device_kind}"
         )
+        say_ends(config, parts.ends, parts.train)
         place = epath.Path(config.checkpoint.dir or workdir)
         with (
             jax.set_mesh(parts.mesh),
@@ -252,12 +253,13 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     """Bind the functions of a step to their part of the config."""
     from krl.run.rollouts import describe_rollouts  # with Arrow, for which help and refusals need not wait
 
-    tokenizer, alloc, loss = parts.tokenizer, config.alloc, config.loss
+    ends, alloc, loss = parts.ends, config.alloc, config.loss
     layout = reshape_mesh(parts.mesh, tuple(config.mesh.decode))
     place = functools.partial(place_whole, parts.mesh)
     generate_here = functools.partial(
         rollout.generate, parts.policy_config, max_new_tokens=config.sample.max_new_tokens,
-        eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, num_slots=find_slots(config, parts.policy_config, layout),
+        eos_ids=ends.eos_ids, stop_table=ends.table, pad_id=parts.tokenizer.pad_id,
+        num_slots=find_slots(config, parts.policy_config, layout),
     )  # fmt: skip
 
     def generate(*arguments, **options):
@@ -268,8 +270,8 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         generate, temperature=config.sample.temperature, top_k=config.sample.top_k, top_p=config.sample.top_p,
         min_p=config.sample.min_p,
     )  # fmt: skip
-    score = functools.partial(score_rollouts, tokenizer, parts.verifiers.score)
-    begin_scoring = functools.partial(Scoring, tokenizer, parts.verifiers)
+    score = functools.partial(score_rollouts, ends, parts.verifiers.score)
+    begin_scoring = functools.partial(Scoring, ends, parts.verifiers)
     allocate = functools.partial(budget.allocate, alloc.rule, n_min=alloc.n_min, n_max=alloc.n_max)
 
     def advantages(rewards: jax.Array, rollouts: Rollouts) -> jax.Array:

@@ -140,7 +140,7 @@ def test_decoding_gathers_logits_and_never_a_parameter(mesh_of):
         for path, leaf in jax.tree.leaves_with_path(work.layers):
             cuts = 1 if leaf.ndim == 1 else model
             assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * cuts == leaf.size, path
-        serving = sampler.PROGRAMS["serve"].lower(CONFIG, options, 1.0, work, state, 2)
+        serving = sampler.PROGRAMS["serve"].lower(CONFIG, options, serve.Settings(1.0), work, state, 2)
         text = serving.compile(compiler_options=QUICK).as_text()
     gathered = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", text)}
     assert gathered == ({(slots, CONFIG.vocab_size)} if model > 1 else set())

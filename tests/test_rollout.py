@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krl import policy, rollout
 from krl.rollout import sampler, serve
 from krl.rollout.sampler import slot_bytes, slots_in_memory
-from krl.rollout.tokens import draw_tokens, least_logit
+from krl.rollout.tokens import LEVELS, draw_tokens, least_logit, random_numbers
 from krl.run.hlo import read_cost
 from krl.sharding import make_mesh, named_sharding, reshape_mesh, tree_sharding
 from krl.types import Prompts
@@ -177,24 +178,109 @@ def test_memory_is_that_of_the_slots():
     assert temporaries(512) - temporaries(64) < 448 * a_slot / 20
 
 
+@functools.partial(jax.jit, static_argnames="limits")
+def drawn_with(logits, numbers, temperature=1.0, limits=()):
+    """(tokens, log-probabilities, log-probabilities of the whole distribution) of [V] logits and [n, LEVELS] numbers."""
+
+    def one(numbers):
+        found = draw_tokens(logits[None], numbers[None], temperature=temperature, **dict(limits))
+        return jax.tree.map(lambda part: part[0], found)
+
+    return jax.vmap(one)(numbers)
+
+
+def draws(logits, number, **options):
+    """The same of random numbers."""
+    keys = jax.random.split(jax.random.key(5), number // 64)
+    return drawn_with(logits, random_numbers(keys, 64).reshape(-1, LEVELS), **options)
+
+
 def test_tokens_are_drawn_as_the_logits_say():
     logits = jnp.array(np.random.default_rng(0).normal(size=1000) * 3, jnp.float32)
-    logits = logits.at[:40].set(-jnp.inf)  # a whole block that cannot be
-    uniform = (jnp.arange(100_000) + 0.5) / 100_000
-    token, logp, whole = draw_tokens(jnp.tile(logits, (len(uniform), 1)), uniform, temperature=1.0)
-    probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
-    shares = np.bincount(token, minlength=1000) / len(uniform)
-    np.testing.assert_allclose(shares, probabilities, atol=3e-5)  # the inverse of evenly spaced numbers
-    np.testing.assert_allclose(logp, np.log(probabilities[np.asarray(token)]), atol=1e-4)
-    assert (shares[:40] == 0).all()
+    logits = logits.at[:40].set(-jnp.inf)  # a whole group that cannot be
+    token, logp, whole = draws(logits, 1 << 15)
+    expected = np.asarray(jax.nn.softmax(logits), np.float64)
+    assert scipy.stats.chisquare(*grouped(token, expected)).pvalue > 1e-3
+    np.testing.assert_allclose(logp, np.log(expected[np.asarray(token)]), atol=1e-4)
+    assert not (np.asarray(token) < 40).any()
     np.testing.assert_array_equal(logp, whole)
 
 
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24])
+def grouped(token, expected):
+    """(counts seen, counts expected) of tokens, those least likely together so that each group is seen some 20 times."""
+    order, total = np.argsort(expected), len(token)
+    group = (np.cumsum(expected[order]) * total // 20).astype(int)
+    seen, wanted = (
+        np.bincount(group, each[order]) for each in (np.bincount(token, minlength=len(order)), expected * total)
+    )
+    kept = wanted > 10
+    rest = [[part[~kept].sum()] for part in (seen, wanted)]
+    seen, wanted = (np.concatenate([part[kept], more]) for part, more in zip((seen, wanted), rest, strict=True))
+    there = wanted > 0
+    return seen[there], wanted[there] * seen[there].sum() / wanted[there].sum()
+
+
+def test_every_rare_token_is_drawn_as_often_as_it_should_be():
+    """A policy that is sure of one of 32768 = 32 x 32 x 32 tokens and gives 3e-8 to each of the others.
+
+    The numbers of a choice are cut where the choice changes, so of evenly spaced ones every rare token gets exactly one. A sum of
+    float32 from the first token to the last, and one random number of 23 bits, know a quarter of them.
+    """
+    rare, sure = 3e-8, 20_000
+    logits = jnp.full(32768, np.log(rare / (1 - 32767 * rare)), jnp.float32).at[sure].set(0.0)
+    last, every = 1 - 2.0**-24, np.arange(32)
+    tail = (
+        1024 * rare,
+        32 * rare / (1 - 31 * 1024 * rare),
+        rare / (1 - 31 * 1024 * rare - 31 * 32 * rare),
+    )  # of a choice
+    parts = [
+        [((a + 0.5) * tail[0], (b + 0.5) / 32, (c + 0.5) / 32) for a in every[:31] for b in every for c in every],
+        [(last, (b + 0.5) * tail[1], (c + 0.5) / 32) for b in every[:31] for c in every],
+        [(last, last, (c + 0.5) * tail[2]) for c in every[:31]],
+    ]
+    numbers = [number for part in parts for number in part]
+    borders = [(31 * tail[0], last, last), (last, 31 * tail[1], last), (last, last, 31 * tail[2])]
+    numbers += [tuple(min(1.001 * number, last) for number in border) for border in borders]
+    token, logp, _ = (np.asarray(part) for part in drawn_with(logits, jnp.array(numbers, jnp.float32)))
+    assert sorted(token[:32767]) == [i for i in range(32768) if i != sure]
+    assert (token[-3:] == sure).all()  # right beyond the rare ones
+    np.testing.assert_allclose(np.exp(logp[:32767]), rare, rtol=1e-4)
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_the_border_of_a_tiny_probability_is_where_it_should_be(place):
+    """By hand, of four tokens: exp(-20) of their sum, wherever it stands; sums in the tokens' order would lose it."""
+    logits = jnp.array(np.insert([0.0, -0.5, -jnp.inf], place, -20.0), jnp.float32)
+    groups = np.array([logits[:2], logits[2:]])
+    tiny, other = np.exp(groups).sum(axis=1)[[place // 2, 1 - place // 2]]
+    inside = np.exp(-20.0) / tiny  # in its group of two
+    first = tiny / (tiny + other) if tiny < other else 1.0
+    for factor in (0.999, 1.001):
+        token = draw_tokens(logits[None], jnp.array([[0.0, first, inside]]) * factor, temperature=1.0)[0][0]
+        assert (token == place) == (factor < 1)
+
+
+def test_random_numbers_are_fine_however_small():
+    numbers = np.asarray(random_numbers(jax.random.split(jax.random.key(0), 1 << 12), 64), np.float64).reshape(-1)
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    below = [(numbers < 2.0**-k).sum() for k in range(1, 14)]
+    wanted = [len(numbers) * 2.0**-k for k in range(1, 14)]
+    np.testing.assert_allclose(below, wanted, atol=0, rtol=4 / np.sqrt(wanted[-1]))
+    small = numbers[numbers < 2.0**-10]
+    digits = np.frexp(small)[0] * 2**24  # the 24 bits of a float32
+    assert (digits == digits.round()).all()
+    assert abs((digits % 2).mean() - 0.5) < 0.1  # down to the last one
+    np.testing.assert_array_equal(random_numbers(jax.random.split(jax.random.key(1), 3), 5)[:, :2], random_numbers(jax.random.split(jax.random.key(1), 3), 2))  # fmt: skip
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1e-30, 1 - 2**-24])
 def test_the_ends_of_the_random_numbers_are_possible_tokens(uniform):
-    logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf], [-200.0, -jnp.inf, 3.0, -jnp.inf, -200.0]])
-    token, *_ = draw_tokens(logits, jnp.full(2, uniform), temperature=1.0)
-    assert token.tolist() == [1 if uniform == 0 else 3, 2]
+    logits = jnp.array([[-jnp.inf, 0.0, -jnp.inf, 1.0, -jnp.inf], [-200.0, -jnp.inf, 3.0, -jnp.inf, -200.0], [-jnp.inf] * 4 + [-7.0]])  # fmt: skip
+    token, *_ = draw_tokens(logits, jnp.full((3, LEVELS), uniform), temperature=1.0)
+    assert token[0] in (1, 3)
+    assert token[1:].tolist() == [2, 4]
 
 
 def test_a_second_round_draws_the_samples_after_the_first():
@@ -280,7 +366,7 @@ def test_another_layout_decodes_the_same_and_holds_no_parameter_whole():
             assert not work.layers["blocks"][0][name].sharding.is_fully_replicated
         whole = state.slots.cache.keys[0]
         assert whole.sharding.shard_shape(whole.shape) == (whole.shape[0] // 4, whole.shape[1] // 2, *whole.shape[2:])
-        lowered = sampler.PROGRAMS["serve"].lower(tiny.CONFIG, options, 1.0, work, state, 6)
+        lowered = sampler.PROGRAMS["serve"].lower(tiny.CONFIG, options, serve.Settings(1.0), work, state, 6)
         decode = lowered.compile(tiny.AS_FOR_USERS).as_text()
     gathered = {tuple(map(int, shape.split(","))) for shape in re.findall(r"\[([\d,]+)\]\S* all-gather\(", decode)}
     assert gathered == {(2, 16)}  # the logits of two slots: parameters and prompts are gathered before, once
@@ -336,24 +422,19 @@ def test_bad_counts_are_refused():
 
 
 def test_nucleus_sampling_draws_from_the_likeliest_tokens_only():
-    logits = jnp.array(np.random.default_rng(1).normal(size=16), jnp.float32)
-    uniform = (jnp.arange(4000) + 0.5) / 4000
-
-    def draw(top_p):
-        return draw_tokens(jnp.tile(5 * logits, (4000, 1)), uniform, temperature=5.0, top_p=top_p)
-
-    probabilities = np.asarray(jax.nn.softmax(logits), np.float64)
+    logits = 5 * jnp.array(np.random.default_rng(1).normal(size=16), jnp.float32)
+    probabilities = np.asarray(jax.nn.softmax(logits / 5), np.float64)
     order = np.argsort(-probabilities)
     kept = order[: np.searchsorted(np.cumsum(probabilities[order]), 0.7) + 1]
     expected = np.where(np.isin(np.arange(16), kept), probabilities, 0) / probabilities[kept].sum()
-    token, logp, whole = draw(0.7)
-    drawn = np.bincount(token, minlength=16) / 4000
+    token, logp, whole = draws(logits, 1 << 14, temperature=5.0, limits=(("top_p", 0.7),))
+    drawn = np.bincount(token, minlength=16)
     assert 1 < len(kept) < 16
     assert (drawn[expected == 0] == 0).all()
-    np.testing.assert_allclose(drawn, expected, atol=1e-3)
+    assert scipy.stats.chisquare(drawn[kept], expected[kept] * len(token)).pvalue > 1e-3
     np.testing.assert_allclose(logp, np.log(expected[np.asarray(token)]), atol=1e-4)
     np.testing.assert_allclose(whole, np.log(probabilities[np.asarray(token)]), atol=1e-4)
-    assert (draw(1e-6)[0] == order[0]).all()
+    assert (draws(logits, 64, temperature=5.0, limits=(("top_p", 1e-6),))[0] == order[0]).all()
 
 
 def kept_by_sorting(logits, top_k, top_p, min_p):

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,9 @@ def test_a_work_directory_belongs_to_one_config(tmp_path):
     config = {"seed": 0, "steps": 5, "mesh.shape": (1,)}
     open_workdir(workdir, config | {"seed": 9}, ())
     open_workdir(workdir, config, ("steps",))  # nobody's until it is claimed
-    claim_workdir(workdir, config, '{"model_type": "llama"}', [tokenizer])
+    copied: Any = SimpleNamespace(files=(tokenizer,), eos_ids=(1, 7))
+    claim_workdir(workdir, config, '{"model_type": "llama"}', copied)
+    assert json.loads((workdir / "policy/generation_config.json").read_text()) == {"eos_token_id": [1, 7]}
     assert (workdir / "policy/tokenizer.model").read_bytes() == b"pieces"
     assert (workdir / "policy/config.json").read_text() == '{"model_type": "llama"}'
     open_workdir(workdir, config | {"steps": 9}, ("steps",))

@@ -113,6 +113,11 @@ def check(
         need(config.loss[key] in known, f"loss.{key}", f"one of {sorted(known)}")
     longest = config.sample.max_new_tokens
     need(config.loss.overlong_tokens <= longest, "loss.overlong_tokens", f"at most sample.max_new_tokens={longest}")
+    need(
+        all(isinstance(text, str) and text for text in config.sample.stop),
+        "sample.stop",
+        "texts with something in them, such as ('<|im_end|>',)",
+    )
     need(config.loss.dual_clip > 1, "loss.dual_clip", "above 1")
     need(
         not config.guard.kl or config.loss.kl_coefficient > 0,

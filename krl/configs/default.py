@@ -187,6 +187,9 @@ def _add_policy(config: ConfigDict) -> None:
     config.sample.top_k = 0  # sample from this many most likely tokens; 0 for all
     config.sample.top_p = 1.0  # sample from the fewest tokens that hold this much of the probability; 1 for all
     config.sample.min_p = 0.0  # sample from tokens at least this likely relative to the most likely one; 0 for all
+    # Further ends of a response, beside the end tokens of the tokenizer and the checkpoint: "('<|im_end|>','</answer>')". A
+    # text that is a special or added token is an end token; at any other a response ends with the token that completes it.
+    config.sample.stop = ()
     config.sample.slots = 0  # S, rollouts decoded at a time; their caches take memory; 0 decides by sample.memory_gb
     # GB of each device for the caches of these slots; 0 decodes all rollouts at once, or a few at a time on a CPU.
     config.sample.memory_gb = 0.0

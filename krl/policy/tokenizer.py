@@ -17,7 +17,15 @@ import sentencepiece
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
 # What a tokenizer is made of in a checkpoint's directory, as far as it is there.
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+_REPLY = "the reply is 7391"  # such as no template has in itself
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", *_SETTINGS)
+
+
+class Decoder(Protocol):
+    """What turns responses into text: a tokenizer, or `krl.rollout.Ends`."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
 
 
 class Tokenizer(Protocol):
@@ -54,6 +62,15 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens and ids that no token has add nothing."""
+
+    def token(self, number: int) -> str:
+        """What a token is called in the tokenizer's file; "" for an id that no token has."""
+
+    def added_id(self, text: str) -> int | None:
+        """The special or added token that a text is, None if it is none."""
+
+    def turn_end(self) -> int | None:
+        """The special or added token that the chat template puts behind a reply, None if there is none."""
 
 
 def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -160,6 +177,18 @@ class SentencePieceTokenizer:
         kept = (int(i) for i in ids if 0 <= i < self.vocab_size and i != self.pad_id and i not in self.eos_ids)
         return self._model.decode([i for i in kept if not self._model.is_control(i)])
 
+    def token(self, number: int) -> str:
+        """What a piece is called in the model; "" for an id that no piece has."""
+        return self._model.id_to_piece(number) if 0 <= number < self.vocab_size else ""
+
+    def added_id(self, text: str) -> int | None:
+        """The control symbol that a text is, None if it is none."""
+        number = self._model.piece_to_id(text)
+        return number if self.token(number) == text and self._model.is_control(number) else None
+
+    def turn_end(self) -> int | None:
+        """None: a sentencepiece model has no chat template."""
+
 
 class HuggingFaceTokenizer:
     """A checkpoint's directory with tokenizer.json.
@@ -262,23 +291,62 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; special tokens and ids that no token has add nothing."""
         kept = [int(i) for i in ids if int(i) in self._known]
-        return self._tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._tokenizer.backend_tokenizer.decode(kept, skip_special_tokens=True)
+
+    def token(self, number: int) -> str:
+        """What a token is called in tokenizer.json; "" for an id that no token has."""
+        return self._tokenizer.convert_ids_to_tokens(number) if number in self._known else ""
+
+    def added_id(self, text: str) -> int | None:
+        """The special or added token that a text is, None if it is none."""
+        return self._tokenizer.get_added_vocab().get(text)
+
+    def turn_end(self) -> int | None:
+        """The special or added token that the chat template puts behind a reply, None if there is none."""
+        turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": _REPLY}]
+        try:
+            rendered = self._tokenizer.apply_chat_template(turn, tokenize=False)
+        except Exception:  # no template, or one that refuses; that is told when a chat is wanted
+            return None
+        added, behind = set(self._tokenizer.get_added_vocab().values()), rendered.rpartition(_REPLY)[2]
+        return next((number for number in self.encode(behind) if number in added), None)
 
 
 def _end_ids(own: int | None, tokenizer: pathlib.Path) -> tuple[int, ...]:
-    """The tokenizer's own end token, then those of generation_config.json beside it, each once."""
-    file = tokenizer.with_name("generation_config.json")
-    named = _read_json(file).get("eos_token_id")
-    named = named if isinstance(named, list) else [] if named is None else [named]
-    if not all(type(i) is int and i >= 0 for i in named):
-        raise ValueError(f"{file} has eos_token_id {named}; it must be a token id or a list of them")
+    """The tokenizer's own end token, then those of generation_config.json beside it, or else of config.json; each once."""
+    named: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        file = tokenizer.with_name(name)
+        fields = _read_json(file)
+        inner = fields.get("text_config")  # of a model that sees images, too
+        for part in (fields, inner if isinstance(inner, dict) else {}):
+            found = part.get("eos_token_id")
+            found = found if isinstance(found, list) else [] if found is None else [found]
+            if not all(type(i) is int and i >= 0 for i in found):
+                raise ValueError(f"{file} has eos_token_id {found}; it must be a token id or a list of them")
+            named += found
+        if named:
+            break
     ids = tuple(dict.fromkeys([*([] if own is None or own < 0 else [own]), *named]))
     if not ids:
         raise ValueError(
             f"the tokenizer {tokenizer} has no end token; name it as eos_token in tokenizer_config.json "
-            "or as eos_token_id in generation_config.json beside it"
+            "or as eos_token_id in generation_config.json or config.json beside it"
         )
     return ids
+
+
+def save_end_ids(directory: pathlib.Path, eos_ids: Sequence[int]) -> None:
+    """Have a copy of a tokenizer end responses as the original does, whatever config.json is beside it.
+
+    Args:
+        directory: where the tokenizer's files are; generation_config.json is made or completed.
+        eos_ids: of the original.
+    """
+    file = directory / "generation_config.json"
+    fields = _read_json(file)
+    if fields.get("eos_token_id") is None or fields["eos_token_id"] == []:
+        file.write_text(json.dumps(fields | {"eos_token_id": list(eos_ids)}, indent=2) + "\n")
 
 
 def _present(directory: pathlib.Path, names: Iterable[str]) -> tuple[pathlib.Path, ...]:

@@ -22,6 +22,7 @@ from krl.rollout.serve import (
     PromptCache,
     Queue,
     Responses,
+    Settings,
     State,
     cache_columns,
     drain,
@@ -32,7 +33,7 @@ from krl.rollout.serve import (
 )
 from krl.rollout.slots import make_slots
 from krl.sharding import RULES, batch_devices, constrain
-from krl.types import Prompts, Rollouts
+from krl.types import Array, Prompts, Rollouts
 
 PREFILL_TOKENS = 16384  # prompt tokens that go through the policy at a time
 CPU_CACHE = 4e6  # bytes of keys and values that a CPU holds near its cores; more slots than that make it slower
@@ -62,6 +63,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    stop_table: Array | None = None,
     first_sample: jax.Array | int = 0,
     watch: Watch | None = None,
 ) -> Rollouts:
@@ -87,6 +89,7 @@ def generate(
             for the last one, and the devices get equal shares. None if nothing is known.
         temperature: the logits are divided by it; 0 takes the most likely token.
         top_k, top_p, min_p: sample from the likeliest tokens only, see `krl.rollout.tokens.least_logit`; static.
+        stop_table: [states, V] of the strings that end a response, see `krl.rollout.stop.make_table`; None for none.
         first_sample: the sample index of each prompt's first row, for a second round in the same step.
         watch: called on the host with what has ended while the rest is decoded, see `Watch`; not inside jit.
 
@@ -122,9 +125,8 @@ def generate(
     )  # fmt: skip
     if not num_rollouts:
         return _nothing(options, counts)
-    return _generate(
-        config, options, watch, jnp.asarray(temperature), params, prompts, counts, key, first_sample, expected_tokens
-    )
+    given = Settings(jnp.asarray(temperature), stop_table)
+    return _generate(config, options, watch, given, params, prompts, counts, key, first_sample, expected_tokens)
 
 
 def _nothing(options: Options, counts: jax.Array) -> Rollouts:
@@ -166,7 +168,7 @@ class Work(struct.PyTreeNode):
 
 
 def _generate(
-    config, options, watch, temperature, params, prompts, counts, key, first_sample, expected_tokens
+    config, options, watch, given: Settings, params, prompts, counts, key, first_sample, expected_tokens
 ) -> Rollouts:
     work, state = PROGRAMS["begin"](config, options, params, prompts, counts, key, first_sample, expected_tokens)
     slots, rows = _slots_each(options), len(work.order) // _devices()
@@ -174,7 +176,7 @@ def _generate(
     known, before = np.zeros(len(work.order), bool), None
     targets = [slots + (rows - slots) * (part + 1) // parts for part in range(parts)]
     for name, amount in [("serve", until) for until in targets] + [("drain", fewer) for fewer in drains(slots)]:
-        state, ended = PROGRAMS[name](config, options, temperature, work, state, amount)
+        state, ended = PROGRAMS[name](config, options, given, work, state, amount)
         if name == "drain":
             state, ended = PROGRAMS["shrink"](amount, state)
         if watch and before:
@@ -258,19 +260,19 @@ def decoding_axes(config: policy.PolicyConfig) -> dict:
     return axes | {"blocks": (one_layer,) * config.num_layers}
 
 
-def _serve(config, options, temperature, work, state, until) -> State:
-    def one(batch_axes, layers, temperature, prompts, queue, state, until):
-        return serve(config, options, batch_axes, layers, temperature, prompts, queue, state, until)
+def _serve(config, options, given: Settings, work, state, until) -> State:
+    def one(batch_axes, layers, given, prompts, queue, state, until):
+        return serve(config, options, batch_axes, layers, given, prompts, queue, state, until)
 
     each = _each(one, "whole", "whole", "whole", "rows", "rows", "whole")
-    return each(work.layers, temperature, work.prompts, work.queue, state, until)
+    return each(work.layers, given, work.prompts, work.queue, state, until)
 
 
-def _drain(config, options, temperature, work, state, most) -> State:
-    def one(batch_axes, layers, temperature, state, most):
-        return drain(config, options, batch_axes, layers, temperature, state, most)
+def _drain(config, options, given: Settings, work, state, most) -> State:
+    def one(batch_axes, layers, given, state, most):
+        return drain(config, options, batch_axes, layers, given, state, most)
 
-    return _each(one, "whole", "whole", "rows", "whole")(work.layers, temperature, state, most)
+    return _each(one, "whole", "whole", "rows", "whole")(work.layers, given, state, most)
 
 
 def _shrink(num_slots, state) -> State:

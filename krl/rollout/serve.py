@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from krl import policy
-from krl.rollout.tokens import draw_tokens
+from krl.rollout.tokens import LEVELS, draw_tokens, random_numbers
 from krl.sharding import constrain
 
 REFILL = 8  # slots are refilled when so large a part of them idles, one in eight
@@ -26,6 +26,14 @@ class Options(NamedTuple):
     eos_ids: tuple[int, ...]
     pad_id: int
     limits: tuple[int, float, float]  # top_k, top_p, min_p
+
+
+class Settings(struct.PyTreeNode):
+    """What decoding goes by that no program is compiled for, the same for all rollouts."""
+
+    temperature: jax.Array | float  # [], the logits are divided by it
+    # [states, V] int16 or int32, which strings end a response, see `krl.rollout.stop.make_table`; None for none
+    stop_table: jax.Array | None = None
 
 
 class PromptCache(struct.PyTreeNode):
@@ -52,8 +60,9 @@ class Slots(struct.PyTreeNode):
     count: jax.Array  # [S] int32, tokens of the response so far
     start: jax.Array  # [S] int32, the step at which the response began
     live: jax.Array  # [S] bool
-    ended: jax.Array  # [S] bool, by an end token
-    uniform: jax.Array  # [S, T] float32 in [0, 1), the random numbers of its response
+    ended: jax.Array  # [S] bool, by an end token or a stop string
+    matched: jax.Array  # [S] int32, the row of the stop table that its response has led to
+    uniform: jax.Array  # [S, T, LEVELS] float32 in [0, 1), the random numbers of its response
     tokens: jax.Array  # [S, T] int32, the responses; what step s drew is in column s modulo T
     logps: jax.Array  # [S, T] float32
     policy_logps: jax.Array  # [S, T] float32
@@ -84,7 +93,7 @@ def serve(
     options: Options,
     batch_axes: tuple[str, ...],
     layers: dict,
-    temperature: jax.Array,
+    given: Settings,
     prompts: PromptCache,
     queue: Queue,
     state: State,
@@ -96,13 +105,13 @@ def serve(
         config, options: the policy's sizes; what the program is compiled for.
         batch_axes: of the mesh, over which other queues are served at the same time; () if this is the only one.
         layers: from `krl.policy.for_decoding`.
-        temperature: [] float32.
+        given: temperature and stop table.
         prompts, queue, state: what has been read, what is to be served, and how far that is.
         until: [] int32.
     """
     at_once = max(len(state.slots.row) // REFILL, 1)
     num_waiting = (queue.source < len(prompts.last)).sum(dtype=jnp.int32)
-    step = functools.partial(_step, config, options, layers, temperature)
+    step = functools.partial(_step, config, options, layers, given)
 
     def waits(state):
         return _anywhere(batch_axes, state.next_row[0] < jnp.minimum(num_waiting, until))
@@ -122,12 +131,12 @@ def drain(
     options: Options,
     batch_axes: tuple[str, ...],
     layers: dict,
-    temperature: jax.Array,
+    given: Settings,
     state: State,
     most: jax.Array | int,
 ) -> State:
     """Decode, when nothing waits, until at most `most` slots are live; arguments as for `serve`."""
-    step = functools.partial(_step, config, options, layers, temperature)
+    step = functools.partial(_step, config, options, layers, given)
 
     def crowded(state):
         return _anywhere(batch_axes, state.slots.live.sum() > most)
@@ -156,7 +165,8 @@ def idle(config: policy.PolicyConfig, options: Options, num_slots: int, prompts:
     zeros, no = jnp.zeros(num_slots, jnp.int32), jnp.zeros(num_slots, bool)
     slots = Slots(
         row=jnp.full(num_slots, num_rows, jnp.int32), token=zeros, position=zeros, count=zeros, start=zeros, live=no,
-        ended=no, uniform=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
+        ended=no, matched=zeros,
+        uniform=jnp.zeros((num_slots, max_new_tokens, LEVELS), jnp.float32),
         tokens=jnp.zeros((num_slots, max_new_tokens), jnp.int32), logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
         policy_logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
         cache=jax.tree.map(_by_heads, policy.init_cache(config, num_slots, columns)),
@@ -185,24 +195,26 @@ def _by_heads(leaf: jax.Array) -> jax.Array:
     return constrain(leaf, None, "kv_heads", None, None) if leaf.ndim == 4 else leaf
 
 
-def _uniform(keys: jax.Array, length: int) -> jax.Array:
-    """[c, length] float32 in [0, 1) from [c] keys; the first ones are the same for any length."""
-    number = jnp.arange(length)
-    return jax.vmap(lambda key: jax.vmap(lambda at: jax.random.uniform(jax.random.fold_in(key, at)))(number))(keys)
-
-
-def _step(config, options: Options, layers, temperature, state: State) -> State:
+def _step(config, options: Options, layers, given: Settings, state: State) -> State:
     """One more token in every live slot."""
     slots, turn = state.slots, state.step[0] % state.slots.tokens.shape[1]
     top_k, top_p, min_p = options.limits
     column = slots.cache.positions.shape[1] - slots.tokens.shape[1] + turn
     position = jnp.where(slots.live, slots.position, -1)
     logits, cache = policy.decode(config, layers, slots.token[:, None], position[:, None], slots.cache, column)
-    uniform = jnp.take_along_axis(slots.uniform, slots.count[:, None], axis=1)[:, 0]
+    uniform = jnp.take_along_axis(slots.uniform, slots.count[:, None, None], axis=1)[:, 0]
     token, logp, policy_logp = draw_tokens(
-        constrain(logits, "batch", None), uniform, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+        constrain(logits, "batch", None), uniform, temperature=given.temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    count, over = slots.count + slots.live, slots.live & jnp.isin(token, jnp.array(options.eos_ids, jnp.int32))
+    count, over, matched = (
+        slots.count + slots.live,
+        jnp.isin(token, jnp.array(options.eos_ids, jnp.int32)),
+        slots.matched,
+    )
+    if given.stop_table is not None:
+        matched = given.stop_table[matched, token].astype(jnp.int32)
+        over |= matched == len(given.stop_table) - 1  # the last row is of responses that hold a string
+    over &= slots.live
 
     def note(whole, new):  # a slot that idles keeps what it has until it is handed out, however long that takes
         old = jax.lax.dynamic_slice_in_dim(whole, turn, 1, axis=1)
@@ -214,6 +226,7 @@ def _step(config, options: Options, layers, temperature, state: State) -> State:
         count=count,
         live=slots.live & ~over & (count < slots.tokens.shape[1]),
         ended=slots.ended | over,
+        matched=matched,
         tokens=note(slots.tokens, token),
         logps=note(slots.logps, logp),
         policy_logps=note(slots.policy_logps, policy_logp),
@@ -274,7 +287,8 @@ def _refill(state: State, prompts: PromptCache, queue: Queue, at_once: int) -> S
         start=put(slots.start, state.step[0]),
         live=put(slots.live, given),
         ended=put(slots.ended, False),
-        uniform=put(slots.uniform, _uniform(queue.keys[jnp.minimum(row, num_rows - 1)], slots.tokens.shape[1])),
+        matched=put(slots.matched, 0),
+        uniform=put(slots.uniform, random_numbers(queue.keys[jnp.minimum(row, num_rows - 1)], slots.tokens.shape[1])),
         cache=cache,
     )
     return State(

@@ -11,7 +11,7 @@ from typing import BinaryIO, NamedTuple
 import jax
 import numpy as np
 
-from krl.policy.tokenizer import Tokenizer
+from krl.policy.tokenizer import Decoder
 from krl.run.estimates import summarize
 from krl.run.evaluate import Score, decode_rollouts, sample_tasks, score_apart
 from krl.run.processes import is_first, sum_over_processes
@@ -36,7 +36,7 @@ def evaluate_set(
     encoded: EncodedTasks,
     key: jax.Array,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Decoder,
     answer_key: Callable[[str], str | None],
     samples: int,
     num_rollouts: int,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from krl.policy.tokenizer import Tokenizer, save_end_ids
 from krl.run.processes import any_process, is_first, say, to_host
 
 _ABOUT = "about"  # the item of a checkpoint that is no tree of arrays
@@ -252,23 +253,22 @@ def open_workdir(workdir: pathlib.Path, config: dict, free: Sequence[str]) -> No
         check_workdir(workdir, config, free)
 
 
-def claim_workdir(
-    workdir: pathlib.Path, config: dict, policy_json: str, tokenizer_files: Sequence[pathlib.Path]
-) -> None:
+def claim_workdir(workdir: pathlib.Path, config: dict, policy_json: str, tokenizer: Tokenizer) -> None:
     """Write config.json, which makes a directory a run's own, after the run's folder `policy`.
 
     Args:
         workdir: from `open_workdir`.
         config: flat dictionary of every config key, JSON values.
         policy_json: the policy's own config.json, see `krl.policy.hf_config.config_json`.
-        tokenizer_files: what `krl.policy.tokenizer.load_tokenizer` needs to load the tokenizer again.
+        tokenizer: is copied; its end tokens are written beside it, whichever file named them.
     """
     if (workdir / "config.json").exists():
         return
     (workdir / "policy").mkdir(exist_ok=True)
     (workdir / "policy" / "config.json").write_text(policy_json)
-    for file in tokenizer_files:
+    for file in tokenizer.files:
         shutil.copy(file, workdir / "policy" / ("tokenizer.model" if file.suffix == ".model" else file.name))
+    save_end_ids(workdir / "policy", tokenizer.eos_ids)
     write_json(workdir / "config.json", dict(sorted(config.items())))
 
 

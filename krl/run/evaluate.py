@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
-from krl.policy.tokenizer import Tokenizer
+from krl.policy.tokenizer import Decoder
 from krl.run.estimates import SOLVED
 from krl.run.processes import sum_over_processes, to_host
 from krl.tasks import Answer, EncodedTasks
@@ -16,14 +16,14 @@ from krl.types import Prompts, Rollouts
 Score = Callable[[Sequence[tuple[str, str, Answer]]], tuple[np.ndarray, dict[str, int]]]
 
 
-def decode_rollouts(tokenizer: Tokenizer, rollouts: Rollouts) -> list[str]:
+def decode_rollouts(tokenizer: Decoder, rollouts: Rollouts) -> list[str]:
     """The R responses as text, each up to its length; "" on padding rows."""
     lengths = np.where(rollouts.mask, rollouts.lengths, 0)
     return [tokenizer.decode(row[:n].tolist()) for row, n in zip(np.asarray(rollouts.tokens), lengths, strict=True)]
 
 
 def score_rollouts(
-    tokenizer: Tokenizer, score: Score, rollouts: Rollouts, prompts: Sequence[str], answers: Sequence[Answer]
+    tokenizer: Decoder, score: Score, rollouts: Rollouts, prompts: Sequence[str], answers: Sequence[Answer]
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Decode responses and have them verified, on the host; of several processes, each does its share.
 
@@ -65,7 +65,7 @@ class Scoring:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        tokenizer: Decoder,
         verifiers: VerifierPool,
         prompts: Sequence[str],
         answers: Sequence[Answer],

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from krl import policy
 from krl.rollout.sampler import PROGRAMS, Work, decoding_axes
-from krl.rollout.serve import REFILL, Options, State, drains
+from krl.rollout.serve import REFILL, Options, Settings, State, drains
 from krl.run.hlo import Cost, read_cost
 from krl.run.setup import find_slots
 from krl.run.update import for_this_backend, policy_update, rows_at_once
@@ -46,7 +46,7 @@ class Sampler(NamedTuple):
 
     options: Options
     inputs: tuple  # of "begin", after the sizes and the options
-    temperature: Any
+    given: Settings
     work: Work
     state: State
     queues: int  # each on devices of its own
@@ -81,7 +81,8 @@ def abstract_sampler(config: ConfigDict, policy_config: policy.PolicyConfig, par
         layers=layers, prompts=by_heads(work.prompts, None), queue=by_heads(work.queue, "batch"),
         order=by_heads(work.order, None),
     )  # fmt: skip
-    return Sampler(options, inputs, _array(mesh, (), jnp.float32), work, by_heads(state, "batch"), batch_devices(mesh))
+    given = Settings(_array(mesh, (), jnp.float32))
+    return Sampler(options, inputs, given, work, by_heads(state, "batch"), batch_devices(mesh))
 
 
 def compile_rollout(
@@ -99,7 +100,7 @@ def compile_rollout(
     refills = math.ceil(rows / max(slots // REFILL, 1))
     # The last rollouts to get a slot are decoded by "drain": it takes the same steps, so they are counted here.
     steps = math.ceil(rows / slots) * tokens
-    alive, decode = kept + gigabytes((work, state)), (policy_config, options, sampler.temperature, work, state, 0)
+    alive, decode = kept + gigabytes((work, state)), (policy_config, options, sampler.given, work, state, 0)
     return {
         "prefill": _compile(PROGRAMS["begin"], kept, (), policy_config, options, *sampler.inputs),
         "decode": _compile(PROGRAMS["serve"], alive, (refills, steps / refills), *decode),

@@ -22,7 +22,8 @@ from krl.configs.check import FREE_KEYS, flatten, parse_arguments
 from krl.policy.hf import check_hf
 from krl.policy.hf_config import config_json
 from krl.policy.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
-from krl.rollout import slots_in_memory
+from krl.rollout import Ends, find_ends, slots_in_memory
+from krl.rollout.stop import describe_ends, missing_end
 from krl.run.checkpoint import claim_workdir, open_workdir, write_json
 from krl.run.lock import wait_for
 from krl.run.metrics import progress
@@ -49,6 +50,7 @@ class Setup:
     mesh: jax.sharding.Mesh
     verifiers: VerifierPool  # a context, to be entered once
     tokenizer: Tokenizer
+    ends: Ends  # what ends a response
     policy_config: policy.PolicyConfig
     params: dict  # shapes, dtypes and shardings of the policy's parameters
     train: EncodedTasks  # the D prompts of the steps
@@ -79,6 +81,7 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence
     folder = pathlib.Path(config.sft.dir or workdir / "sft")
     tokenizer = load_tokenizer(find_tokenizer(config, tasks["sft"], folder, workdir))
     policy_config = find_policy(config, tokenizer, workdir)
+    ends = find_ends(tokenizer, config.sample.stop, policy_config.vocab_size)
     train = encode(config, tokenizer, tasks["train"])
     test = encode(config, tokenizer, tasks["test"], limit=config.eval.prompts)
     step_task_ids(len(train), config.prompts_per_step, 0, seed=config.seed)  # refuses too few prompts
@@ -90,10 +93,10 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence
     )  # refuses a layout that does not divide them
     if is_first():
         write_json(workdir / "held_out.json", {"prompts": test.tasks.prompts, "fields": dict(test.tasks.fields)})
-    claim_workdir(workdir, flat, config_json(policy_config, policy_config.stored_dtype), tokenizer.files)
+    claim_workdir(workdir, flat, config_json(policy_config, policy_config.stored_dtype), tokenizer)
     return Setup(
-        mesh=mesh, verifiers=verifiers, tokenizer=tokenizer, policy_config=policy_config, params=params, train=train,
-        test=test, features=features, num_features=num_features, pairs=pairs,
+        mesh=mesh, verifiers=verifiers, tokenizer=tokenizer, ends=ends, policy_config=policy_config, params=params,
+        train=train, test=test, features=features, num_features=num_features, pairs=pairs,
         cache=sft_cache(folder, config, policy_config.vocab_size, pairs or ()),
     )  # fmt: skip
 
@@ -232,6 +235,14 @@ def sized_policy(config: ConfigDict, vocab_size: int) -> policy.PolicyConfig:
         return policy.PolicyConfig(vocab_size=vocab_size, **sizes)
     except ValueError as error:
         raise ValueError(f"config.policy: {error}") from None
+
+
+def say_ends(config: ConfigDict, ends: Ends, prompts: EncodedTasks) -> None:
+    """Tell what ends a response, and warn where the chat template's end of a turn does not."""
+    say(f"krl: {describe_ends(ends)}")
+    warning = missing_end(ends, prompts.tokens[prompts.mask], chat=config.data.template.startswith("chat"))
+    if warning:
+        say(f"krl: {warning}")
 
 
 def find_slots(config: ConfigDict, policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh) -> int | None:
