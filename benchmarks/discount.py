@@ -40,7 +40,7 @@ def predictive_log_likelihood(workdir: pathlib.Path, discount: float, discount_m
     belief = budget.init_belief(num_tasks, discount=discount, discount_mixed=discount_mixed)
     scores: list[float] = []
     for row in rows:
-        counts, wins = np.array(row["counts"]), np.array(row["successes"])
+        counts, wins = np.array(row.get("scored", row["counts"])), np.array(row["successes"])
         ids = jnp.array(row["task_ids"])
         seen = np.asarray(belief.visits[ids]) > 0
         alpha, beta = (np.asarray(x, float) for x in budget.posterior(budget.take(belief, ids)))

@@ -112,7 +112,7 @@ def replay(logged: Logged, source: str, features: np.ndarray, width: int):
     belief, prior = budget.init_belief(len(logged.tokens)), budget.init_prior(source, width)
     scores, first = [], []
     for number, row in enumerate(logged.rows):
-        counts, wins = np.array(row["counts"]), np.array(row["successes"], np.float32)
+        counts, wins = np.array(row.get("scored", row["counts"])), np.array(row["successes"], np.float32)
         index = jnp.asarray(np.repeat(np.arange(len(counts)), counts))
         rewards = jnp.asarray(
             np.concatenate([np.arange(n) < w for n, w in zip(counts, wins, strict=True)]), jnp.float32

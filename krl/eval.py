@@ -30,6 +30,7 @@ from krl.policy.tokenizer import Tokenizer, load_tokenizer
 from krl.run.benchmark import evaluate_set
 from krl.run.checkpoint import Checkpoints, check_workdir, keep_from_others, open_workdir, write_json
 from krl.run.estimates import table
+from krl.run.evaluate import FaultWatch, first_reward
 from krl.run.metrics import keep_compilations, progress
 from krl.run.processes import first_before_others, is_first, join_processes, place_whole, say, stay_together
 from krl.run.setup import (
@@ -46,6 +47,8 @@ from krl.run.setup import (
 from krl.sharding import make_mesh, reshape_mesh
 from krl.tasks import SOURCES, EncodedTasks, TaskSet, load_named
 from krl.tasks.files import named_file
+from krl.tasks.pool import VerifierPool
+from krl.tasks.rewards import parse_rewards
 from krl.tasks.verify import answer_key
 
 # The form in which two answers vote together, by the reward that compares them.
@@ -90,12 +93,32 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
         sets = load_sets(config)
     mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
     mesh = reshape_mesh(mesh, tuple(config.mesh.decode))  # there is no update
-    verifiers = make_verifiers(config)
-    tokenizer = load_tokenizer(workdir / "policy" if has_run else config.tokenizer.path or config.policy.path)
+    with make_verifiers(config) as verifiers:
+        return measure_sets(config, workdir if has_run else None, workdir, sets, mesh, verifiers)
+
+
+def measure_sets(
+    config: ConfigDict, run: pathlib.Path | None, workdir: pathlib.Path, sets: dict[str, TaskSet], mesh: jax.sharding.Mesh,
+    verifiers: VerifierPool,
+) -> dict[str, dict]:  # fmt: skip
+    """The part of `measure` that needs verifiers.
+
+    Args:
+        config: as for `measure`.
+        run: the work directory of the run to measure; None for policy.path.
+        workdir: where samples and results go.
+        sets: the tasks of each set.
+        mesh: to sample on.
+        verifiers: started.
+
+    Returns, Raises:
+        As `measure`.
+    """
+    tokenizer = load_tokenizer(run / "policy" if run else config.tokenizer.path or config.policy.path)
     encoded = {name: encode_set(config, tokenizer, name, tasks) for name, tasks in sets.items()}
     policy_config = find_policy(config, tokenizer, workdir)
     ends = rollout.find_ends(tokenizer, config.sample.stop, policy_config.vocab_size)
-    identity, params = load_params(config, policy_config, workdir if has_run else None, mesh)
+    identity, params = load_params(config, policy_config, run, mesh)
 
     # ---------------------------------------------------------------- measure it
     say(f"krl: measuring {identity}, {config.eval.samples} samples of each task")
@@ -109,18 +132,19 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
         "max_new_tokens": config.sample.max_new_tokens, "template": config.data.template,
         "reward": config.data.reward, "seed": config.seed, "stop": list(config.sample.stop),
     }  # fmt: skip
-    results = {}
-    with jax.set_mesh(mesh), verifiers:
+    results, hear = {}, FaultWatch(verifiers, config.verify.may_fail)
+    main_reward = next(iter(parse_rewards(config.data.reward)))  # of several
+    with jax.set_mesh(mesh):
         for name, tasks in encoded.items():
             key = jax.random.key(config.seed + 1)  # as train.py measures held-out tasks
             if name != "held_out":
                 key = jax.random.fold_in(key, zlib.crc32(name.encode()))  # tasks of two sets share no numbers
             with progress(len(tasks), 0, name) as report:
                 results[name] = evaluate_set(
-                    name, generate, verifiers.score, params, tasks, key,
-                    tokenizer=ends, answer_key=VOTES.get(config.data.reward, answer_key), samples=config.eval.samples,
+                    name, generate, first_reward(verifiers), params, tasks, key,
+                    tokenizer=ends, answer_key=VOTES.get(main_reward, answer_key), samples=config.eval.samples,
                     num_rollouts=config.alloc.budget, place=functools.partial(place_whole, mesh),
-                    path=workdir / "eval" / identity.replace(" ", "_") / f"{name}.jsonl", settings=settings, report=report,
+                    path=workdir / "eval" / identity.replace(" ", "_") / f"{name}.jsonl", settings=settings, report=report, hear=hear,
                 )  # fmt: skip
             if tasks.dropped:
                 say(f"krl: {name}: {tasks.dropped} prompts longer than {config.data.max_prompt_tokens} tokens left out")

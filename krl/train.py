@@ -32,7 +32,7 @@ from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.run import report
 from krl.run.checkpoint import Checkpoints, digest, keep_from_others, stop_on_signal
-from krl.run.evaluate import Scoring, evaluate, score_rollouts
+from krl.run.evaluate import FaultWatch, Scoring, Verdicts, evaluate, first_reward, score_rollouts
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
@@ -40,6 +40,7 @@ from krl.run.metrics import (
     MetricsLog,
     PhaseClock,
     keep_compilations,
+    mean_of,
     memory_used,
     over_processes,
     profile,
@@ -60,7 +61,6 @@ from krl.run.processes import (
     place_whole,
     say,
     stay_together,
-    sum_over_processes,
 )
 from krl.run.setup import NAMES, Setup, about_run, find_optimizer, find_slots, say_ends, set_up, start_params
 from krl.run.update import (
@@ -74,6 +74,7 @@ from krl.run.writers import check_writers, find_writers
 from krl.sharding import reshape_mesh
 from krl.tasks import EncodedTasks, step_task_ids
 from krl.tasks.pool import FAULTS
+from krl.tasks.rewards import as_float32
 from krl.types import Prompts, Rollouts, TrainState
 
 
@@ -120,8 +121,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
         say_ends(config, parts.ends, parts.train)
         place = epath.Path(config.checkpoint.dir or workdir)
         with (
-            jax.set_mesh(parts.mesh),
             parts.verifiers,
+            jax.set_mesh(parts.mesh),
             Checkpoints(place / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
             Checkpoints(place / "best", keep=1) as best,
         ):
@@ -150,7 +151,7 @@ def take_steps(
         say("krl: stopped during supervised fine-tuning; the same command continues it")
         return "stopped"
     run = make_run(config, parts, optimizer, reference)
-    highest, newest = best.about_newest().get("accuracy", -1.0), None
+    highest, newest = best.about_newest().get("accuracy", -math.inf), None
 
     # ---------------------------------------------------------------- the loop
     with (
@@ -193,6 +194,7 @@ def take_steps(
             if config.log.rollouts_gb or config.log.texts_every:
                 log.write_rollouts(step, run.describe(step, groups, **rollouts))
             show(step, status_line(metrics, newest))
+            run.hear(sum(metrics[f"verifier/{kind}"] for kind in FAULTS), config.alloc.budget, f"step {step}")
             refuse_bad_updates(learner.state, config.max_bad_updates)
             if step % config.checkpoint.every == 0 or step == config.steps:
                 check_copies(learner.state.params)
@@ -236,7 +238,9 @@ class Run:
     features: np.ndarray  # [D, F] int32, what their prior goes by
     place: Callable  # host arrays -> the same on every device
     sample: Callable  # `krl.rollout.generate` of the policy, as training rollouts are drawn
-    begin_scoring: Callable  # (questions, answers, counts [M]) -> `krl.run.evaluate.Scoring` of the rollouts to come
+    begin_scoring: Callable  # (questions, answers, counts [M], rows) -> `krl.run.evaluate.Scoring` of rollouts to come
+    rewards: tuple[str, ...]  # the names of several rewards; () for one
+    hear: Callable  # (responses without a reward, all, where) -> None: `krl.run.evaluate.FaultWatch`
     allocate: Callable  # (belief of M prompts, R) -> (counts [M], what the rule says of them)
     advantages: Callable  # (rewards [R], R rollouts) -> [R]
     update_policy: Callable  # (state, prompts, rollouts, advantages, key) -> (state, metrics)
@@ -270,7 +274,8 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         generate, temperature=config.sample.temperature, top_k=config.sample.top_k, top_p=config.sample.top_p,
         min_p=config.sample.min_p,
     )  # fmt: skip
-    score = functools.partial(score_rollouts, ends, parts.verifiers.score)
+    score = functools.partial(score_rollouts, ends, first_reward(parts.verifiers))
+    hear = FaultWatch(parts.verifiers, config.verify.may_fail)
     begin_scoring = functools.partial(Scoring, ends, parts.verifiers)
     allocate = functools.partial(budget.allocate, alloc.rule, n_min=alloc.n_min, n_max=alloc.n_max)
 
@@ -298,10 +303,11 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     measure = functools.partial(
         evaluate, functools.partial(generate, temperature=config.eval.temperature, top_p=config.eval.top_p), score,
         encoded=parts.test, key=jax.random.key(config.seed + 1), samples=config.eval.samples,
-        num_rollouts=alloc.budget, place=place,
+        num_rollouts=alloc.budget, place=place, hear=hear,
     )  # fmt: skip
     return Run(
         config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
+        rewards=parts.verifiers.names, hear=hear,
         allocate=jax.jit(allocate), advantages=jax.jit(advantages), update_policy=functools.partial(update_policy, reference=reference),
         update_belief=jax.jit(update_belief, donate_argnums=0), measure=measure,
         describe=functools.partial(describe_rollouts, parts.train),
@@ -392,39 +398,42 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
             features = run.place(run.features[task_ids])
             known = inform(prior, before, features)
     drawn = spend_budget(run, state.params, prompts, known, sample_key, clock)
-    rollouts, rewards = drawn.rollouts, drawn.rewards
+    rollouts, rewards, said = drawn.rollouts, drawn.rewards, drawn.verdicts
+    heard = rollouts.replace(mask=drawn.scored)  # a rollout without a reward teaches nothing
     with clock.phase("update"):
-        advantages = run.advantages(rewards, rollouts)
-        state, learnt = run.update_policy(state, prompts, rollouts, advantages, shuffle_key)
+        compared = learn.fit_float32(said.rewards, said.prompt_index, said.faults == 0)
+        advantages = run.advantages(run.place(compared), heard)
+        state, learnt = run.update_policy(state, prompts, heard, advantages, shuffle_key)
         outcomes = jnp.clip(rewards, 0.0, 1.0)  # beliefs are about shares of success
+        index, scored = rollouts.prompt_index, drawn.scored
         if prior is not None:
-            prior = learn_prior(prior, before, features, outcomes, rollouts.prompt_index, rollouts.mask)
+            prior = learn_prior(prior, before, features, outcomes, index, scored)
             learnt |= budget.prior_metrics(prior, config.prompts_per_step)
-        belief = run.update_belief(
-            belief, prompts.task_ids, outcomes, rollouts.prompt_index, rollouts.mask, step, rollouts.lengths
-        )
+        belief = run.update_belief(belief, prompts.task_ids, outcomes, index, scored, step, rollouts.lengths)
         learner = jax.block_until_ready(Learner(state, belief, prior))
     check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
 
     # ---------------------------------------------------------------- what the step showed
-    shown = step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages)
+    shown = step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages, scored)
     metrics = {k: float(v) for k, v in (shown | learnt | drawn.info).items()}
     seconds = sum(clock.seconds.values())
     metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
-    metrics |= {f"verifier/{kind}": int((drawn.faults == 1 + number).sum()) for number, kind in enumerate(FAULTS)}
+    metrics |= {f"verifier/{kind}": int((said.faults == 1 + number).sum()) for number, kind in enumerate(FAULTS)}
+    several = dict(zip(run.rewards, said.parts.T, strict=True))
+    metrics |= {f"reward/{name}": mean_of(values, said.faults == 0) for name, values in several.items()}
     metrics |= {
         "discount": float(belief.discount), "discount_mixed": float(belief.discount_mixed),
         "seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds,
         "rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1],
     }  # fmt: skip
-    wins, tokens = (
-        jax.ops.segment_sum(x, rollouts.prompt_index, num_segments=config.prompts_per_step)
-        for x in (rewards, rollouts.lengths)
+    given, wins, tokens = (
+        jax.ops.segment_sum(x, index, num_segments=config.prompts_per_step)
+        for x in (scored.astype(jnp.int32), jnp.where(scored, outcomes, 0.0), rollouts.lengths)
     )
-    groups = {"task_ids": task_ids, "counts": drawn.counts, "successes": wins, "tokens": tokens}
+    groups = {"task_ids": task_ids, "counts": drawn.counts, "scored": given, "successes": wins, "tokens": tokens}
     groups |= {"belief": drawn.believed, "prior": budget.prior_mean(known)}
-    each = {"rewards": rewards, "advantages": advantages, "faults": drawn.faults, "texts": drawn.texts}
-    return learner, metrics, groups, {"rollouts": rollouts} | each
+    each = {"faults": said.faults, "texts": said.texts, "reasons": said.reasons, "parts": several}
+    return learner, metrics, groups, {"rollouts": rollouts, "rewards": rewards, "advantages": advantages} | each
 
 
 class Drawn(NamedTuple):
@@ -434,9 +443,9 @@ class Drawn(NamedTuple):
     believed: jax.Array  # [M] float32, expected success rates when the counts were chosen
     info: dict[str, jax.Array]  # what the rule says of the counts, float32 scalars
     rollouts: Rollouts  # R of them
-    rewards: jax.Array  # [R] float32
-    faults: np.ndarray  # [R] int32, how the verifier failed; see `krl.run.evaluate.Scoring.finish`
-    texts: list[str | None]  # the R responses; None for those that other processes scored
+    verdicts: Verdicts  # on the host, exact
+    rewards: jax.Array  # [R] float32, the nearest that there are
+    scored: jax.Array  # [R] bool, the rollouts that have a reward
 
 
 def spend_budget(
@@ -452,42 +461,42 @@ def spend_budget(
 
     def draw(counts, num_rollouts, clock=clock, **options):
         with clock.phase("rollout"):
-            scoring = run.begin_scoring(tasks.prompts, tasks.answers, counts)
+            scoring = run.begin_scoring(tasks.prompts, tasks.answers, counts, tasks.rows)
             options |= {"num_rollouts": num_rollouts, "expected_tokens": lengths, "watch": scoring.watch}
             rollouts = jax.block_until_ready(run.sample(params, prompts, counts, key, **options))
         with clock.phase("verify"):
-            rewards, faults, texts = scoring.finish(num_rollouts)
+            verdicts = scoring.finish(num_rollouts)
         with clock.phase("wait"):  # for the other processes
-            return rollouts, sum_over_processes(rewards), sum_over_processes(faults), texts
+            return rollouts, verdicts.of_all_processes()
 
-    def learn_from(known, rollouts, rewards):
-        outcomes = jnp.clip(rewards, 0.0, 1.0)
-        index, mask, lengths = rollouts.prompt_index, rollouts.mask, rollouts.lengths
-        return budget.observe(known, jnp.arange(num_prompts), outcomes, index, mask, lengths=lengths)
+    def learn_from(known, rollouts, verdicts):
+        outcomes, index, lengths = verdicts.rewards.clip(0.0, 1.0), rollouts.prompt_index, rollouts.lengths
+        scored = rollouts.mask & (verdicts.faults == 0)
+        return budget.observe(
+            known, jnp.arange(num_prompts), jnp.asarray(outcomes, jnp.float32), index, scored, lengths=lengths
+        )
 
     lengths, scouts = mean_tokens(known), config.alloc.scouts
     if scouts:  # their samples are numbered after those that count, and neither they nor their time do
         every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock(config.stuck_seconds)
         seen = draw(every, num_prompts * scouts, free, first_sample=config.alloc.n_max)
-        known = learn_from(budget.init_belief(num_prompts), *seen[:2])
+        known = learn_from(budget.init_belief(num_prompts), *seen)
     pilot, rounds = 0, []
     if config.alloc.rule in budget.PILOT_RULES:
         pilot = config.alloc.n_min
         rounds.append(draw(jnp.full_like(prompts.task_ids, pilot), num_prompts * pilot))
-        known = learn_from(known, *rounds[0][:2])
+        known = learn_from(known, *rounds[0])
     with clock.phase("budget"):
         counts, info = jax.block_until_ready(run.allocate(known, config.alloc.budget))
     left = config.alloc.budget - num_prompts * pilot
     rounds.append(draw(counts - pilot, left, first_sample=pilot))
+    rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
+    verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
     return Drawn(
-        counts=counts,
-        believed=budget.mean(known),
-        info=info,
-        rollouts=jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, *_ in rounds)),
-        rewards=run.place(np.concatenate([rewards for _, rewards, *_ in rounds])),
-        faults=np.concatenate([faults for _, _, faults, _ in rounds]),
-        texts=[text for *_, texts in rounds for text in texts],
-    )
+        counts=counts, believed=budget.mean(known), info=info, rollouts=rollouts, verdicts=verdicts,
+        rewards=run.place(as_float32(verdicts.rewards)),
+        scored=rollouts.mask & run.place(verdicts.faults == 0),
+    )  # fmt: skip
 
 
 def evaluate_held_out(run: Run, learner: Learner, log: MetricsLog, step: int) -> dict[str, float]:

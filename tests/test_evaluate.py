@@ -1,12 +1,15 @@
 """Evaluation during training, with a fake sampler and fake verifiers."""
 
+import dataclasses
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from krl.run.evaluate import Scoring, decode_rollouts, evaluate, score_rollouts
+from krl.run.evaluate import FaultWatch, Scoring, as_failures, decode_rollouts, evaluate, first_reward, score_rollouts
 from krl.tasks.pool import VerifierPool
 from tests.fake import TOKENIZER, make_rollouts, make_sampler, response, reward, score, tasks
 
@@ -40,10 +43,11 @@ def test_rollouts_that_are_scored_as_they_end_get_the_same_rewards():
         scoring = Scoring(TOKENIZER, pool, questions, answers, np.array([3, 0, 1]))
         for rows in ([3], [2, 0], [], [1]):
             scoring.watch(np.array(rows, int), tokens[rows], lengths[rows], lambda: ready.pop(0))
-        rewards, faults, texts = scoring.finish(5)
-    assert rewards.tolist() == expected.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0]
-    assert faults.tolist() == [0] * 5
-    assert texts == [*decode_rollouts(TOKENIZER, rollouts)[:4], None]
+        said = scoring.finish(5)
+    assert said.rewards.tolist() == expected.tolist() == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert said.faults.tolist() == [0] * 5
+    assert said.prompt_index.tolist() == [0, 0, 0, 2, 3]
+    assert said.texts == [*decode_rollouts(TOKENIZER, rollouts)[:4], None]
     assert not ready  # one reward after the first call, none after the second, two after the third, none after the last
 
 
@@ -53,7 +57,7 @@ def test_evaluation_during_training_averages_over_all_samples(num_rollouts):
     encoded = tasks(5)
     got, solved = evaluate(
         make_sampler(calls, num_rollouts),
-        lambda rollouts, prompts, answers: score_rollouts(TOKENIZER, score, rollouts, prompts, answers),
+        functools.partial(score_rollouts, TOKENIZER, score),
         {}, encoded, jax.random.key(0), samples=3, num_rollouts=num_rollouts, place=lambda x: x,
     )  # fmt: skip
     drawn = [[response(task, number) for number in range(3)] for task in range(5)]
@@ -69,3 +73,77 @@ def test_evaluation_during_training_averages_over_all_samples(num_rollouts):
     assert solved.tolist() == [sum(value == 1.0 for value in row) for row in rewards]
     assert 0 < got["pass_at_k"] < 1
     assert sum(n for call in calls for _, n in call) == 15
+
+
+def test_an_evaluation_counts_what_could_not_be_judged_as_the_worst():
+    assert as_failures(np.array([[1.0, np.nan], [0.5, 2.0]])).tolist() == [[1, 0], [0.5, 2]]
+    assert as_failures(np.array([1.0, np.nan, -2.0])).tolist() == [1, -2, -2]
+    assert as_failures(np.array([np.nan])).tolist() == [0]
+    pool: Any = VerifierPool("tests.rewards:refuses_a,tests.rewards:same*5", workers=0, item_seconds=9, batch_seconds=9, items_per_worker=9, memory_gb=2)  # fmt: skip
+    with pool:
+        rewards, faults = first_reward(pool)([("q", "b", "b"), ("q", "a", "a"), ("q", "b", "c")])
+    np.testing.assert_array_equal(rewards, [-1, np.nan, -1])  # of the first reward, whatever the weights
+    assert faults["errors"] == 1
+    told: list = []
+    encoded = tasks(3)
+
+    def judge(items):
+        return np.array([np.nan if "1" in text else -1.0 for _, text, _ in items], np.float32), {"errors": sum("1" in text for _, text, _ in items)}  # fmt: skip
+
+    got, solved = evaluate(
+        make_sampler([], 6), functools.partial(score_rollouts, TOKENIZER, judge), {}, encoded, jax.random.key(0), samples=3,
+        num_rollouts=6, place=lambda x: x, hear=lambda *numbers: told.append(numbers),
+    )  # fmt: skip
+    texts = [[response(task, number)[0] for number in range(3)] for task in range(3)]
+    failed = [sum("1" in text for text in row) for row in texts]
+    assert got["accuracy"] == -1.0
+    assert solved.tolist() == [0, 0, 0]
+    assert told == [(failed[0] + failed[1], 6, "the evaluation"), (sum(failed), 9, "the evaluation")]
+    assert sum(failed) > 0
+
+
+def test_the_first_failure_is_told_once_and_no_reward_at_all_ends_the_run(capsys):
+    pool: Any = SimpleNamespace(last_failure="it raised KeyError: 'x' (prompt 'p', response 'r')")
+    watch = FaultWatch(pool, may_fail=False)
+    watch(0, 16, "step 1")
+    assert capsys.readouterr().out == ""
+    watch(1, 16, "step 2")
+    watch(15, 16, "step 3")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("krl: ")
+    assert line.endswith(pool.last_failure)
+    pool.last_failure = "its process was killed by signal 9 (prompt 'p', response 'r')"
+    with pytest.raises(
+        ValueError, match=r"the reward failed on all 16 responses of step 4: its process was killed"
+    ) as ended:
+        watch(16, 16, "step 4")
+    assert "\n" not in str(ended.value)
+    assert "--config.verify.may_fail=True" in str(ended.value)
+    patient = FaultWatch(pool, may_fail=True)
+    patient(16, 16, "step 1")
+    patient(16, 16, "step 2")
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_rows_of_the_data_reach_the_verifiers():
+    asked: list = []
+    encoded = tasks(3)
+    with_rows = dataclasses.replace(encoded.tasks, rows=tuple({"level": number} for number in range(3)))
+    assert with_rows.take([2, 0]).rows == ({"level": 2}, {"level": 0})
+
+    def judge(items):
+        asked.extend(items)
+        return np.zeros(len(items), np.float32), {"errors": 0}
+
+    evaluate(
+        make_sampler([], 4), functools.partial(score_rollouts, TOKENIZER, judge), {}, dataclasses.replace(encoded, tasks=with_rows),
+        jax.random.key(0), samples=2, num_rollouts=4, place=lambda x: x,
+    )  # fmt: skip
+    assert [(prompt, row) for prompt, _, _, row in asked] == [
+        (f"question {n}", {"level": n}) for n in (0, 0, 1, 1, 2, 2)
+    ]
+    kept: Any = SimpleNamespace(begin=lambda: None, add=asked.extend, work=lambda *_, **__: None)
+    asked.clear()
+    scoring = Scoring(TOKENIZER, kept, with_rows.prompts, with_rows.answers, np.array([1, 0, 2]), with_rows.rows)
+    scoring.watch(np.array([2, 0]), np.array([[49], [50]]), np.array([1, 1]), lambda: True)
+    assert asked == [("question 2", "1", ("2", "\n"), {"level": 2}), ("question 0", "2", ("2", "\n"), {"level": 0})]

@@ -15,10 +15,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from krl import train
+from krl import budget, train
 from krl.configs import arithmetic
 from krl.configs.flags import one_line_errors
 from krl.run.metrics import MetricsLog
+from krl.run.rollouts import read_rollouts
 from tests.command_line import ROOT, command, environment, learnt, rollouts, rows, run_here
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -130,21 +131,88 @@ def test_a_disk_that_is_full_for_a_while_costs_one_line_and_no_result(whole, tmp
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_rewards_that_are_no_numbers_are_worth_nothing_and_counted(whole, tmp_path, workers):
-    """The verifier of the undisturbed run gives 0 to wrong answers, so nothing but the count may differ."""
+def test_responses_without_a_reward_are_left_out_told_of_and_explained(whole, tmp_path, workers, capsys):
+    """Rewards are 3, -1 or an error; what is left out changes neither advantages nor the belief of the others."""
     workdir = tmp_path / "work"
-    run_here(workdir, **warm(whole), **{"data.reward": "tests.rewards:nan_where_wrong", "verify.workers": workers})
-    kinds = ("verifier/", "eval/verifier_faults")
+    changes = {"data.reward": "tests.rewards:error_where_wrong", "verify.workers": workers, "log.texts_every": 1}
+    run_here(workdir, **warm(whole), **changes)
+    said, log, groups = capsys.readouterr().out, rollouts(workdir), rows(workdir, "groups")
+    assert (
+        said.count("a response has no reward and is left out; this is told once: it raised ValueError: no number in")
+        == 1
+    )
+    scored = np.zeros(12, int)
+    for row, group in zip(rows(workdir)[1:], groups, strict=True):
+        mine = [rollout for rollout in log if rollout["step"] == row["step"]]
+        assert row["verifier/errors"] == sum(rollout["fault"] == "errors" for rollout in mine) > 0
+        assert row["reward_mean"] == pytest.approx(np.mean([r["reward"] for r in mine if r["reward"] is not None]))
+        assert f"no reward {100 * row['verifier/errors'] / 16:.3g}%" in said
+        for number, task in enumerate(group["task_ids"]):
+            of_group = [rollout for rollout in mine if rollout["prompt_id"] == task]
+            kept = [rollout for rollout in of_group if rollout["reward"] is not None]
+            assert (len(of_group), len(kept)) == (group["counts"][number], group["scored"][number])
+            assert group["successes"][number] == sum(min(max(rollout["reward"], 0), 1) for rollout in kept)
+            assert sum(rollout["length"] for rollout in of_group) == group["tokens"][number]
+            assert sum(rollout["advantage"] for rollout in kept) == pytest.approx(0, abs=1e-4)
+            scored[task] += len(kept)
+    for rollout in log:
+        missing = rollout["reward"] is None
+        assert missing == (rollout["fault"] != "") == rollout["reason"].startswith("it raised ValueError: no number in")
+        assert not missing or rollout["advantage"] == 0
+    assert any(rollout["advantage"] for rollout in log)
+    np.testing.assert_array_equal(parameters(workdir)["belief"]["recorded"], scored)
+    for reader in (groups, read_rollouts(workdir / "rollouts")):
+        np.testing.assert_allclose(budget.logged_rates(reader, 12), budget.logged_rates(groups, 12), rtol=1e-5)
+    total = sum(row["verifier/errors"] for row in rows(workdir)[1:])
+    told = f"{total} of 64 rollouts have no reward (errors {total}) and were left out; "
+    assert told in said
+    text = (workdir / "report.html").read_text()
+    assert told in text
+    assert "x it raised ValueError: no number in" in text
 
-    def but_for_faults(run):
-        return [{k: v for k, v in row.items() if not k.startswith(kinds)} for row in learnt(run)]
 
-    assert but_for_faults(workdir) == but_for_faults(whole)
+@pytest.mark.parametrize("evaluate", [2, 0])
+def test_a_reward_that_always_fails_ends_the_run_with_its_reason(whole, tmp_path, evaluate, capsys):
+    workdir, changes = tmp_path / "work", {"data.reward": "tests.rewards:never", "eval.every": evaluate}
+    where = "12 responses of the evaluation" if evaluate else "16 responses of step 1"
+    with pytest.raises(
+        ValueError, match=rf"the reward failed on all {where}: it raised KeyError: 'solution' \(prompt"
+    ) as ended:
+        run_here(workdir, **warm(whole), **changes)
+    assert "\n" not in str(ended.value)
+    assert not list((workdir / "checkpoints").glob("[0-9]*"))
+    if not evaluate:
+        assert {rollout["reason"] for rollout in rollouts(workdir)} == {"it raised KeyError: 'solution'"}
+        assert rows(workdir)[-1]["reward_mean"] is None
+    run_here(workdir, **warm(whole), **changes | {"verify.may_fail": True, "steps": 1})
+    assert rows(workdir)[-1]["verifier/errors"] == 16
+    assert rows(workdir)[-1]["grad_norm"] == 0
+    assert parameters(workdir, 1)["belief"]["recorded"].sum() == 0
+    assert "this is told once: it raised KeyError" in capsys.readouterr().out
+
+
+def test_several_rewards_are_logged_by_name_and_the_first_is_the_accuracy(whole, tmp_path):
+    workdir = tmp_path / "work"
+    changes = {"data.reward": "tests.rewards:same * 0.5, tests.rewards:odd_length*0.25", "steps": 2}
+    run_here(workdir, **warm(whole), **changes)
     for row in rows(workdir)[1:]:
-        assert row["verifier/errors"] == round((1 - row["reward_mean"]) * row["rollouts"])
-        assert row["verifier/crashes"] == row["verifier/timeouts"] == 0
-    assert sum(row["verifier/errors"] for row in rows(workdir)[1:]) > 0
-    jax.tree.map(np.testing.assert_array_equal, parameters(workdir), parameters(whole))
+        mine = [rollout for rollout in rollouts(workdir) if rollout["step"] == row["step"]]
+        for rollout in mine:
+            same, odd = rollout["reward/tests.rewards:same"], rollout["reward/tests.rewards:odd_length"]
+            assert same == (rollout["response"] == rollout["answer"])
+            assert odd == len(rollout["response"]) % 2
+            assert rollout["reward"] == 0.5 * same + 0.25 * odd
+        for name in ("tests.rewards:same", "tests.rewards:odd_length"):
+            assert row[f"reward/{name}"] == pytest.approx(np.mean([rollout[f"reward/{name}"] for rollout in mine]))
+    first, expected = rows(workdir)[0], rows(whole)[0]  # the reward of that run is 1 for what is the same
+    assert first["eval/accuracy"] == expected["eval/accuracy"] > 0
+    assert first["eval/pass_at_k"] == expected["eval/pass_at_k"]
+
+
+def test_the_best_parameters_are_kept_though_all_rewards_are_low(whole, tmp_path):
+    run_here(tmp_path / "work", **warm(whole), **{"data.reward": "tests.rewards:low", "steps": 2})
+    assert rows(tmp_path / "work")[-1]["eval/accuracy"] < -1
+    assert (tmp_path / "work" / "best" / "2").is_dir()
 
 
 def test_updates_that_are_not_finite_are_skipped_and_counted_and_too_many_end_the_run(whole, tmp_path, monkeypatch):

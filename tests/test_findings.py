@@ -83,6 +83,17 @@ def test_calibration_by_hand():
     assert row["high"] == pytest.approx(findings.wilson(0.0, 10)[1])
 
 
+def test_calibration_is_of_the_rollouts_that_have_a_reward():
+    groups = [{"step": 1, "belief": [0.5] * 10, "counts": [4] * 10, "scored": [2] * 10, "successes": [1.0] * 10}]
+    ((row,), error), whole = findings.calibration(groups), {"step": 2, "belief": [0.5] * 10, "counts": [2] * 10, "successes": [1.0] * 10}  # fmt: skip
+    assert (row["observed"], row["rollouts"], error) == (0.5, 20, 0.0)
+    ((row,), error) = findings.calibration([*groups, whole])  # a row of an older version, where all have one
+    assert (row["observed"], row["rollouts"], error) == (0.5, 40, 0.0)
+    whole["successes"] = [-3.0] * 5 + [6.0] * 5  # which had sums of any rewards
+    ((row,), _) = findings.calibration([whole])
+    assert row["observed"] == 0.5
+
+
 def test_calibration_of_a_column_that_is_not_there():
     rows, error = findings.calibration([{"step": 1, "belief": [0.5], "counts": [2], "successes": [1.0]}], "prior")
     assert rows == []

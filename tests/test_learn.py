@@ -1,5 +1,8 @@
 """Advantages and loss against loops and hand-worked values."""
 
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,12 +13,14 @@ from hypothesis import strategies as st
 from krl.learn import (
     KL_ESTIMATORS,
     SURROGATES,
+    fit_float32,
     group_advantages,
     mixed_groups,
     overlong_penalty,
     policy_loss,
     token_weights,
 )
+from krl.masked import segment_moments
 
 
 def advantages_by_loops(rewards, index, mask, scale):
@@ -94,6 +99,81 @@ def test_leaving_one_out_compares_with_the_mean_of_the_others():
     )
     expected = [1 - 0.25, 0 - 0.75, 0.5 - 0.5, 0.2 - 1.0, 1.0 - 0.2, 0.0]
     np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_a_rollout_without_a_reward_is_left_out_of_advantages_and_weights():
+    rewards, index = jnp.array([-1.0, -1.0, 0.0, -1.0, 1.0, 0.0, 9.0]), jnp.array([0, 0, 0, 0, 1, 1, 1])
+    scored = jnp.array([True, True, False, True, True, True, False])
+    got = group_advantages(rewards, index, scored, 2)
+    np.testing.assert_allclose(got, [0, 0, 0, 0, 0.5**0.5, -(0.5**0.5), 0], rtol=1e-5)
+    assert (got[:4] == 0).all()
+    lengths = jnp.array([2, 2, 50, 2, 3, 3, 50])
+    weights = token_weights("sequences", lengths, index, scored, 2, 60)
+    np.testing.assert_allclose(
+        weights * lengths, [12 / 5] * 2 + [0] + [12 / 5] * 3 + [0], rtol=1e-6
+    )  # 12 tokens, five rollouts
+
+
+def exact(rewards, scale=True, leave_one_out=False):
+    """A group's advantages in Python's rational numbers, but for the root."""
+    values = [Fraction(float(reward)) for reward in rewards]
+    mean, size = sum(values) / len(values), len(values)
+    deviations = [value - mean for value in values]
+    if leave_one_out:
+        deviations = [each * size / (size - 1) for each in deviations]
+    if not scale:
+        return [float(each) for each in deviations]
+    variance = sum((value - mean) ** 2 for value in values) / (size - 1)
+    unit = max(abs(value) for value in values)
+    std = math.sqrt(variance / unit**2) * float(unit)
+    return [float(each / Fraction(std + 1e-6)) for each in deviations]
+
+
+SIZES = ([3e38, -3e38, 1e38], [1e19, 2e19, 4e19, 3e19], [1e25, 0, 0], [1e-20, 2e-20, 0.0], [1e-3, 2e-3, 0.0], [1e6, 1e6 + 1, 1e6], [-1e6 - 1, -1e6])  # fmt: skip
+
+
+@pytest.mark.parametrize("rewards", SIZES, ids=str)
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_advantages_of_rewards_of_any_size_are_exact(rewards, leave_one_out):
+    rewards = np.array(rewards, np.float32)
+    others = np.array([1.0, 0.0, 1.0], np.float32)  # another group has its own size
+    values = jnp.concatenate([rewards, others])
+    index, mask = jnp.array([1] * len(rewards) + [0] * 3), jnp.ones(len(values), bool)
+    got = group_advantages(values, index, mask, 3, leave_one_out=leave_one_out)
+    np.testing.assert_allclose(got[:-3], exact(rewards, leave_one_out=leave_one_out), rtol=3e-6, atol=0)
+    np.testing.assert_allclose(got[-3:], exact(others, leave_one_out=leave_one_out), rtol=3e-6)
+
+
+def test_advantages_of_rewards_of_0_and_1_have_the_bits_of_the_plain_formula():
+    rng = np.random.default_rng(0)
+    for size in (2, 3, 7, 16, 100):
+        rewards = jnp.array(rng.integers(0, 2, size), jnp.float32).at[0].set(1.0).at[1].set(0.0)
+        index, mask = jnp.zeros(size, int), jnp.ones(size, bool)
+        _, mean, squares = segment_moments(rewards, index, 1)
+        plain = (rewards - mean[index]) / (jnp.sqrt(squares / (size - 1)) + 1e-6)[index]
+        np.testing.assert_array_equal(group_advantages(rewards, index, mask, 1), plain)
+
+
+def test_rewards_that_float32_cannot_tell_apart_are_moved_and_the_others_stay():
+    rewards = np.array(
+        [1e9, 1e9 + 1, 1e9, 0.1, 0.3, 1e300, 2e300, -1.7e308, 1.7e308, 1e300, 1e300, 0.1 + 0.2, 0.3, 1e9 + 1, 5.0]
+    )
+    index = np.array([4, 4, 4, 2, 2, 7, 7, 0, 0, 1, 1, 3, 3, 5, 4])
+    scored = np.arange(15) < 14
+    fitted = fit_float32(rewards, index, scored)
+    assert fitted.dtype == np.float32
+    assert fitted[:3].tolist() == [-0.5, 0.5, -0.5]
+    assert fitted[3:5].tolist() == np.array([0.1, 0.3], np.float32).tolist()
+    assert fitted[9] == fitted[10] == np.finfo(np.float32).max
+    assert fitted[11] == fitted[12]  # what differs in the last digit of float64 alone was meant to be equal
+    assert fitted[14] == 0.0
+    got = group_advantages(jnp.asarray(fitted), jnp.asarray(index), jnp.asarray(scored), 8)
+    np.testing.assert_allclose(got[:3], exact([0, 1, 0]), rtol=1e-5)
+    np.testing.assert_allclose(got[5:9], np.array([-1, 1, -1, 1]) * 0.5**0.5, rtol=1e-5)
+    assert (got[9:] == 0).all()
+    whole = np.random.default_rng(0).random(100)
+    np.testing.assert_array_equal(fit_float32(whole, np.arange(100) % 9, np.ones(100, bool)), whole.astype(np.float32))
+    assert fit_float32(np.zeros(0), np.zeros(0, int), np.zeros(0, bool)).shape == (0,)
 
 
 def test_advantages_refuse_other_shapes():

@@ -195,8 +195,10 @@ def test_what_a_function_may_return(workers):
             "word",
         ]
         rewards, counts = pool.score(items(*responses))
-        assert rewards.tolist() == [0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 0.75, -2.5, 0]
-        assert counts == {"timeouts": 0, "crashes": 0, "errors": 9}
+        largest = float(np.finfo(np.float32).max)
+        assert rewards.tolist() == [0, 0, 1, 0, largest, 0, 0, 0, 0, 1, 0.75, -2.5, 0]
+        assert pool.last_rewards[4] == 1e300
+        assert counts == {"timeouts": 0, "crashes": 0, "errors": 8}
         assert pool.last_error == "it raised ValueError: could not convert string to float: 'word'"
         pool.score(items("none"))
         assert pool.last_error == "it returned None, not a finite number"

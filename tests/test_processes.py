@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from krl.configs import arithmetic
 from krl.eval import measure
 from krl.run import processes
+from krl.run.evaluate import Verdicts
 from tests.command_line import ROOT, TINY, command, environment, rollouts, rows, run_here
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -154,6 +155,35 @@ def test_processes_that_disagree_are_told_so(monkeypatch):
         processes.check_agreement(np.arange(3))
     said[0] = said[0][:2]
     processes.check_agreement(np.arange(3))
+
+
+def test_what_processes_exchange_keeps_its_64_bits_and_its_text(monkeypatch):
+    mine, theirs = np.array([0.1, 0.0, 1e300]), np.array([0.0, 1e9 + 0.5, 0.0])
+    others: list = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        processes.multihost_utils, "process_allgather", lambda sent: np.asarray(jnp.stack([jnp.asarray(sent), jnp.asarray(others.pop())]))
+    )  # fmt: skip
+    others.append(theirs.view(np.uint32))
+    assert processes.sum_over_processes(mine).tolist() == [0.1, 1e9 + 0.5, 1e300]
+    others.append(np.array([3]).view(np.uint32))
+    assert processes.sum_over_processes(np.array(4)) == 7
+    others.append(np.array([1, 2], np.int32))
+    assert processes.sum_over_processes(np.array([1, 1], np.int32)).tolist() == [2, 3]
+    columns = Verdicts(mine, np.zeros(3, np.int32), np.array([[0.1, 1], [0, 0], [0.3, 2]]), np.zeros(3), [], [])
+    others += [np.array(part).view(np.uint32) for part in ([0.0, 4, 0], [0.0, 0.7, 0])]
+    others += [np.array([0, 3, 0], np.int32), theirs.view(np.uint32)]
+    whole = columns.of_all_processes()
+    assert whole.parts.tolist() == [[0.1, 1], [0.7, 4], [0.3, 2]]
+    assert whole.faults.tolist() == [0, 3, 0]
+    text = np.zeros(1000, np.uint8)
+    text[:3] = list("né".encode())
+    others.append(text)
+    assert processes.first_text("") == "né"
+    others.append(text)
+    assert processes.first_text("é" * 600) == "é" * 500
+    others.append(np.zeros(1000, np.uint8))
+    assert processes.first_text("") == ""
 
 
 def test_copies_of_parameters_that_differ_are_told(monkeypatch):

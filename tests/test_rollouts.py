@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import sys
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from krl.types import Rollouts
 QUIET = {"log.wandb": "", "log.mlflow": ""}
 
 
-def table_of(step=3, faults=(0, 0, 3, 0, 0)):
+def table_of(step=3, faults=(0, 0, 3, 0, 0), parts=MappingProxyType({})):
     tasks = TaskSet(prompts=("p0", "p1", "p2"), answers=("x", ("y", "z"), "w"))
     encoded = EncodedTasks(tasks=tasks, tokens=np.zeros((3, 1), np.int32), mask=np.ones((3, 1), bool), dropped=0)
     logps = np.array([[-1, -2, 9], [-0.5, 9, 9], [-1, -1, -1], [-3, -0.25, 9], [9, 9, 9]], np.float32)
@@ -29,9 +30,12 @@ def table_of(step=3, faults=(0, 0, 3, 0, 0)):
         lengths=np.array([2, 1, 3, 2, 3]), finished=np.array([1, 1, 0, 1, 0], bool),
     )  # fmt: skip
     groups = {"task_ids": np.array([2, 1]), "counts": np.array([1, 3]), "belief": np.array([0.25, 0.5]), "prior": np.array([0.125, 0.75])}  # fmt: skip
+    reasons = ["it raised ValueError" if kind else "" for kind in faults]
     texts = ["a", "b", "ccc", "d", None]  # the last one is another process's
     rewards, advantages = np.array([1, 0, 0, 0.5, 9], np.float32), np.array([2, 0, -1, 0.5, 9], np.float32)
-    return describe_rollouts(encoded, step, groups, rollouts, rewards, advantages, np.array(faults), texts)
+    return describe_rollouts(
+        encoded, step, groups, rollouts, rewards, advantages, np.array(faults), texts, reasons, parts
+    )
 
 
 def test_a_row_says_all_of_its_rollout():
@@ -41,23 +45,31 @@ def test_a_row_says_all_of_its_rollout():
     assert first == {
         "step": 3, "prompt_id": 2, "sample": 0, "prompt": "p2", "answer": "w", "response": "b", "reward": 0.0, "advantage": 0.0,
         "log_prob": -0.5, "length": 1, "finished": True, "count": 1, "belief": 0.25, "prior": 0.125, "fault": "",
+        "reason": "",
     }  # fmt: skip
-    assert (second["response"], second["fault"], second["finished"], second["log_prob"]) == (
-        "ccc",
-        "errors",
-        False,
-        -3.0,
-    )
+    assert (second["response"], second["finished"], second["log_prob"]) == ("ccc", False, -3.0)
+    assert (second["reward"], second["fault"], second["reason"]) == (None, "errors", "it raised ValueError")
     assert (third["response"], third["reward"], third["advantage"], third["log_prob"]) == ("a", 1.0, 2.0, -3.0)
     assert (last["sample"], last["count"], last["prior"], last["reward"]) == (2, 3, 0.75, 0.5)
     assert json.loads(last["answer"]) == ["y", "z"]
+
+
+def test_several_rewards_have_a_column_each_and_older_logs_read_with_newer_ones(tmp_path):
+    parts = {"math": np.array([1, 0, 0, 0.5, 9]), "mine:form": np.array([0.25, 1, 0, 0, 9])}
+    write_step(tmp_path, 2, table_of(2, parts=parts), 1.0)
+    write_step(tmp_path, 1, table_of(1).drop_columns(["reason"]), 1.0)
+    read = read_rollouts(tmp_path)
+    assert read["reward/math"].to_pylist() == [None] * 4 + [0.0, None, 1.0, 0.5]
+    assert read["reward/mine:form"].to_pylist() == [None] * 4 + [1.0, None, 0.25, 0.0]
+    assert read["reason"].to_pylist() == [None] * 4 + ["", "it raised ValueError", "", ""]
+    assert read.schema.names[: len(SCHEMA.names)] == SCHEMA.names
 
 
 def test_shown_rollouts_are_the_best_and_the_worst_of_the_largest_group():
     shown = show_rollouts(table_of(), most=2)
     assert "p1" in shown
     assert "p2" not in shown
-    assert shown.index("reward 1, 2 tokens") < shown.index("reward 0, 3 tokens")
+    assert shown.index("reward 1, 2 tokens") < shown.index("no reward (it raised ValueError), 3 tokens")
     assert "reward 0.5" not in shown
     assert all(line.startswith("    ") for line in shown.splitlines() if line)  # nothing is taken for Markdown
 
@@ -133,6 +145,17 @@ def test_tensorboard_has_scalars_histograms_and_texts(tmp_path):
     step, text = values["rollouts/text_summary"]
     assert step == 3  # not 4
     assert "reward 1" in text.tensor.string_val[0].decode()
+
+
+def test_a_number_that_is_not_finite_is_not_written_and_nothing_is_said_of_it(tmp_path, caplog):
+    with MetricsLog(tmp_path, first_step=0) as log:
+        log.write(1, {"mismatch": float("nan"), "loss": float("inf"), "reward_mean": 0.5})
+        log.write_groups(1, {"counts": np.array([2, 4]), "scored": np.array([0, 2]), "successes": np.array([0, 1])})
+    tags = {value.tag: value for event in events(tmp_path / "tensorboard") for value in event.summary.value}
+    assert set(tags) == {"reward_mean", "counts", "success_rate"}
+    assert (tags["success_rate"].histo.num, tags["success_rate"].histo.sum) == (1, 0.5)
+    assert not caplog.records
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "mismatch": None, "loss": None, "reward_mean": 0.5}  # fmt: skip
 
 
 def test_weights_and_biases_offline(tmp_path, monkeypatch):

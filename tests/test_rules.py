@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -304,3 +305,23 @@ def test_rates_of_a_logged_run_are_recovered():
     rates = np.asarray(budget.logged_rates(rows, tasks, bandwidth=15.0))
     assert rates.shape == (steps, tasks)
     assert np.abs(rates - true).mean() < 0.03
+
+
+def test_rates_of_a_log_leave_out_what_has_no_reward_and_count_any_reward_as_part_of_a_success():
+    plain = [
+        {"task_ids": [0, 1], "counts": [2, 3], "successes": [1, 0]},
+        {"task_ids": [2, 0], "counts": [2, 2], "successes": [2, 1]},
+    ]
+    expected = budget.logged_rates(plain, 3)
+    wide = [row | {"counts": [9, 9], "scored": row["counts"]} for row in plain]
+    np.testing.assert_array_equal(budget.logged_rates(wide, 3), expected)
+    step = [1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 2]
+    task = [0, 0, 1, 1, 1, 2, 2, 0, 0, 2, 0]
+    reward = [3.0, -1.0, 0.0, -2.0, 0.0, 1.0, 5.0, 0.0, 1.0, None, None]
+    log = pa.table({"step": step, "prompt_id": task, "reward": pa.array(reward, pa.float32())})
+    np.testing.assert_array_equal(budget.logged_rates(log, 3), expected)
+    faults = [""] * 9 + ["errors"] * 2  # a log of an older version has 0 there
+    old = pa.table({"step": step, "prompt_id": task, "reward": [*reward[:9], 0.0, 0.0], "fault": faults})
+    np.testing.assert_array_equal(budget.logged_rates(old, 3), expected)
+    never = [{"task_ids": [0], "counts": [2], "scored": [0], "successes": [0.0]}]
+    assert np.isfinite(budget.logged_rates(never, 1)).all()

@@ -552,6 +552,28 @@ def test_another_thread_leaves_signals_alone():
     assert seen == [(False, handler)]
 
 
+def test_step_metrics_leave_out_what_has_no_reward():
+    # prompt 0: 1 of 1 solved, one without a reward; prompt 1: 1 of 2, one without; prompt 2: none has one
+    index, scored = jnp.array([0, 0, 1, 1, 1, 2]), jnp.array([True, False, True, True, False, False])
+    rewards, every = jnp.array([1.0, 0.0, 1.0, -1.0, 0.0, 0.0]), jnp.ones(6, bool)
+    rollouts = Rollouts(
+        prompt_index=index, sample_index=index, mask=every, tokens=jnp.zeros((6, 4), jnp.int32), logps=jnp.zeros((6, 4)),
+        lengths=jnp.full(6, 2), finished=every,
+    )  # fmt: skip
+    advantages = learn.group_advantages(rewards, index, scored, 3)
+    got = {
+        k: float(v)
+        for k, v in step_metrics(jnp.array([2, 3, 1]), jnp.ones(3, bool), rollouts, rewards, advantages, scored).items()
+    }
+    assert got["reward_mean"] == pytest.approx(1 / 3)
+    assert got["prompts_all_solved"] == got["prompts_mixed"] == pytest.approx(1 / 3)
+    assert got["prompts_all_failed"] == 0
+    assert got["effective_ratio_rollouts"] == pytest.approx(2 / 6)
+    assert got["rollouts"] == 6
+    none = step_metrics(jnp.array([2, 3, 1]), jnp.ones(3, bool), rollouts, rewards, 0 * advantages, ~every)
+    assert np.isnan(float(none["reward_mean"]))
+
+
 def test_step_metrics_of_a_step_worked_by_hand():
     # prompt 0: 2 of 2 solved; prompt 1: 1 of 3; prompt 2: 0 of 2; prompt 3: no rollouts; one padding row
     index = jnp.array([0, 0, 1, 1, 1, 2, 2, 4])
@@ -564,7 +586,7 @@ def test_step_metrics_of_a_step_worked_by_hand():
     )  # fmt: skip
     advantages = learn.group_advantages(rewards, index, mask, 4)
     counts, seen = jnp.array([2, 3, 2, 0]), jnp.array([True, True, False, True])
-    got = {k: float(v) for k, v in step_metrics(counts, seen, rollouts, rewards, advantages).items()}
+    got = {k: float(v) for k, v in step_metrics(counts, seen, rollouts, rewards, advantages, mask).items()}
     assert got["reward_mean"] == pytest.approx(3 / 7)
     assert got["effective_ratio_rollouts"] == pytest.approx(3 / 7)
     assert got["effective_ratio_prompts"] == got["prompts_mixed"] == 0.25

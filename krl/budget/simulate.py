@@ -79,8 +79,9 @@ def logged_rates(log: Sequence[Mapping[str, Any]] | Any, num_tasks: int, *, band
     own average, pulled a little off 0 and 1, keeps the rates inside.
 
     Args:
-        log: the rows of a work directory's groups.jsonl, one per step, with `task_ids`, `counts` and `successes`; or
-            its rollout log as a table with the columns `step`, `prompt_id` and `reward`, such as a `datasets.Dataset`.
+        log: the rows of a work directory's groups.jsonl, one per step, with `task_ids`, `counts`, `successes` and, if
+            not every rollout has a reward, `scored`; or its rollout log as a table with the columns `step`, `prompt_id` and
+            `reward`, such as a `datasets.Dataset`. Rewards count as parts of a success, as they do for a belief.
         num_tasks: D.
         bandwidth: standard deviation of the weights, steps.
 
@@ -88,15 +89,17 @@ def logged_rates(log: Sequence[Mapping[str, Any]] | Any, num_tasks: int, *, band
         [steps, D] float32 in (0, 1).
     """
     if isinstance(log, Sequence):
-        step, task, won, given = (
-            np.concatenate(
-                [np.broadcast_to(row[name] if name else number, len(row["counts"])) for number, row in enumerate(log)]
-            )
-            for name in ("", "task_ids", "successes", "counts")
-        )
+        step = np.repeat(np.arange(len(log)), [len(row["counts"]) for row in log])
+        task, won = (np.concatenate([row[name] for row in log]) for name in ("task_ids", "successes"))
+        given = np.concatenate([row.get("scored", row["counts"]) for row in log])  # older logs have counts alone
+        won = np.clip(won, 0, given)  # and sums of rewards beyond 0 and 1
     else:
-        step, task, won = (np.asarray(log[name][:]) for name in ("step", "prompt_id", "reward"))
-        step, given = step - 1, np.ones(len(step))
+        step, task = (np.asarray(log[name][:]) for name in ("step", "prompt_id"))
+        won = np.array(log["reward"][:], float)  # a reward that could not be computed is NaN
+        step, given = step - 1, np.isfinite(won).astype(float)
+        if "fault" in getattr(log, "column_names", ()):
+            given[np.asarray(log["fault"][:]) != ""] = 0  # which is 0 in older logs
+        won = np.where(given > 0, np.clip(won, 0, 1), 0.0)
     steps = int(step.max()) + 1
     wins, outcomes = np.zeros((steps, num_tasks), np.float32), np.zeros((steps, num_tasks), np.float32)
     np.add.at(wins, (step, task), won)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from krl.configs import default
 
 # Keys that may change when a run continues from its checkpoint.
-FREE_KEYS = ("steps", "max_bad_updates", "stuck_seconds", "eval.every", "eval.best", "checkpoint.every", "checkpoint.keep", "guard.loss", "guard.ratio", "guard.kl", "guard.rollbacks", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "mesh.decode", "distributed.coordinator", "distributed.processes", "distributed.process", "optim.micro_tokens", "optim.packed", "sample.slots", "sample.memory_gb", "log.rollouts_gb", "log.texts_every", "log.wandb", "log.mlflow", "profile.steps", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "verify.environment", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
+FREE_KEYS = ("steps", "max_bad_updates", "stuck_seconds", "eval.every", "eval.best", "checkpoint.every", "checkpoint.keep", "guard.loss", "guard.ratio", "guard.kl", "guard.rollbacks", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "mesh.decode", "distributed.coordinator", "distributed.processes", "distributed.process", "optim.micro_tokens", "optim.packed", "sample.slots", "sample.memory_gb", "log.rollouts_gb", "log.texts_every", "log.wandb", "log.mlflow", "profile.steps", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "verify.environment", "verify.may_fail", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
 
 
 def flatten(config: ConfigDict) -> dict:

@@ -86,7 +86,9 @@ def _add_tasks(config: ConfigDict) -> None:
     config.data = ConfigDict()
     config.data.source = "arithmetic"  # "arithmetic" or "operators" (embedded), or "dataset"
     # "exact" (the whole response is the answer), "math" (the final answer that the response marks), "math_or_number"
-    # (or its last number where it marks none), or your own "package.module:function" of (prompt, response, answer).
+    # (or its last number where it marks none), or your own "package.module:function" of (prompt, response, answer) or
+    # (prompt, response, answer, row). Or a sum of several with weights, "math*1.0,mine:format*0.1"; accuracy is of the
+    # first.
     config.data.reward = "exact"
     # A key of krl.tasks.SOURCES, which knows its splits and fields, or a hub data set; "" for a file.
     config.data.name = ""
@@ -172,13 +174,17 @@ def _add_policy(config: ConfigDict) -> None:
     # Worker processes that compute rewards, with limits on time and memory.
     config.verify = ConfigDict()
     config.verify.workers = 0  # worker processes; 0 computes rewards in the training process, without limits
-    config.verify.item_seconds = 10.0  # seconds for one response; beyond it the reward is 0 and the worker is replaced
-    # Seconds for the rollouts of a step after the last response has ended; those left then get reward 0.
+    config.verify.item_seconds = (
+        10.0  # seconds for one response; beyond it there is no reward and the worker is replaced
+    )
+    # Seconds for the rollouts of a step after the last response has ended; those left then get no reward.
     config.verify.batch_seconds = 300.0
     config.verify.items_per_worker = 10000  # responses after which a worker is replaced
     config.verify.memory_gb = 4.0  # address space of a worker, GB
     # Further environment variables that workers see, names separated by commas; few are passed on, and no credentials.
     config.verify.environment = ""
+    # Go on where no response of a step, or of an evaluation so far, has a reward; False ends the run with the reason.
+    config.verify.may_fail = False
 
     # Sampling of training rollouts.
     config.sample = ConfigDict()

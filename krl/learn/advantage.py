@@ -5,8 +5,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from krl.masked import divide, segment_differs, segment_moments, segment_sum
+
+ROUNDED = 1e-4  # most that float32 may round a reward, in parts of the distance between its group's best and worst
+LARGEST = 1e30  # most that a reward may differ from the middle of a group that is moved and scaled
 
 
 def mixed_groups(rewards: jax.Array, prompt_index: jax.Array, mask: jax.Array, num_prompts: int) -> jax.Array:
@@ -43,10 +47,12 @@ def group_advantages(
     denominator), as the common implementations have it. Groups may have any sizes. With leave_one_out the
     mean is that of the prompt's other rollouts (RLOO), which makes r_j - mean larger by N / (N - 1).
 
+    Rewards of any size that float32 has are right: squares are taken of what was divided by a power of two.
+
     Args:
-        rewards: [R] float32.
-        prompt_index: [R] int32 in [0, M), any value on padding rows.
-        mask: [R] bool, False on padding rows.
+        rewards: [R] float32; see `fit_float32` for those of a wider range.
+        prompt_index: [R] int32 in [0, M), any value on rows outside the mask.
+        mask: [R] bool, False on padding rows and on rollouts without a reward, which change nothing for the others.
         num_prompts: M, static.
         scale_by_std: False leaves out the division (Dr. GRPO, Liu et al., arXiv 2503.20783).
         leave_one_out: compare a rollout with the mean of the others alone.
@@ -54,7 +60,7 @@ def group_advantages(
         clip: the largest size of an advantage.
 
     Returns:
-        [R] float32: exactly 0 in groups whose rewards are all equal, in groups of one and on padding.
+        [R] float32: exactly 0 in groups whose rewards are all equal, in groups of one and outside the mask.
 
     Raises:
         ValueError: rewards, prompt_index and mask are not all of shape [R].
@@ -71,15 +77,68 @@ def group_advantages(
         raise ValueError(f"rewards, prompt_index and mask must all have shape [R], got {sorted(shapes)}")
     rewards = jnp.where(mask, jnp.asarray(rewards, jnp.float32), 0.0)
     index = jnp.where(mask, prompt_index, num_prompts)
-    count, mean, squares = segment_moments(rewards, index, num_prompts)
-    advantages = rewards - jnp.append(mean, 0.0)[index]
+    above, unit = _above_the_worst(rewards, index, num_prompts)
+    count, mean, squares = segment_moments(above, index, num_prompts)
+    advantages = above - jnp.append(mean, 0.0)[index]
     if leave_one_out:
         advantages = advantages * jnp.append(divide(count, count - 1), 0.0)[index]
     if scale_by_std:
         std = jnp.sqrt(divide(squares, count - 1))
-        advantages = divide(advantages, jnp.append(std + epsilon, 1.0)[index])
+        advantages = divide(advantages, (jnp.append(std, 1.0) + epsilon / unit)[index])
+    else:
+        advantages = advantages * unit[index]
     mixed = mixed_groups(rewards, index, mask, num_prompts)
     return jnp.where(jnp.append(mixed, False)[index], jnp.clip(advantages, -clip, clip), 0.0)
+
+
+def _above_the_worst(rewards: jax.Array, index: jax.Array, num_prompts: int) -> tuple[jax.Array, jax.Array]:
+    """How far each reward is above its group's worst, [R] in 0..4, and the unit of that, [M + 1], a power of two.
+
+    Dividing by a power of two changes no digit, and of such numbers neither squares nor sums leave float32.
+    """
+    largest = jax.ops.segment_max(jnp.abs(rewards), index, num_segments=num_prompts + 1)
+    bits = jax.lax.bitcast_convert_type(largest, jnp.int32) & jnp.int32(0x7F800000)  # of a float32 its exponent alone
+    unit = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1.0)
+    worst = jax.ops.segment_min(rewards, index, num_segments=num_prompts + 1) / unit
+    return rewards / unit[index] - worst[index], unit
+
+
+def fit_float32(rewards: np.ndarray, prompt_index: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Rewards as float32 from which the advantages are right, also where float32 cannot hold what differs; on the host.
+
+    A group that float32 holds well enough is as it is. One of 1e9 and 1e9 + 1, which would be equal, is moved to have
+    its middle at 0, and one that reaches beyond float32 is scaled down besides: advantages are about differences.
+
+    Args:
+        rewards: [R] float64, finite.
+        prompt_index: [R] int32, the group of each; any value outside the mask.
+        mask: [R] bool, False on rows without a reward.
+
+    Returns:
+        [R] float32, 0 outside the mask.
+
+    >>> fit_float32(np.array([0.0, 0.1, 1e9, 1e9 + 1]), np.array([0, 0, 1, 1]), np.ones(4, bool)).round(1).tolist()
+    [0.0, 0.10000000149011612, -0.5, 0.5]
+    """
+    rewards = np.where(mask, rewards, 0.0)
+    with np.errstate(over="ignore"):  # beyond float32 it is infinite, and so is what it was rounded by
+        rounded = np.abs(rewards.astype(np.float32) - rewards)
+    most = np.finfo(np.float32).max
+    fitted = rewards.clip(-most, most).astype(np.float32)
+    if not mask.any() or not rounded.any():
+        return fitted
+    _, group = np.unique(np.where(mask, prompt_index, -1), return_inverse=True)
+    size = int(group.max()) + 1
+    best, worst, error = np.full(size, -np.inf), np.full(size, np.inf), np.zeros(size)
+    np.maximum.at(best, group, rewards / 2)  # halves: the distance of two float64 may be beyond float64
+    np.minimum.at(worst, group, rewards / 2)
+    np.maximum.at(error, group, rounded)
+    noise = 16 * np.finfo(np.float64).eps * np.maximum(np.abs(best), np.abs(worst))  # of sums that should be equal
+    moved = (error / 2 > ROUNDED * (best - worst)) & (best - worst > noise)
+    unit = np.maximum((best - worst) / LARGEST, 1.0)
+    differences = (rewards - (best + worst)[group]) / unit[group]
+    return np.where(mask & moved[group], differences, fitted).astype(np.float32)
 
 
 def token_weights(
@@ -100,8 +159,8 @@ def token_weights(
     Args:
         average: a key of AVERAGES.
         lengths: [R] int32, response tokens.
-        prompt_index: [R] int32 in [0, M), any value on padding rows.
-        mask: [R] bool, False on padding rows.
+        prompt_index: [R] int32 in [0, M), any value on rows outside the mask.
+        mask: [R] bool, False on padding rows and on rollouts without a reward, which take no share.
         num_prompts: M, static; prompts without a token take no share.
         max_tokens: T.
 

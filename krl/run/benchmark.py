@@ -13,7 +13,7 @@ import numpy as np
 
 from krl.policy.tokenizer import Decoder
 from krl.run.estimates import summarize
-from krl.run.evaluate import Score, decode_rollouts, sample_tasks, score_apart
+from krl.run.evaluate import Score, as_failures, decode_rollouts, make_items, sample_tasks, score_apart
 from krl.run.processes import is_first, sum_over_processes
 from krl.tasks import EncodedTasks
 from krl.types import Prompts, Rollouts
@@ -22,7 +22,7 @@ from krl.types import Prompts, Rollouts
 class Measured(NamedTuple):
     """What the statistics need of one sample."""
 
-    reward: float
+    reward: float | None  # None where it could not be computed
     length: int  # response tokens
     finished: bool  # False where the response was cut
     key: str | None  # normal form of its final answer; None if it has none
@@ -44,12 +44,13 @@ def evaluate_set(
     path: pathlib.Path,
     settings: dict,
     report: Callable[[int, str], None] = lambda done, text: None,
+    hear: Callable[[int, int, str], None] = lambda failed, total, where: None,
 ) -> dict:
     """Measure a policy on one benchmark and keep every sample, so that a run that was killed can go on.
 
     The file's first row holds the settings. Every other row is one sample, in the order of tasks and
-    samples: `set`, `task` (its row in encoded), `sample`, `response`, `key`, `answer` (gold), `reward`,
-    `length` in tokens, `finished`, and `faults`, which is null but on the last row of a batch: there it
+    samples: `set`, `task` (its row in encoded), `sample`, `response`, `key`, `answer` (gold), `reward` (null where it
+    could not be computed, which counts as in `krl.run.evaluate.as_failures`), `length` in tokens, `finished`, and `faults`, which is null but on the last row of a batch: there it
     counts the verifier faults of the batch. A batch without that row was cut short by a kill; it is
     removed and sampled again, so that a resumed run leaves the file an uninterrupted one would have.
 
@@ -64,6 +65,7 @@ def evaluate_set(
         settings: JSON values of everything else that decides the samples and their rewards, such as the
             checkpoint, temperature and seed. The set's name, its tasks and k are added.
         report: called with the tasks done and a few words after every batch.
+        hear: as for `krl.run.evaluate.evaluate`, of the batches of this call.
 
     Returns:
         `summarize` of all D * k samples, and `faults` of the verifiers by kind; {} but in the process that keeps the file.
@@ -78,18 +80,21 @@ def evaluate_set(
     batches = sample_tasks(
         sample, params, encoded, key, samples=samples, num_rollouts=num_rollouts, place=place, first_task=first_task
     )
+    missing = measured = 0
     with path.open("ab") if is_first() else contextlib.nullcontext() as file:
         for ids, rollouts in batches:
             texts, task_ids = decode_rollouts(tokenizer, rollouts), ids[rollouts.prompt_index].tolist()
-            prompts = [encoded.tasks.prompts[i] for i in task_ids]
-            answers = [encoded.tasks.answers[i] for i in task_ids]
-            rewards, failed = score_apart(score, list(zip(prompts, texts, answers, strict=True)))
+            tasks = encoded.tasks
+            rewards, failed = score_apart(score, make_items(tasks.prompts, tasks.answers, tasks.rows, task_ids, texts))
+            missing, measured = missing + sum(failed.values()), measured + len(texts)
+            hear(missing, measured, name)
             if file is None:
                 continue
             batch = [
                 {
                     "set": name, "task": task_ids[i], "sample": int(rollouts.sample_index[i]), "response": text,
-                    "key": answer_key(text), "answer": answers[i], "reward": float(rewards[i]),
+                    "key": answer_key(text), "answer": tasks.answers[task_ids[i]],
+                    "reward": None if np.isnan(rewards[i]) else float(rewards[i]),
                     "length": int(rollouts.lengths[i]), "finished": bool(rollouts.finished[i]), "faults": None,
                 }
                 for i, text in enumerate(texts)
@@ -98,17 +103,20 @@ def evaluate_set(
             _append(file, batch)
             rows += [_measure(row) for row in batch]
             faults.update(failed)
-            report(len(rows) // samples, f"mean reward {np.mean([row.reward for row in rows]):.3f}")
+            report(len(rows) // samples, f"mean reward {as_failures(_grid(rows, 'reward', float)).mean():.3f}")
     return _summary(rows, samples) | {"faults": dict(faults)} if is_first() else {}
 
 
 def _summary(rows: Sequence[Measured], samples: int) -> dict:
     """`summarize` of all samples in their order."""
+    kinds = {"reward": float, "length": int, "finished": bool, "key": object}
+    rewards, lengths, finished, keys = (_grid(rows, *each).reshape(-1, samples) for each in kinds.items())
+    return summarize(as_failures(rewards), lengths, finished, keys.tolist())
 
-    def grid(field: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(row, field) for row in rows], dtype).reshape(-1, samples)
 
-    return summarize(grid("reward", float), grid("length", int), grid("finished", bool), grid("key", object).tolist())
+def _grid(rows: Sequence[Measured], field: str, dtype: type) -> np.ndarray:
+    """A field of all samples; a reward that could not be computed is NaN."""
+    return np.array([getattr(row, field) for row in rows], dtype)
 
 
 def _resume(path: pathlib.Path, settings: dict, samples: int) -> tuple[list[Measured], Counter]:

@@ -1,19 +1,83 @@
 """How well a policy does on tasks: sampling each task a few times, scoring the samples, averaging."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from krl.policy.tokenizer import Decoder
 from krl.run.estimates import SOLVED
-from krl.run.processes import sum_over_processes, to_host
+from krl.run.processes import first_text, say, sum_over_processes, to_host
 from krl.tasks import Answer, EncodedTasks
 from krl.tasks.pool import FAULTS, VerifierPool
+from krl.tasks.rewards import Item, Row, as_float32
 from krl.types import Prompts, Rollouts
 
-# [(prompt, response, gold answer)] of length n -> rewards [n] float32, and how often the verifiers failed, by kind.
-Score = Callable[[Sequence[tuple[str, str, Answer]]], tuple[np.ndarray, dict[str, int]]]
+# n items -> rewards [n] float32, and how often the verifiers failed, by kind.
+Score = Callable[[Sequence[Item]], tuple[np.ndarray, dict[str, int]]]
+
+
+def first_reward(verifiers: VerifierPool) -> Score:
+    """The `Score` of evaluations: of several rewards the first alone, and NaN where a reward could not be computed.
+
+    What a policy is measured by must not change with the weights of the rewards that shape its training.
+    """
+
+    def score(items: Sequence[Item]) -> tuple[np.ndarray, dict[str, int]]:
+        rewards, faults = verifiers.score(items)
+        if verifiers.names:
+            rewards = as_float32(verifiers.last_parts[:, 0])
+        return np.where(np.array(verifiers.last_faults, str) == "", rewards, np.float32(np.nan)), faults
+
+    return score
+
+
+def as_failures(rewards: np.ndarray) -> np.ndarray:
+    """Rewards where those that could not be computed, NaN, are 0, or the lowest of the others if that is below 0.
+
+    So a policy gains nothing by responses that a verifier cannot judge.
+
+    >>> as_failures(np.array([1.0, np.nan, -1.0])).tolist()
+    [1.0, -1.0, -1.0]
+    """
+    known = np.isfinite(rewards)
+    return np.where(known, rewards, rewards.min(initial=0.0, where=known))
+
+
+@dataclasses.dataclass
+class FaultWatch:
+    """Tells of the first reward that could not be computed, and ends a program in which none can be.
+
+    Of several processes all must call it, with the same numbers.
+    """
+
+    verifiers: VerifierPool
+    may_fail: bool  # go on where all fail
+    told: bool = False
+
+    def __call__(self, failed: int, total: int, where: str) -> None:
+        """Take note of the rewards that could not be computed.
+
+        Args:
+            failed, total: responses without a reward, and all, of all processes.
+            where: words for what they are the responses of.
+
+        Raises:
+            ValueError: none has a reward; with the reason of one.
+        """
+        all_failed = 0 < failed == total and not self.may_fail
+        if not failed or (self.told and not all_failed):
+            return
+        example = first_text(self.verifiers.last_failure) or "no process knows why"
+        if all_failed:
+            raise ValueError(
+                f"the reward failed on all {total} responses of {where}: {example}; mend the function that "
+                "config.data.reward names, or go on without with --config.verify.may_fail=True"
+            )
+        say(f"krl: a response has no reward and is left out; this is told once: {example}")
+        self.told = True
 
 
 def decode_rollouts(tokenizer: Decoder, rollouts: Rollouts) -> list[str]:
@@ -23,7 +87,12 @@ def decode_rollouts(tokenizer: Decoder, rollouts: Rollouts) -> list[str]:
 
 
 def score_rollouts(
-    tokenizer: Decoder, score: Score, rollouts: Rollouts, prompts: Sequence[str], answers: Sequence[Answer]
+    tokenizer: Decoder,
+    score: Score,
+    rollouts: Rollouts,
+    prompts: Sequence[str],
+    answers: Sequence[Answer],
+    rows: Sequence[Row] = (),
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Decode responses and have them verified, on the host; of several processes, each does its share.
 
@@ -33,23 +102,59 @@ def score_rollouts(
         rollouts: R rollouts of M prompts.
         prompts: the M questions, without their template.
         answers: the M gold answers.
+        rows: the other fields of the M rows of the data; () where there are none.
 
     Returns:
         (rewards [R] float32, 0 on padding rows; how often the verifiers failed, by kind).
     """
     index, real = np.asarray(rollouts.prompt_index), np.flatnonzero(rollouts.mask)
     texts, rewards = decode_rollouts(tokenizer, rollouts), np.zeros(len(index), np.float32)
-    items = [(prompts[index[row]], texts[row], answers[index[row]]) for row in real]
+    items = make_items(prompts, answers, rows, index[real].tolist(), [texts[row] for row in real])
     rewards[real], faults = score_apart(score, items)
     return rewards, faults
 
 
-def score_apart(score: Score, items: Sequence[tuple[str, str, Answer]]) -> tuple[np.ndarray, dict[str, int]]:
+def make_items(
+    prompts: Sequence[str], answers: Sequence[Answer], rows: Sequence[Row], which: Sequence[int], texts: Sequence[str]
+) -> list[Item]:
+    """What the verifiers get of n responses: `which` [n] is the number of each one's prompt, answer and row."""
+    pairs = zip(which, texts, strict=True)
+    return [(prompts[i], text, answers[i], rows[i]) if rows else (prompts[i], text, answers[i]) for i, text in pairs]
+
+
+def score_apart(score: Score, items: Sequence[Item]) -> tuple[np.ndarray, dict[str, int]]:
     """What `score` finds of items that all processes have, of which each has its share verified."""
     mine, rewards = slice(jax.process_index(), None, jax.process_count()), np.zeros(len(items), np.float32)
     rewards[mine], faults = score(items[mine])
     counts = sum_over_processes(np.array(list(faults.values()), np.int32))
     return sum_over_processes(rewards), dict(zip(faults, counts.tolist(), strict=True))
+
+
+class Verdicts(NamedTuple):
+    """What the verifiers say of R rollouts; of those of other processes the first three have zeros."""
+
+    rewards: np.ndarray  # [R] float64; 0 where there is none
+    faults: np.ndarray  # [R] int32: 0 for none, else 1 and its place in `krl.tasks.pool.FAULTS`
+    parts: np.ndarray  # [R, C] float64, what each of several rewards gave; C = 0 where one is all there is
+    prompt_index: np.ndarray  # [R] int32, the prompt of each; M on padding rows
+    texts: list[str | None]  # the responses; None for those of other processes
+    reasons: list[str]  # why there is no reward; "" where there is one, and for other processes' rollouts
+
+    def of_all_processes(self) -> "Verdicts":
+        """The same with the other processes' numbers."""
+        rewards, faults, *parts = map(sum_over_processes, (self.rewards, self.faults, *self.parts.T))
+        return self._replace(rewards=rewards, faults=faults, parts=np.array(parts).T.reshape(self.parts.shape))
+
+    def then(self, more: "Verdicts") -> "Verdicts":
+        """Those of these rollouts and, after them, of others of the same prompts."""
+        return Verdicts(
+            rewards=np.concatenate([self.rewards, more.rewards]),
+            faults=np.concatenate([self.faults, more.faults]),
+            parts=np.concatenate([self.parts, more.parts]),
+            prompt_index=np.concatenate([self.prompt_index, more.prompt_index]),
+            texts=self.texts + more.texts,
+            reasons=self.reasons + more.reasons,
+        )
 
 
 class Scoring:
@@ -61,6 +166,7 @@ class Scoring:
         prompts: the M questions, without their template.
         answers: the M gold answers.
         counts: [M] int32, rollouts of each.
+        rows: the other fields of the M rows of the data; () where there are none.
     """
 
     def __init__(
@@ -70,8 +176,9 @@ class Scoring:
         prompts: Sequence[str],
         answers: Sequence[Answer],
         counts: jax.Array,
+        rows: Sequence[Row] = (),
     ):
-        self._tokenizer, self._verifiers, self._prompts, self._answers = tokenizer, verifiers, prompts, answers
+        self._tokenizer, self._verifiers, self._asked = tokenizer, verifiers, (prompts, answers, rows)
         self._prompt_index = np.repeat(np.arange(len(prompts)), counts)
         self._rows: list[int] = []
         self._texts: list[str] = []
@@ -80,26 +187,25 @@ class Scoring:
     def watch(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, is_ready: Callable[[], bool]) -> None:
         """Have more rollouts verified, until the devices are ready; see `krl.rollout.Watch`."""
         texts = [self._tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens, lengths, strict=True)]
-        which = self._prompt_index[rows]
-        self._verifiers.add([(self._prompts[i], text, self._answers[i]) for i, text in zip(which, texts, strict=True)])
+        self._verifiers.add(make_items(*self._asked, self._prompt_index[rows].tolist(), texts))
         self._rows.extend(rows)
         self._texts.extend(texts)
         self._verifiers.work(is_ready, look_seconds=0.002)
 
-    def finish(self, num_rollouts: int) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
-        """Wait for what is left.
-
-        Returns:
-            (rewards [R = num_rollouts] float32, faults [R] int32: 0 for none, else 1 and its place in
-            `krl.tasks.pool.FAULTS`, the R responses); 0, 0 and None where the rollout is another process's.
-        """
-        rewards, faults = np.zeros(num_rollouts, np.float32), np.zeros(num_rollouts, np.int32)
-        rewards[self._rows], _ = self._verifiers.finish()
-        faults[self._rows] = [("", *FAULTS).index(kind) for kind in self._verifiers.last_faults]
+    def finish(self, num_rollouts: int) -> Verdicts:
+        """Wait for what is left: what is said of the R = num_rollouts rollouts, those of this process alone."""
+        pool, mine = self._verifiers, self._rows
+        pool.finish()
+        rewards, faults = np.zeros(num_rollouts), np.zeros(num_rollouts, np.int32)
+        parts, index = np.zeros((num_rollouts, len(pool.names))), np.full(num_rollouts, len(self._asked[0]), np.int32)
+        rewards[mine], parts[mine] = pool.last_rewards, pool.last_parts
+        faults[mine] = [("", *FAULTS).index(kind) for kind in pool.last_faults]
+        index[: len(self._prompt_index)] = self._prompt_index
         texts: list[str | None] = [None] * num_rollouts
-        for row, text in zip(self._rows, self._texts, strict=True):
-            texts[row] = text
-        return rewards, faults, texts
+        reasons = [""] * num_rollouts
+        for row, text, reason in zip(mine, self._texts, pool.last_reasons, strict=True):
+            texts[row], reasons[row] = text, reason
+        return Verdicts(rewards, faults, parts, index, texts, reasons)
 
 
 def sample_tasks(
@@ -158,7 +264,7 @@ def sample_tasks(
 
 def evaluate(
     sample: Callable[..., Rollouts],
-    score: Callable[[Rollouts, Sequence[str], Sequence[Answer]], tuple[np.ndarray, dict[str, int]]],
+    score: Callable[[Rollouts, Sequence[str], Sequence[Answer], Sequence[Row]], tuple[np.ndarray, dict[str, int]]],
     params: dict,
     encoded: EncodedTasks,
     key: jax.Array,
@@ -166,16 +272,19 @@ def evaluate(
     samples: int,
     num_rollouts: int,
     place: Callable[[Prompts], Prompts],
+    hear: Callable[[int, int, str], None] = lambda failed, total, where: None,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Sample every task a few times and average.
 
     Args:
-        score: (rollouts, questions, gold answers) -> (rewards [R] float32, verifier faults by kind), such as
-            `score_rollouts` with its tokenizer and verifiers bound.
+        score: (rollouts, questions, gold answers, rows) -> (rewards [R] float32, NaN for none; verifier faults by kind),
+            such as `score_rollouts` with its tokenizer and verifiers bound.
         sample, params, encoded, key, samples, num_rollouts, place: as for `sample_tasks`.
+        hear: told after each batch how many rewards until then could not be computed, of how many; see `FaultWatch`.
 
     Returns:
-        (metrics, solved): `accuracy`, the mean reward over all samples (avg@k); `pass_at_k`, the share of tasks
+        (metrics, solved): `accuracy`, the mean reward over all samples (avg@k), those that could not be computed as
+        in `as_failures`; `pass_at_k`, the share of tasks
         solved in k = samples tries; `response_length`, tokens; `truncation_rate`; `verifier_faults`, their
         number. solved [D] int64 counts the samples of each task with a reward of at least SOLVED.
     """
@@ -185,14 +294,16 @@ def evaluate(
     for ids, rollouts in sample_tasks(
         sample, params, encoded, key, samples=samples, num_rollouts=num_rollouts, place=place
     ):
-        got, failed = score(rollouts, [tasks.prompts[i] for i in ids], [tasks.answers[i] for i in ids])
+        batch = tasks.take(ids.tolist())
+        got, failed = score(rollouts, batch.prompts, batch.answers, batch.rows)
         rewards.append(got.reshape(len(ids), samples))
         lengths.append(rollouts.lengths)
         finished.append(rollouts.finished)
         faults += sum(failed.values())
+        hear(faults, samples * sum(map(len, rewards)), "the evaluation")
     solved = (np.concatenate(rewards) >= SOLVED).sum(axis=1)
     metrics = {
-        "accuracy": float(np.concatenate(rewards).mean(dtype=np.float64)),
+        "accuracy": float(as_failures(np.concatenate(rewards)).mean(dtype=np.float64)),
         "pass_at_k": float((solved > 0).mean()),
         "response_length": float(np.concatenate(lengths).mean()),
         "truncation_rate": float((~np.concatenate(finished)).mean()),

@@ -10,6 +10,8 @@ import numpy as np
 
 from krl.configs.check import FREE_KEYS
 from krl.run.history import STATES, Run, smooth, states
+from krl.run.rollouts import count_reasons
+from krl.tasks.pool import FAULTS
 
 BINS = 12  # of a success rate, in equal steps of its arcsine: narrower towards 0 and 1
 FEWEST_GROUPS = 10  # that a bin of the calibration is shown for
@@ -131,7 +133,7 @@ def counts_at(groups: Sequence[dict], steps: Sequence[int]) -> list[dict]:
 
 
 def calibration(groups: Sequence[dict], column: str = "belief") -> tuple[list[dict], float]:
-    """Believed against observed success rates, over all rollouts that were given for a belief.
+    """Believed against observed success rates, over all rollouts with a reward that were given for a belief.
 
     A bin's rates are means over its rollouts. Rollouts of a group have their prompt in common, so the interval is
     Wilson's for as many rollouts as would vary by themselves like the groups do: p (1 - p) / v, v being the variance
@@ -153,8 +155,8 @@ def calibration(groups: Sequence[dict], column: str = "belief") -> tuple[list[di
     if not known:
         return [], math.nan
     believed = np.concatenate([row[column] for row in known])
-    counts = np.concatenate([row["counts"] for row in known]).astype(float)
-    wins = np.concatenate([row["successes"] for row in known]).astype(float)
+    counts = np.concatenate([row.get("scored", row["counts"]) for row in known]).astype(float)  # that have a reward
+    wins = np.clip(np.concatenate([row["successes"] for row in known]).astype(float), 0, counts)  # older logs: any sums
     bins, rows, error = which_bin(believed), [], 0.0
     for number in np.unique(bins[counts > 0]):
         mine = (bins == number) & (counts > 0)
@@ -184,6 +186,24 @@ def wilson(rate: float, number: float) -> tuple[float, float]:
     middle = (rate + square / 2) / (1 + square)
     half = math.sqrt(square * (rate * (1 - rate) + square / 4)) / (1 + square)
     return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def faults(run: Run, most: int = 5) -> tuple[str, list[str]] | None:
+    """What a run says of the rewards that could not be computed: a sentence, and the most common reasons in its log.
+
+    None where all could be computed.
+    """
+    metrics = run["metrics"]
+    kinds = {kind: sum(row.get(f"verifier/{kind}") or 0 for row in metrics) for kind in FAULTS}
+    failed, rollouts = sum(kinds.values()), sum(row.get("rollouts") or 0 for row in metrics)
+    judged = sum(row.get("eval/verifier_faults") or 0 for row in metrics)
+    if not failed and not judged:
+        return None
+    counted = ", ".join(f"{kind} {number:,}" for kind, number in kinds.items() if number)
+    parts = [f"{failed:,} of {rollouts:,.0f} rollouts have no reward ({counted}) and were left out"] if failed else []
+    parts += [f"{judged:,.0f} samples of evaluations could not be judged and count as failures"] if judged else []
+    reasons = count_reasons(run["workdir"] / "rollouts").most_common(most)
+    return "; ".join(parts), [f"{number:,} x {reason}" for reason, number in reasons]
 
 
 def flow(run: Run, most: int = 7) -> tuple[list[dict], list[dict]]:

@@ -87,9 +87,8 @@ def sample_rollouts(workdir: pathlib.Path, most: int, steps: int = 16) -> list[d
     for step in chosen:
         table = read_rollouts(log, [step])
         believed = np.nan_to_num(np.array(table["belief"], float))
-        outcome = (
-            2 * (np.array(table["reward"]) > 0) + np.array(table["finished"]) + 4 * (np.array(table["fault"]) != "")
-        )
+        rewards = np.nan_to_num(np.array(table["reward"], float))  # null where there is none
+        outcome = 2 * (rewards > 0) + np.array(table["finished"]) + 4 * (np.array(table["fault"]) != "")
         kinds = outcome * 8 + np.digitize(believed, (0.1, 0.5, 0.9))
         order = np.random.default_rng(step).permutation(table.num_rows)
         turn = np.zeros(table.num_rows, int)  # the how manyth of its kind a rollout is: kinds take turns

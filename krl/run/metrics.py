@@ -25,6 +25,7 @@ from krl.learn import mixed_groups
 from krl.masked import divide, masked_sum, segment_sum
 from krl.run.processes import is_first
 from krl.run.writers import Writer, tensorboard
+from krl.tasks.pool import FAULTS
 from krl.types import Rollouts
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ STUCK = 77  # exit code of a run that a phase without an end stopped
 
 @jax.jit
 def step_metrics(
-    counts: jax.Array, seen: jax.Array, rollouts: Rollouts, rewards: jax.Array, advantages: jax.Array
+    counts: jax.Array, seen: jax.Array, rollouts: Rollouts, rewards: jax.Array, advantages: jax.Array, scored: jax.Array
 ) -> dict[str, jax.Array]:
     """The metrics of a step that do not depend on the update; docs/metrics.md defines each.
 
@@ -45,20 +46,22 @@ def step_metrics(
         rollouts: R rollouts.
         rewards: [R] float32.
         advantages: [R] float32.
+        scored: [R] bool, the rollouts that have a reward.
 
     Returns:
-        float32 scalars by name.
+        float32 scalars by name; `reward_mean` is NaN where no rollout has a reward.
     """
     num_prompts = counts.shape[0]
     index = jnp.where(rollouts.mask, rollouts.prompt_index, num_prompts)
-    given = segment_sum(rollouts.mask.astype(jnp.float32), index, num_prompts)
-    wins = segment_sum(jnp.where(rollouts.mask, rewards, 0.0), index, num_prompts)
-    mixed = mixed_groups(rewards, rollouts.prompt_index, rollouts.mask, num_prompts)
+    given = segment_sum(scored.astype(jnp.float32), index, num_prompts)
+    wins = segment_sum(jnp.where(scored, rewards, 0.0), index, num_prompts)
+    mixed = mixed_groups(rewards, rollouts.prompt_index, scored, num_prompts)
+    mixed |= segment_sum((advantages != 0).astype(jnp.float32), index, num_prompts) > 0  # beyond float32's digits
     real = rollouts.mask.sum(dtype=jnp.float32)
     tokens = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
     share = lambda which: divide(which.sum(dtype=jnp.float32), jnp.float32(num_prompts))  # noqa: E731
     return {
-        "reward_mean": divide(*masked_sum(rewards, rollouts.mask)),
+        "reward_mean": jnp.where(scored.any(), divide(*masked_sum(rewards, scored)), jnp.nan),
         "effective_ratio_rollouts": divide(*masked_sum(advantages != 0, rollouts.mask)),
         "effective_ratio_prompts": share(mixed),
         "prompts_all_solved": share(~mixed & (given > 0) & (wins > 0)),
@@ -87,6 +90,11 @@ def gini(counts: jax.Array) -> jax.Array:
     size = counts.shape[0]
     weights = 2.0 * jnp.arange(1, size + 1) - size - 1
     return divide((weights * ordered).sum(), size * ordered.sum())
+
+
+def mean_of(values: np.ndarray, mask: np.ndarray) -> float:
+    """The mean of the values under a mask, on the host; NaN if there are none."""
+    return float(values[mask].mean()) if mask.any() else math.nan
 
 
 class CompileCounter:
@@ -268,7 +276,8 @@ class MetricsLog:
         self._append("groups", {"step": step, **{name: values.tolist() for name, values in known.items()}})
         bars: dict[str, np.ndarray] = {name: known[name] for name in ("counts", "belief") if name in known}
         if "successes" in known and "counts" in known:
-            bars["success_rate"] = known["successes"] / known["counts"]
+            scored = known.get("scored", known["counts"])
+            bars["success_rate"] = known["successes"][scored > 0] / scored[scored > 0]
         finite = {name: values[np.isfinite(values)] for name, values in bars.items()}
         self._show(step, histograms={name: values for name, values in finite.items() if values.size})
 
@@ -320,8 +329,10 @@ def read_rows(path: pathlib.Path) -> list[dict]:
 
 
 def status_line(metrics: dict[str, float], accuracy: float | None) -> str:
-    """A step in one line: what it showed, and the accuracy of the newest evaluation."""
+    """A step in one line: what it showed, the share of its rollouts without a reward, and the newest accuracy."""
     text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  max count {metrics['count_max']:.0f}"
+    failed = sum(metrics.get(f"verifier/{kind}", 0) for kind in FAULTS)
+    text += f"  no reward {100 * failed / metrics['rollouts']:.3g}%" if failed else ""
     text += "" if accuracy is None else f"  accuracy {accuracy:.3f}"
     if metrics.get("seconds/behind", 0.0) > 0.2 * metrics["seconds/step"]:
         text += f"  waited {metrics['seconds/behind']:.1f} s for process {metrics['slowest_process']}"

@@ -100,6 +100,7 @@ function rolloutRow(rollout) {
     ["response", element("div", rollout.response, "text")],
   ];
   if (rollout.answer) cells[7][1].append(element("div", "answer: " + rollout.answer, "gold"));
+  if (rollout.reason) cells[8][1].append(element("div", "no reward: " + rollout.reason, "gold"));
   if (DATA.runs.length > 1) {
     const swatch = element("i", "", "swatch");
     swatch.style.background = DATA.colours[rollout.run];

@@ -19,7 +19,7 @@ from krl.configs import default
 from krl.configs.check import flatten
 from krl.run import charts, specs
 from krl.run.estimates import SOLVED
-from krl.run.findings import NO_SETTINGS, by_settings, over_seeds, spending
+from krl.run.findings import NO_SETTINGS, by_settings, faults, over_seeds, spending
 from krl.run.history import Run, sample_rollouts, series, summary
 from krl.run.metrics import format_seconds
 
@@ -67,6 +67,7 @@ def build(runs: Sequence[Run], table: Mapping[str, Sequence[str]], sentence: str
     return page.render(
         title=" · ".join(run["label"] for run in runs) if len(runs) < 4 else f"{len(runs)} runs", about=_about(runs), runs=held["runs"],
         tiles=[] if several else _tiles(runs[0]), table=table if several else {}, sentence=sentence, seeds=_seeds(runs),
+        faults=[(run["label"], *told) for run in runs if (told := faults(run))],
         colours=specs.colours(runs), workdirs=[str(run["workdir"]) for run in runs], every=every, differing=differing, version=__version__,
         sections=[(heading, [by_name[name] for name in names if name in by_name]) for heading, names in SECTIONS],
         sampled=_sampled(len(rollouts)) if rollouts else "", unsampled="No rollouts were kept (rollouts/).",
@@ -205,11 +206,14 @@ def _rollouts(runs: Sequence[Run]) -> list[dict]:
     shown = []
     for number, run in enumerate(runs):
         for rollout in sample_rollouts(run["workdir"], ROLLOUTS // len(runs)):
-            outcome = "solved" if rollout["reward"] >= SOLVED else "failed" if rollout["finished"] else "cut off"
+            outcome = (
+                "solved" if (rollout["reward"] or 0.0) >= SOLVED else "failed" if rollout["finished"] else "cut off"
+            )
             kept = {
                 name: rollout[name] for name in ("step", "belief", "count", "reward", "advantage", "length", "fault")
             }
             texts = {name: cut(rollout[name]) for name in ("prompt", "answer", "response")}
+            texts["reason"] = rollout["reason"] or ""  # null in older logs
             shown.append({"run": number, "outcome": "fault" if rollout["fault"] else outcome} | kept | texts)
     return sorted(shown, key=lambda rollout: -rollout["step"])
 

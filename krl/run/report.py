@@ -72,8 +72,20 @@ def missing_libraries() -> str:
 
 
 def in_words(runs: Sequence[Run]) -> str:
-    """The table of some runs and the sentence that compares them."""
-    return f"{table(runs)}\n\n{sentence(runs)}"
+    """The table of some runs, the sentence that compares them, and what had no reward."""
+    return "\n".join([table(runs), "", sentence(runs), *without_reward(runs)])
+
+
+def without_reward(runs: Sequence[Run]) -> list[str]:
+    """Lines about the rewards that could not be computed, of the runs that had any."""
+    from krl.run.findings import faults  # with Arrow, which a run imports when it logs its first rollouts
+
+    lines = []
+    for run in runs:
+        told = faults(run)
+        if told:
+            lines += ["", f"{run['label']}: {told[0]}", *(f"  {reason}" for reason in told[1])]
+    return lines
 
 
 def columns(runs: Sequence[Run]) -> dict[str, list[str]]:

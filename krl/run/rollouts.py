@@ -8,6 +8,7 @@ kept from then on, then every fourth, and so on: what is left is spread over the
 
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -29,7 +30,7 @@ SCHEMA = pa.schema([
     ("prompt", pa.string()),  # the question without its template
     ("answer", pa.string()),  # the gold answer; several accepted ones as a JSON list
     ("response", pa.string()),
-    ("reward", pa.float32()),
+    ("reward", pa.float32()),  # null where it could not be computed
     ("advantage", pa.float32()),  # with the weight of its prompt in the loss
     ("log_prob", pa.float32()),  # of the response under the distribution sampled from, nats
     ("length", pa.int32()),  # tokens, the end token counted
@@ -37,7 +38,8 @@ SCHEMA = pa.schema([
     ("count", pa.int32()),  # rollouts of the prompt in the step
     ("belief", pa.float32()),  # expected success rate when the counts were chosen
     ("prior", pa.float32()),  # the same without the prompt's own record
-    ("fault", pa.string()),  # why the verifier gave no reward: of FAULTS, or ""
+    ("fault", pa.string()),  # how the verifier failed: of FAULTS, or ""
+    ("reason", pa.string()),  # why it did, in one line, or ""
 ])  # fmt: skip
 
 
@@ -50,8 +52,10 @@ def describe_rollouts(
     advantages: Array,
     faults: np.ndarray,
     texts: Sequence[str | None],
+    reasons: Sequence[str],
+    parts: Mapping[str, np.ndarray],
 ) -> pa.Table:
-    """A step's rollouts as rows of SCHEMA, by prompt and sample.
+    """A step's rollouts as rows of SCHEMA, by prompt and sample; of several rewards each has a further column.
 
     Of several processes all must call it. Each gets the rows of the rollouts that it scored, whose texts it has.
 
@@ -63,6 +67,8 @@ def describe_rollouts(
         rewards, advantages: [R] float32.
         faults: [R] int32, 0 for none, else 1 and its place in FAULTS.
         texts: the R responses; None for those of other processes.
+        reasons: R texts, why a reward could not be computed; "" for none.
+        parts: [R] float64, each of several rewards by its name: the column "reward/NAME".
     """
     within = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
     log_probs = jnp.where(within, rollouts.logps, 0.0).sum(axis=1)
@@ -89,7 +95,7 @@ def describe_rollouts(
         "prompt": [tasks.tasks.prompts[i] for i in task_ids],
         "answer": [answer if isinstance(answer, str) else json.dumps(answer) for answer in answers],
         "response": [texts[row] for row in order],
-        "reward": rewards[order],
+        "reward": pa.array(rewards[order], mask=faults[order] > 0),
         "advantage": advantages[order],
         "log_prob": log_probs[order],
         "length": lengths[order],
@@ -98,8 +104,12 @@ def describe_rollouts(
         "belief": groups["belief"][prompt],
         "prior": groups["prior"][prompt],
         "fault": [("", *FAULTS)[kind] for kind in faults[order]],
+        "reason": [reasons[row] for row in order],
     }
-    return pa.table(columns, schema=SCHEMA)
+    table = pa.table(columns, schema=SCHEMA)
+    for name, values in parts.items():
+        table = table.append_column(f"reward/{name}", pa.array(values[order], pa.float32(), mask=faults[order] > 0))
+    return table
 
 
 def write_step(directory: pathlib.Path, step: int, table: pa.Table, most_gb: float) -> None:
@@ -160,10 +170,23 @@ def logged_steps(directory: pathlib.Path) -> list[int]:
 
 
 def read_rollouts(directory: pathlib.Path, steps: Iterable[int] | None = None) -> pa.Table:
-    """Rollouts of some logged steps, or of all, as rows of SCHEMA."""
+    """Rollouts of some logged steps, or of all, as rows of SCHEMA and the columns of several rewards.
+
+    What an older version did not write is null.
+    """
     chosen = logged_steps(directory) if steps is None else steps
     paths = [path for step in chosen for path in _paths(directory, step)]
-    return pa.concat_tables([SCHEMA.empty_table(), *map(parquet.read_table, paths)])
+    return pa.concat_tables([SCHEMA.empty_table(), *map(parquet.read_table, paths)], promote_options="default")
+
+
+def count_reasons(directory: pathlib.Path) -> Counter[str]:
+    """Why rollouts of the logged steps have no reward, and how many each reason left out."""
+    reasons: Counter[str] = Counter()
+    for path in sorted(directory.glob(_NAMES)):
+        with parquet.ParquetFile(path) as file:
+            if "reason" in file.schema_arrow.names:  # not in those of an older version
+                reasons.update(reason for reason in file.read(["reason"])["reason"].to_pylist() if reason)
+    return reasons
 
 
 def _paths(directory: pathlib.Path, step: int) -> list[pathlib.Path]:
@@ -178,9 +201,14 @@ def show_rollouts(table: pa.Table, most: int = 4) -> str:
     return "\n\n".join(
         [
             _quoted(f"{rows[0]['prompt']}\n\nanswer: {rows[0]['answer']}   rollouts: {rows[0]['count']}"),
-            *(_quoted(f"reward {row['reward']:g}, {row['length']} tokens\n\n{row['response']}") for row in shown),
+            *(_quoted(f"{_worth(row)}, {row['length']} tokens\n\n{row['response']}") for row in shown),
         ]
     )
+
+
+def _worth(row: Mapping) -> str:
+    """The reward of a logged rollout in words."""
+    return f"no reward ({row['reason']})" if row["reward"] is None else f"reward {row['reward']:g}"
 
 
 def _quoted(text: str) -> str:

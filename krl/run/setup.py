@@ -77,6 +77,17 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence
     if is_first():
         open_workdir(workdir, flat, free)
     verifiers = make_verifiers(config)
+    try:  # its processes must not outlive what is refused after they were started
+        return _set_up(config, workdir, flat, free, mesh, verifiers)
+    except BaseException:
+        verifiers.close()
+        raise
+
+
+def _set_up(
+    config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence[str], mesh: jax.sharding.Mesh, verifiers: VerifierPool
+) -> Setup:  # fmt: skip
+    """The part of `set_up` that needs the verifiers to be there."""
     tasks = load_task_sets(config)
     folder = pathlib.Path(config.sft.dir or workdir / "sft")
     tokenizer = load_tokenizer(find_tokenizer(config, tasks["sft"], folder, workdir))

@@ -27,7 +27,8 @@ Writer = Callable[[int, Mapping[str, float], Mapping[str, np.ndarray], Mapping[s
 def tensorboard(directory: pathlib.Path, first_step: int) -> Iterator[Writer]:
     """Event files; what they have of steps after first_step is hidden, for it will be written again.
 
-    Where tensorboardX is missing this is said, and nothing is written.
+    A number that is not finite is not written: the library would warn of each on the console. Where tensorboardX is
+    missing this is said, and nothing is written.
     """
     try:
         import tensorboardX  # slow to import, and only a run needs it
@@ -39,7 +40,8 @@ def tensorboard(directory: pathlib.Path, first_step: int) -> Iterator[Writer]:
 
         def write(step, scalars, histograms, texts):
             for name, value in scalars.items():
-                board.add_scalar(name, value, step)
+                if math.isfinite(value):
+                    board.add_scalar(name, value, step)
             for name, values in histograms.items():
                 board.add_histogram(name, values, step)
             for name, text in texts.items():

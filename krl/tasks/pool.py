@@ -3,7 +3,8 @@
 A reward function may hang, crash, exhaust memory or leave threads and files behind. Each worker is a fresh
 Python process with a session of its own, so that an interrupt typed at the terminal does not reach it and
 one signal ends it together with what it started. It has a memory limit, sees no accelerator and no credentials in its
-environment, and does not import jax. A worker that fails is killed and replaced; its item is worth 0 and is counted.
+environment, and does not import jax. A worker that fails is killed and replaced; its item has no reward, and is counted
+with the reason.
 """
 
 import collections
@@ -20,10 +21,18 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from krl.tasks.verify import Answer, Reward, find_reward
-from krl.tasks.worker import reward_or_error
-
-Item = tuple[str, str, Answer]  # prompt, response, gold answer or answers
+from krl.tasks.rewards import (
+    Item,
+    Part,
+    as_float32,
+    component_names,
+    load_rewards,
+    one_line,
+    parse_rewards,
+    rewards_or_reason,
+    weighted,
+)
+from krl.tasks.worker import OUT_OF_MEMORY
 
 FAULTS = ("timeouts", "crashes", "errors")  # why an item got no reward; see `VerifierPool.finish`
 START_SECONDS = 120  # until a new worker has imported the reward's module
@@ -47,6 +56,7 @@ class _Worker:
     replies: int  # the file descriptor to read from
     started: float
     ready: bool = False
+    wants_rows: bool = False  # whether a reward takes the row of the data
     row: int | None = None  # of the item it works on
     deadline: float = 0.0  # of that item
     done: int = 0  # items answered
@@ -88,8 +98,9 @@ class _Batch:
 
     items: list[Item] = dataclasses.field(default_factory=list)
     waiting: collections.deque[int] = dataclasses.field(default_factory=collections.deque)  # items not yet begun
-    rewards: list[float] = dataclasses.field(default_factory=list)  # 0 until an item is done
+    rewards: list[list[float]] = dataclasses.field(default_factory=list)  # each part's; 0 until an item is done
     faults: list[str] = dataclasses.field(default_factory=list)  # of FAULTS; "" for an item that did not fail
+    reasons: list[str] = dataclasses.field(default_factory=list)  # why it failed, in one line
 
 
 class VerifierPool:
@@ -99,17 +110,24 @@ class VerifierPool:
 
     Args:
         reward: a name in `krl.tasks.verify.REWARDS`, or "package.module:function" of a function
-            (prompt, response, answer) -> float; modules are found where this process finds them.
+            (prompt, response, answer) -> float, or (prompt, response, answer, row) -> float; modules are found where
+            this process finds them. Or several with weights, see `krl.tasks.rewards.parse_rewards`.
         workers: processes; with 0 the function runs in this process, without limits.
         item_seconds: for one item; the worker is killed when it takes longer.
-        batch_seconds: for a batch, once all its items are there; what is unfinished then is worth 0.
+        batch_seconds: for a batch, once all its items are there; what is unfinished then has no reward.
         items_per_worker: a worker is replaced after so many items, whatever it has piled up.
         memory_gb: address space of each worker in GiB.
         environment: further variables that workers see beside KEPT and ENVIRONMENT.
 
     Attributes:
+        names: of the rewards that are added up, in the config's order; () where one reward is all there is.
         last_error: why the latest item counted under "errors" failed, in one line; "" if none did.
+        last_failure: why the first failed item of the latest batch with one failed, with its prompt and response,
+            both shortened, in one line; "" if none did.
         last_faults: for each item of the last finished batch the kind of its failure, as in `finish`; "" if it has a reward.
+        last_reasons: for each of them why it failed, in one line; "" if it has a reward.
+        last_rewards: [n] float64, their rewards as the function gave them, 0 for those that failed.
+        last_parts: [n, C] float64, what each of `names` gave; 0 for those that failed.
 
     Raises:
         ValueError: the reward cannot be found, a number is out of range, or no worker starts; in one line.
@@ -131,11 +149,15 @@ class VerifierPool:
                 f"a verifier pool needs workers >= 0 and positive limits, got {workers=}, {item_seconds=}, "
                 f"{batch_seconds=}, {items_per_worker=}, {memory_gb=}"
             )
-        self.last_error = ""
+        self.names = component_names(reward)
+        self.last_error = self.last_failure = ""
         self.last_faults: list[str] = []
+        self.last_reasons: list[str] = []
+        self.last_rewards, self.last_parts = np.zeros(0), np.zeros((0, len(self.names)))
         self._first_message = (reward, memory_gb, os.getpid())
         self._item_seconds, self._batch_seconds, self._items_per_worker = item_seconds, batch_seconds, items_per_worker
-        self._function = None if workers else find_reward(reward)
+        self._weights = tuple(parse_rewards(reward).values())
+        self._parts = None if workers else load_rewards(reward)
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         told = {name: os.environ[name] for name in (*KEPT, *environment) if name in os.environ}
         self._environment = told | ENVIRONMENT | {"PYTHONPATH": paths}
@@ -168,7 +190,8 @@ class VerifierPool:
         """Rewards of a batch, within `batch_seconds` and a moment: `begin`, `add` and `finish` in one.
 
         Args:
-            items: n of (prompt, response, answer); an answer is one gold answer or several accepted ones.
+            items: n of (prompt, response, answer) or (prompt, response, answer, row): an answer is one gold answer or
+                several accepted ones, a row the other fields of the data's row, for functions that take it.
 
         Returns, Raises:
             As `finish`.
@@ -193,9 +216,10 @@ class VerifierPool:
         batch = self._batch
         batch.waiting.extend(range(len(batch.items), len(batch.items) + len(items)))
         batch.items.extend(items)
-        batch.rewards.extend([0.0] * len(items))
+        batch.rewards.extend([[0.0] * len(self._weights) for _ in items])
         batch.faults.extend([""] * len(items))
-        if self._function is None:
+        batch.reasons.extend([""] * len(items))
+        if self._parts is None:
             self._hand_out()
 
     def work(self, until: Callable[[], bool], look_seconds: float = TICK_SECONDS) -> None:
@@ -206,8 +230,8 @@ class VerifierPool:
             look_seconds: how often that is asked.
         """
         while (self._batch.waiting or self._busy()) and not until():
-            if self._function is not None:
-                self._score_here(self._function, self._batch.waiting.popleft())
+            if self._parts is not None:
+                self._score_here(self._parts, self._batch.waiting.popleft())
             else:
                 self._hand_out()
                 self._wait(time.monotonic() + look_seconds)
@@ -217,39 +241,54 @@ class VerifierPool:
         """The rewards of the batch, within `batch_seconds` from now and a moment.
 
         Returns:
-            Rewards float32 [n] in the order of the items, and how many of them are 0 because of "timeouts" (of
-            the item or the batch), "crashes" (the worker died, also for want of memory) and "errors" (the
-            function raised, or returned something that is not a finite number).
+            Rewards float32 [n] in the order of the items, the nearest ones that float32 has (`last_rewards` are exact),
+            and how many of them are 0 because there is none: for "timeouts" (of the item or the batch), "crashes" (the
+            worker died, also for want of memory) and "errors" (the function raised, or returned something that is not a
+            finite number).
         """
         batch, end = self._batch, time.monotonic() + self._batch_seconds
         try:
-            self.work(lambda: self._function is None and time.monotonic() >= end)
+            self.work(lambda: self._parts is None and time.monotonic() >= end)
         finally:  # also when the caller is interrupted: no later batch may get this one's answers
             self._give_up()
-        self.last_faults = batch.faults
-        return np.array(batch.rewards, np.float32), {kind: batch.faults.count(kind) for kind in FAULTS}
+        rewards = np.array(batch.rewards, np.float64).reshape(len(batch.items), len(self._weights))
+        self.last_faults, self.last_reasons = batch.faults, batch.reasons
+        self.last_rewards = weighted(self._weights, list(rewards.T)) + np.zeros(len(batch.items))
+        self.last_parts = rewards[:, : len(self.names)]
+        failed = next((row for row, reason in enumerate(batch.reasons) if reason), None)
+        if failed is not None:
+            prompt, response = (repr(one_line(text, 80)) for text in batch.items[failed][:2])
+            self.last_failure = f"{batch.reasons[failed]} (prompt {prompt}, response {response})"
+        return as_float32(self.last_rewards), {kind: batch.faults.count(kind) for kind in FAULTS}
 
     def _give_up(self) -> None:
         """Leave the batch as it is; what was not done has timed out."""
         batch, unfinished = self._batch, self._busy()
         for row in [*(worker.row for worker in unfinished if worker.row is not None), *batch.waiting]:
-            batch.faults[row] = "timeouts"
+            self._fail(
+                row,
+                "timeouts",
+                f"it was not done {self._batch_seconds:g} s after the last response (verify.batch_seconds)",
+            )
         for worker in unfinished:
             self._replace(worker)
         self._batch = _Batch()
 
-    def _score_here(self, function: Reward, row: int) -> None:
+    def _score_here(self, parts: Sequence[Part], row: int) -> None:
         try:
-            self._record(row, reward_or_error(function, *self._batch.items[row]))
+            self._record(row, rewards_or_reason(parts, self._batch.items[row]))
         except MemoryError:
             self._record(row, "it ran out of memory")
 
-    def _record(self, row: int, value: float | str) -> None:
-        if isinstance(value, str):
-            self._batch.faults[row] = "errors"
-            self.last_error = value
+    def _record(self, row: int, values: list[float] | str) -> None:
+        if isinstance(values, str):
+            self._fail(row, "errors", values)
+            self.last_error = values
         else:
-            self._batch.rewards[row] = value
+            self._batch.rewards[row] = values
+
+    def _fail(self, row: int, kind: str, reason: str) -> None:
+        self._batch.faults[row], self._batch.reasons[row] = kind, reason
 
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.row is not None]
@@ -287,7 +326,7 @@ class VerifierPool:
                 for line in lines or []:
                     if line.startswith("refused "):
                         raise ValueError(line.removeprefix("refused "))
-                    worker.ready = line == "ready"
+                    self._note_ready(worker, line)
                 if lines is None or time.monotonic() > worker.started + START_SECONDS:
                     raise ValueError(
                         f"reward {reward!r}: a worker ended or hung while it imported the function; "
@@ -307,7 +346,8 @@ class VerifierPool:
                     self._replace(worker)
                     continue
                 worker.row, worker.deadline = batch.waiting.popleft(), now + self._item_seconds
-                worker.send((worker.row, *batch.items[worker.row]))
+                item = batch.items[worker.row]
+                worker.send((worker.row, item if worker.wants_rows else item[:3]))
 
     def _wait(self, end: float) -> None:
         """Sleep until a worker says something or a deadline may have passed."""
@@ -330,22 +370,42 @@ class VerifierPool:
             now = time.monotonic()
             if lines is None or worker.process.poll() is not None:
                 if worker.row is not None:
-                    self._batch.faults[worker.row] = "crashes"
+                    self._fail(worker.row, "crashes", self._how_it_died(worker))
                 self._replace(worker)
             elif worker.row is not None and now > worker.deadline:
-                self._batch.faults[worker.row] = "timeouts"
+                self._fail(
+                    worker.row, "timeouts", f"it took longer than {self._item_seconds:g} s (verify.item_seconds)"
+                )
                 self._replace(worker)
             elif worker.done >= self._items_per_worker or (not worker.ready and now > worker.started + START_SECONDS):
                 self._replace(worker)
 
+    def _how_it_died(self, worker: _Worker) -> str:
+        """Why a worker's item has no reward, in words."""
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its pipe may close a moment before it ends
+            worker.process.wait(timeout=0.2)
+        code = worker.process.returncode
+        if code == OUT_OF_MEMORY:
+            return f"it ran out of memory, beyond {self._first_message[1]:g} GiB (verify.memory_gb)"
+        if code is None:
+            return "its process closed the pipe to this one"
+        return f"its process was killed by signal {-code}" if code < 0 else f"its process ended with exit code {code}"
+
+    def _note_ready(self, worker: _Worker, line: str) -> None:
+        worker.ready = worker.ready or line in ("ready", "ready row")
+        worker.wants_rows = worker.wants_rows or line == "ready row"
+
     def _take(self, worker: _Worker, line: str) -> None:
         """One line of a worker; what it should not say is no answer, and the item's deadline sees to it."""
-        if line == "ready":
-            worker.ready = True
+        if worker.row is None:
+            self._note_ready(worker, line)
         number, _, said = line.partition(" ")
         if worker.row is None or number != str(worker.row):
             return
         with contextlib.suppress(ValueError):
-            value = said.removeprefix("error ") if said.startswith("error ") else float(said)
-            self._record(worker.row, value)
-            worker.row, worker.done = None, worker.done + 1
+            values = (
+                said.removeprefix("error ") if said.startswith("error ") else [float(each) for each in said.split()]
+            )
+            if isinstance(values, str) or (len(values) == len(self._weights) and np.isfinite(values).all()):
+                self._record(worker.row, values)
+                worker.row, worker.done = None, worker.done + 1

@@ -1,42 +1,25 @@
 """The program of a reward worker: `krl.tasks.pool` starts it and talks to it through pipes.
 
-The parent writes pickles: first (reward, memory_gb, parent), then (number, prompt, response, answer) for each
-item. The worker writes lines: "ready" or "refused why", then for each item "number value" or "number error
-why". Nothing the worker says is unpickled. The user's function sees an empty standard input, and what it
-prints goes to standard error.
+The parent writes pickles: first (reward, memory_gb, parent), then (number, item) for each item, with the item's row
+only where a reward takes it. The worker writes lines: "ready", "ready row" (rows are wanted) or "refused why", then for
+each item "number value" (with several rewards as many values) or "number error why". Nothing the worker says is
+unpickled. The user's function sees an empty standard input, and what it prints goes to standard error.
 """
 
 import ctypes
+import errno
 import importlib
-import numbers
 import os
 import pickle
 import signal
 import sys
 
-import numpy as np
+from krl.tasks.rewards import load_rewards, reward_or_error, rewards_or_reason
 
-from krl.tasks.verify import Answer, Reward, find_reward
+__all__ = ["OUT_OF_MEMORY", "main", "reward_or_error"]
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
-LARGEST_REWARD = float(np.finfo(np.float32).max)
-
-
-def reward_or_error(function: Reward, prompt: str, response: str, answer: Answer) -> float | str:
-    """The reward of one item; one line that says why if the function raised or returned no finite float32.
-
-    Raises:
-        MemoryError: the function raised it; what else it left behind is unknown.
-    """
-    try:
-        value = function(prompt, response, answer)
-        if isinstance(value, numbers.Real | np.bool_) and abs(float(value)) <= LARGEST_REWARD:  # nan is not <= anything
-            return float(value)
-        return f"it returned {value!r:.60}, not a finite number".replace("\n", " ")
-    except MemoryError:
-        raise
-    except (Exception, SystemExit) as error:
-        return " ".join(f"it raised {type(error).__name__}: {error}".split())[:200]
+OUT_OF_MEMORY = errno.ENOMEM  # exit code of a worker whose function ran into its limit
 
 
 def main() -> None:
@@ -49,29 +32,31 @@ def main() -> None:
     try:
         _serve(requests, replies)
         code = 0
+    except MemoryError:
+        code = OUT_OF_MEMORY
     finally:
         # Without the interpreter's farewell, which would wait for threads that a reward function left behind.
         os._exit(code)
 
 
 def _serve(requests, replies: int) -> None:
-    name, memory_gb, parent = pickle.load(requests)
+    text, memory_gb, parent = pickle.load(requests)
     _die_with(parent)
     _limit_memory(memory_gb)
     importlib.import_module("krl.tasks.algebra")  # slow, so before the first item's time begins
     try:
-        function = find_reward(name)
+        parts = load_rewards(text)
     except ValueError as error:
         os.write(replies, f"refused {error}\n".encode("utf-8", "replace"))
         return
-    os.write(replies, b"ready\n")
+    os.write(replies, b"ready row\n" if any(part.takes_row for part in parts) else b"ready\n")
     while True:
         try:
-            number, prompt, response, answer = pickle.load(requests)
+            number, item = pickle.load(requests)
         except EOFError:
             return
-        value = reward_or_error(function, prompt, response, answer)
-        said = f"error {value}" if isinstance(value, str) else repr(value)
+        values = rewards_or_reason(parts, item)
+        said = f"error {values}" if isinstance(values, str) else " ".join(map(repr, values))
         os.write(replies, f"{number} {said}\n".encode("utf-8", "replace"))
 
 
