@@ -10,7 +10,12 @@ import time
 import numpy as np
 import pytest
 
+import krl.eval
+from krl.configs import arithmetic
+from krl.configs.check import FREE_KEYS, flatten
+from krl.run import setup
 from krl.tasks.pool import VerifierPool
+from tests.command_line import TINY
 
 REWARDS = '''
 import ctypes, os, pathlib, signal, subprocess, sys, threading, time
@@ -343,6 +348,26 @@ def test_bad_names_and_numbers_are_refused_in_one_line(workers, tmp_path):
         assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="item_seconds=0"):
         make_pool(workers=workers, item_seconds=0)
+
+
+def test_workers_end_where_a_run_or_a_measurement_is_refused_after_they_were_started(tmp_path, monkeypatch):
+    started: list = []
+
+    def note(config):
+        started.append(make_pool("exact", workers=1))
+        return started[-1]
+
+    monkeypatch.setattr(setup, "make_verifiers", note)
+    monkeypatch.setattr(krl.eval, "make_verifiers", note)
+    config = arithmetic.get_config()
+    config.update_from_flattened_dict(TINY | {"data.max_prompt_tokens": 1})
+    with pytest.raises(ValueError, match=r"raise config.data.max_prompt_tokens"):
+        setup.set_up(config, tmp_path / "run", flatten(config), FREE_KEYS)
+    config.policy.path = str(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="nowhere"):
+        krl.eval.measure(config, tmp_path / "other")
+    assert len(started) == 2
+    assert all(pool._closed and not pool._workers for pool in started)
 
 
 def test_a_worker_that_cannot_start_is_refused(tmp_path):
