@@ -418,11 +418,13 @@ def test_columns_are_read_as_datasets_yields_them(tmp_path):
         "question": [[SYSTEM, USER], [USER]],
         "answer": [decimal.Decimal("0.10"), decimal.Decimal("2.00")],
         "day": [datetime.date(2024, 5, 1), None],
+        "single": [{"x": [0.1]}, {"x": []}],
         "mixed": [{"a": [1, "x"]}, 7],
     }
     features = {
         "question": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")}),
         "answer": datasets.Value("decimal128(20, 2)"), "day": datasets.Value("date32"),
+        "single": {"x": datasets.List(datasets.Value("float32"))},
     }  # fmt: skip
     if hasattr(datasets, "Json"):  # older versions have no columns of several kinds
         features["mixed"] = datasets.Json()
@@ -442,6 +444,7 @@ def test_columns_are_read_as_datasets_yields_them(tmp_path):
         assert tasks.prompts == ("system: Count.\n\nuser: 1+1?", "1+1?")
         assert tasks.answers == ("0.10", "2")
         assert tasks.fields == {"day": ("2024-05-01", "")}
+        assert [row["single"] for row in tasks.rows] == columns["single"]
         assert [row.get("mixed") for row in tasks.rows] == columns.get("mixed", [None, None])
         assert load(tmp_path / name, answer_field="day", limit=1).answers == ("2024-05-01",)
 

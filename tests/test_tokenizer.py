@@ -142,7 +142,7 @@ def begun(tmp_path):
     names = {"bos_token": "<bos>", "eos_token": "<end>"}
     write(tmp_path, tokenizer=plain, tokenizer_config=names)
     (tmp_path / "chat_template.jinja").write_text(
-        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}{% endif %}"
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ messages[0].content.replace('/quiet', '') | trim }}{% endif %}"
         "{% for m in messages if m.role != 'system' %}[{{ m.content.split('</think>')[-1] }}]{% endfor %}"
         "{% if think is defined and not think %}()/{% endif %}"
     )
@@ -182,6 +182,8 @@ def test_a_message_that_the_template_leaves_out_is_told(begun):
     with pytest.raises(ValueError, match="leaves out the system message") as error:
         tokenizer.encode_chat([ask, late, ask])
     assert "\n" not in str(error.value)
+    flag = {"role": "system", "content": "/quiet"}  # which a template may take out on purpose
+    assert tokenizer.encode_chat([flag, ask]) == [begin, *tokenizer.encode("[1]")]
     thought = {"role": "assistant", "content": "<think>long</think>2"}  # thoughts are left out on purpose
     assert tokenizer.encode_chat([ask, thought, ask]) == [begin, *tokenizer.encode("[1][2][1]")]
 

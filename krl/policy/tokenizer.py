@@ -218,6 +218,7 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the libraries raise many unrelated types
             raise ValueError(f"cannot read the tokenizer {file}: {_first_line(error)}") from None
         self._path = path
+        self._whole: set[tuple[str, ...]] = set()  # roles of chats that the chat template takes whole
         self.eos_ids: tuple[int, ...] = _end_ids(self._tokenizer.eos_token_id, file)
         pad = self._tokenizer.pad_token_id
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
@@ -259,27 +260,34 @@ class HuggingFaceTokenizer:
                 f"the tokenizer in {self._path} has no chat template; add chat_template.jinja, or chat_template in "
                 "tokenizer_config.json, or use a template without chat"
             )
-        try:
-            template = self._tokenizer.get_chat_template()
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False, **arguments
-            )
-        except Exception as error:  # the template decides what it raises
-            raise ValueError(f"the chat template in {self._path} fails: {_first_line(error)}") from None
+        text = self._render(messages, arguments)
+        template = self._tokenizer.get_chat_template()
         for name in arguments:
             if not re.search(rf"\b{re.escape(name)}\b", template):
                 raise ValueError(
                     f"the chat template in {self._path} has no variable {name!r}; take it out of "
                     "config.data.template_arguments"
                 )
-        for message in messages:
-            # Thoughts in earlier replies are left out on purpose by many templates.
-            if message["content"].rpartition("</think>")[2].strip() not in text:
-                raise ValueError(
-                    f"the chat template in {self._path} leaves out the {message['role']} message; use a chat without "
-                    "it, or another template"
-                )
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._whole:  # a message is left out if the text is the same whatever it says
+            for i, message in enumerate(messages):
+                other = {**message, "content": message["content"] + "x"}
+                if self._render([*messages[:i], other, *messages[i + 1 :]], arguments) == text:
+                    raise ValueError(
+                        f"the chat template in {self._path} leaves out the {message['role']} message; use a chat "
+                        "without it, or another template"
+                    )
+            self._whole.add(roles)
         return self._once(self.encode(text))
+
+    def _render(self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, object]) -> str:
+        """The text of a chat in the chat template."""
+        try:
+            return self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False, **arguments
+            )
+        except Exception as error:  # the template decides what it raises
+            raise ValueError(f"the chat template in {self._path} fails: {_first_line(error)}") from None
 
     def _once(self, ids: list[int]) -> list[int]:
         """Token ids whose beginning is there once, however often the text has it."""

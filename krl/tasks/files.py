@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+
 Rows = Iterator[tuple[dict, str]]  # each row as Python values, and the words that name it in messages
 
 _KINDS = (".jsonl", ".json", ".parquet", ".arrow")
@@ -328,10 +330,10 @@ class _RowError(ValueError):
 def _decode(tables: Iterable, features, source: str) -> Rows:
     """Rows of Arrow tables as `datasets` yields them, many times faster than one by one.
 
-    Its type Json is decoded by the reader of JSON, which keeps all digits. Images and sounds stay as they are stored:
-    no field of a task can be one.
+    Its type Json is decoded by the reader of JSON, which keeps all digits, and numbers of 16 or 32 bits are the shortest
+    ones that they stand for. Images and sounds stay as they are stored: no field of a task can be one.
     """
-    mixed = [name for name, feature in features.items() if "Json(" in repr(feature)]
+    stored = [name for name, feature in features.items() if re.search(r"Json\(|float(16|32)", repr(feature))]
     number = 0
     for table in tables:
         try:
@@ -342,24 +344,28 @@ def _decode(tables: Iterable, features, source: str) -> Rows:
         for row in rows:
             at = f"row {number} of {source}"
             try:
-                for name in mixed:
-                    row[name] = _parsed(features[name], row[name])
+                for name in stored:
+                    row[name] = _meant(features[name], row[name])
             except ValueError as error:
                 raise _RowError(f"{at}: {name!r} is no JSON: {error}; mend or remove the row") from None
             yield row, at
             number += 1
 
 
-def _parsed(feature, value):
-    """A value whose parts of type Json are still texts, with these parsed."""
+def _meant(feature, value):
+    """A value as stored -> what it stands for."""
     if value is None:
         return None
     if isinstance(feature, dict):
-        return {name: _parsed(inner, value.get(name)) for name, inner in feature.items()}
+        return {name: _meant(inner, value.get(name)) for name, inner in feature.items()}
     if isinstance(feature, list) or hasattr(feature, "feature"):
         inner = feature[0] if isinstance(feature, list) else feature.feature
-        return [_parsed(inner, item) for item in value]
-    return loads(value) if type(feature).__name__ == "Json" else value
+        return [_meant(inner, item) for item in value]
+    if type(feature).__name__ == "Json":
+        return loads(value)
+    if getattr(feature, "dtype", "") in ("float16", "float32"):
+        return float(str(np.dtype(feature.dtype).type(value)))  # 0.1, and not 0.10000000149011612
+    return value
 
 
 def _first_unreadable(table) -> int:
