@@ -31,7 +31,7 @@ from krl import budget, learn, rollout
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.run import report
-from krl.run.checkpoint import Checkpoints, digest, keep_from_others, stop_on_signal
+from krl.run.checkpoint import Checkpoints, digest, keep_from_others, stop_on_signal, write_json
 from krl.run.evaluate import FaultWatch, Scoring, Verdicts, evaluate, first_reward, score_rollouts
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
 from krl.run.lock import hold_workdir
@@ -150,6 +150,9 @@ def take_steps(
     if learner is None:
         say("krl: stopped during supervised fine-tuning; the same command continues it")
         return "stopped"
+    if step == 0 and is_first():
+        held_out = parts.test.tasks
+        write_json(workdir / "held_out.json", {"prompts": held_out.prompts, "fields": dict(held_out.fields)})
     run = make_run(config, parts, optimizer, reference)
     highest, newest = best.about_newest().get("accuracy", -math.inf), None
 
@@ -350,14 +353,20 @@ def start_or_continue(
             f"the training prompts are not those of the run: {was['train']} at step {first}, {about['train']} now; what is "
             "believed of each would be of another one; bring its data back or choose another --workdir"
         )
+    if was["test"] != about["test"]:
+        raise ValueError(
+            f"the held-out prompts are not those of the run: {was['test']} at step {first}, {about['test']} now; its "
+            "evaluations would be of others; bring its data back or choose another --workdir"
+        )
     if was["config_digest"] != about["config_digest"]:
         raise ValueError(
             f"{checkpoints.directory} has checkpoints of a run with another config; choose another config.checkpoint.dir"
         )
     if was.get("reference") != about.get("reference"):
         raise ValueError(
-            f"the policy that config.loss.kl_coefficient holds the run to is not the one that it began from: {was['reference']} "
-            f"at step {first}, {about['reference']} now; bring back what config.policy.path or config.sft.dir held, or choose another --workdir"
+            "the policy that config.loss.kl_coefficient holds the run to is not the one that it began from: "
+            f"{was['reference']} at step {first}, {about['reference']} now; bring back what config.policy.path or "
+            "config.sft.dir held, or choose another --workdir"
         )
     say(f"krl: continuing from step {first}")
     state = TrainState(trees["params"], trees["opt_state"])

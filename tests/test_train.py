@@ -90,9 +90,16 @@ def test_a_run_is_not_continued_on_other_data(tmp_path):
     keys = {"data.source": "dataset", "data.path": str(data), "data.prompt_field": "q", "data.answer_field": "a", "sft.steps": 0, "eval.every": 0}  # fmt: skip
     write(range(30))
     run_here(tmp_path / "run", **keys | {"steps": 2})
-    write(range(1, 31))
-    with pytest.raises(ValueError, match=r"the training prompts are not those of the run: 15 with digest .* at step 2"):
-        run_here(tmp_path / "run", **keys)
+    before = (tmp_path / "run" / "held_out.json").read_bytes()
+    for other, kind in (
+        (range(1, 31), "training"),
+        ([*range(15), *range(16, 31)], "held-out"),
+    ):  # the last ones are held out
+        write(other)
+        told = rf"the {kind} prompts are not those of the run: 15 with digest .* at step 2"
+        with pytest.raises(ValueError, match=told):
+            run_here(tmp_path / "run", **keys)
+        assert (tmp_path / "run" / "held_out.json").read_bytes() == before
     write(range(30))
     run_here(tmp_path / "run", **keys)
 

@@ -52,11 +52,11 @@ Evidence = tuple[jax.Array, jax.Array]  # of one candidate, [W] each: what a sou
 
 
 class Source(NamedTuple):
-    """How rates follow from features: pure functions of one candidate's evidence, [W] arrays, its memory and spread [W].
+    """How rates follow from features: pure functions of one candidate's evidence, its memory and its spread [W].
 
-    They are called by these names of the arguments: start(spread), and `estimate` and `learn` with the first two or three in
-    this order and the others as features=, centre=, wins= and outcomes=. All numbers are float32, features int32; W or more
-    among the F features of a prompt stands for none. docs/recipes/prior.md has one.
+    Evidence, spread and memory are given by their places, and features=, centre=, wins= and outcomes= by their names.
+    All numbers are float32 but for features, int32; W or more among a prompt's features stands for none.
+    docs/recipes/prior.md has one.
     """
 
     start: Callable[[jax.Array], Evidence]  # (spread) -> evidence

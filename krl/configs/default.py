@@ -169,7 +169,8 @@ def _add_policy(config: ConfigDict) -> None:
     config.sft.row_tokens = 0  # tokens of a row that several pairs are packed into; 0 gives each pair a row of its own
     config.sft.learning_rate = 2e-3  # of AdamW, constant after a warm-up of 20 updates
     config.sft.save_every = 500  # updates between checkpoints of the fine-tuning
-    config.sft.dir = ""  # directory where fine-tuned policies are cached for several runs; "" for the work directory
+    # Directory where fine-tuned policies are cached for several runs, by what the data holds; "" for the work directory.
+    config.sft.dir = ""
 
     # Worker processes that compute rewards, with limits on time and memory.
     config.verify = ConfigDict()

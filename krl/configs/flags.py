@@ -160,7 +160,7 @@ def _wrong_value(error: flags.IllegalFlagValueError, values: flags.FlagValues) -
 
 @contextlib.contextmanager
 def one_line_errors(script: str, file: pathlib.Path | None = None) -> Iterator[None]:
-    """End a program that fails in one line; where the user cannot mend it, the traceback comes before and goes to a file.
+    """End a program that fails in one line; where a user cannot mend it, the traceback comes before and goes to a file.
 
     With --verbosity=1 it comes before every line. Otherwise only warnings are logged: Orbax tells every write.
 
@@ -193,8 +193,9 @@ def _is_for_the_user(error: Exception) -> bool:
     """Whether an error is something to mend outside of the code: the message then says how.
 
     That is what a `raise` in krl says with a ValueError or a FloatingPointError. What JAX, NumPy, Python itself or a
-    function of the user's raises has the same types and says nothing of what to do; so the instruction that raised it decides,
-    and callers of the library go on catching plain ValueErrors. Of the system's errors it is a full or forbidden place.
+    function of the user's raises has the same types and says nothing of what to do; so the instruction that raised it
+    decides, and callers of the library go on catching plain ValueErrors. (The frame alone would not do: functions
+    written in C have none, and JAX takes its own out.) Of the system's errors it is a full or forbidden place.
     """
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)

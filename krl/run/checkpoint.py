@@ -22,9 +22,13 @@ from krl.run.processes import any_process, is_first, say, to_host
 _ABOUT = "about"  # the item of a checkpoint that is no tree of arrays
 _PAUSES = (1.0, 5.0, 25.0)  # seconds before a place that did not answer is asked again
 # What is raised for a file that is missing or cannot be understood; all else is about the way to it.
-_DAMAGE = (ValueError, LookupError, TypeError, AttributeError, EOFError, FileNotFoundError, NotADirectoryError, IsADirectoryError)  # fmt: skip
+_DAMAGE = (
+    ValueError, LookupError, TypeError, AttributeError, EOFError, FileNotFoundError, NotADirectoryError, IsADirectoryError,
+)  # fmt: skip
 # How TensorStore, which reads the arrays, begins its ValueErrors about the way.
-_NO_ANSWER = re.compile(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED)\b")  # fmt: skip
+_NO_ANSWER = re.compile(
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|CANCELLED)\b"
+)
 
 
 class Checkpoints:
@@ -162,8 +166,8 @@ class Checkpoints:
                 say(f"krl: checkpoint {step} does not answer ({problem}); asking again in {pause:g} s")
                 time.sleep(pause)
         raise ValueError(
-            f"cannot reach checkpoint {self.directory / str(step)}: {problem}; it was left as it is: give the same command "
-            "again when it can be read, or remove it to go on from the one before"
+            f"cannot reach checkpoint {self.directory / str(step)}: {problem}; it was left as it is: give the same "
+            "command again when it can be read, or remove it to go on from the one before"
         )
 
     def _move_aside(self, steps: Sequence[int]) -> None:
@@ -190,7 +194,7 @@ def digest(params: dict) -> str:
 
 @jax.jit
 def _sums_of_bits(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Two sums over each array's bits, mixed with where they stand, [n, 2] uint32: whole numbers, added in any order."""
+    """Two sums over the bits of each array, mixed with where they stand, [n, 2] uint32; their order changes nothing."""
 
     def sums(leaf: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)

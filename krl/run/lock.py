@@ -1,9 +1,9 @@
 """One run, one directory: a sign of life that a crash cannot leave behind, also where file systems know no locks.
 
-A lock is a directory with one file, whose name says which process holds it and whose content is its heartbeat. Both ways
-to get it are a single rename that the file system makes for one process alone: a directory with one's own file takes the
-place of nothing (of a directory with a file in it, it cannot), or one's own name takes the place of the name of a
-process that is gone, which can be renamed only once.
+A lock is a directory with one file, whose name says which process holds it and whose content is its heartbeat. Both
+ways to get it are a single rename that the file system makes for one process alone: a directory with one's own file
+takes the place of nothing (of a directory with a file in it, it cannot), or one's own name takes the place of the name
+of a process that is gone, which can be renamed only once.
 """
 
 import contextlib
@@ -28,10 +28,10 @@ _NAME = "running"
 
 @contextlib.contextmanager
 def hold_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Keep a work directory, made if missing, for this process: `running/` in it says whose it is, and changes while that lives.
+    """Keep a work directory, made if missing, for this process: `running/` in it says whose it is.
 
-    A lock whose process is gone is taken over: at once on its own machine, and elsewhere after it has not changed for three
-    beats. A process that lost its directory that way, since it was halted, ends when it notices.
+    A lock whose process is gone is taken over: at once on its own machine, and elsewhere after it has not changed for
+    three beats. A process that lost its directory that way, since it was halted, ends when it notices.
 
     Raises:
         ValueError: another run lives in the directory, of which nothing was changed then; or it cannot be written.
@@ -113,7 +113,8 @@ def _beats(mine: pathlib.Path) -> Iterator[None]:
                     file.write(str(beat))
             except FileNotFoundError:
                 if not over.is_set():
-                    print(f"krl: {mine} is gone: this process was halted and another has taken over; it ends", file=sys.stderr, flush=True)  # fmt: skip
+                    told = f"krl: {mine} is gone: this process was halted and another has taken over; it ends"
+                    print(told, file=sys.stderr, flush=True)
                     os._exit(1)
             except OSError:  # a full disk must not end the thread; the run will tell of it
                 continue

@@ -24,7 +24,7 @@ from krl.policy.hf_config import config_json
 from krl.policy.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
 from krl.rollout import Ends, find_ends, slots_in_memory
 from krl.rollout.stop import describe_ends, missing_end
-from krl.run.checkpoint import claim_workdir, open_workdir, write_json
+from krl.run.checkpoint import claim_workdir, open_workdir
 from krl.run.lock import wait_for
 from krl.run.metrics import progress
 from krl.run.processes import is_first, place_whole, say
@@ -102,8 +102,6 @@ def _set_up(
     abstract_params(
         policy_config, reshape_mesh(mesh, tuple(config.mesh.decode))
     )  # refuses a layout that does not divide them
-    if is_first():
-        write_json(workdir / "held_out.json", {"prompts": test.tasks.prompts, "fields": dict(test.tasks.fields)})
     claim_workdir(workdir, flat, config_json(policy_config, policy_config.stored_dtype), tokenizer)
     return Setup(
         mesh=mesh, verifiers=verifiers, tokenizer=tokenizer, ends=ends, policy_config=policy_config, params=params,
@@ -203,7 +201,7 @@ def find_features(config: ConfigDict, tasks: EncodedTasks) -> tuple[np.ndarray, 
 
 
 def find_tokenizer(config: ConfigDict, tasks: TaskSet, folder: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
-    """The tokenizer of a run that has begun, or the config's, or the policy's, or one trained on the texts, in a folder."""
+    """The tokenizer of a run that has begun, or the config's, the policy's, or one trained on the texts, in a folder."""
     if (workdir / "config.json").exists():
         return workdir / "policy"
     if config.policy.path and not pathlib.Path(config.policy.path, "config.json").is_file():
@@ -391,8 +389,8 @@ def find_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def about_run(config: ConfigDict, parts: Setup) -> dict:
-    """What a checkpoint says of its run: the config, a digest of its keys that may not change, and the training prompts."""
+    """What a checkpoint says of its run: the config, a digest of its keys that may not change, and the prompts."""
     flat = json.loads(json.dumps(flatten(config)))
     bound = json.dumps({key: flat[key] for key in sorted(flat.keys() - set(FREE_KEYS))})
     digest = hashlib.blake2b(bound.encode(), digest_size=8).hexdigest()
-    return {"config": flat, "config_digest": digest, "train": parts.train.identity()}
+    return {"config": flat, "config_digest": digest, "train": parts.train.identity(), "test": parts.test.identity()}
