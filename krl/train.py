@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from absl import app, flags
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from krl import budget, learn, rollout
 from krl.configs.check import FREE_KEYS, check, flatten
@@ -68,10 +68,11 @@ from krl.run.update import (
     for_this_backend,
     init_state,
     policy_update,
+    shared_jit,
     skipped_updates,
 )
 from krl.run.writers import check_writers, find_writers
-from krl.sharding import reshape_mesh
+from krl.sharding import named_sharding, reshape_mesh
 from krl.tasks import EncodedTasks, step_task_ids
 from krl.tasks.pool import FAULTS
 from krl.tasks.rewards import as_float32
@@ -269,9 +270,12 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         num_slots=find_slots(config, parts.policy_config, layout),
     )  # fmt: skip
 
-    def generate(*arguments, **options):
+    def generate(params, *others, expected_tokens=None, **options):
+        others, expected_tokens = jax.device_put(
+            (others, expected_tokens), named_sharding(layout)
+        )  # keys know their mesh
         with jax.set_mesh(layout):
-            return generate_here(*arguments, **options)
+            return generate_here(params, *others, expected_tokens=expected_tokens, **options)
 
     sample = functools.partial(
         generate, temperature=config.sample.temperature, top_k=config.sample.top_k, top_p=config.sample.top_p,
@@ -280,20 +284,6 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     score = functools.partial(score_rollouts, ends, first_reward(parts.verifiers))
     hear = FaultWatch(parts.verifiers, config.verify.may_fail)
     begin_scoring = functools.partial(Scoring, ends, parts.verifiers)
-    allocate = functools.partial(budget.allocate, alloc.rule, n_min=alloc.n_min, n_max=alloc.n_max)
-
-    def advantages(rewards: jax.Array, rollouts: Rollouts) -> jax.Array:
-        groups = (rollouts.prompt_index, rollouts.mask, config.prompts_per_step)
-        lengths, longest = rollouts.lengths, config.sample.max_new_tokens
-        if loss.overlong_tokens:
-            rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
-        values = learn.group_advantages(
-            rewards, *groups, scale_by_std=loss.scale_by_std, leave_one_out=loss.leave_one_out,
-            clip=loss.advantage_clip or math.inf,
-        )  # fmt: skip
-        values = jnp.where(rollouts.finished, values, 0.0) if loss.mask_truncated else values
-        return values * learn.token_weights(loss.average, lengths, *groups, longest)
-
     update_policy = for_this_backend(
         policy_update, parts.policy_config, optimizer,
         num_updates=config.optim.updates_per_step, micro_tokens=config.optim.micro_tokens, packed=config.optim.packed,
@@ -302,7 +292,6 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         kl_coefficient=loss.kl_coefficient, kl_estimator=loss.kl_estimator,
         entropy_coefficient=loss.entropy_coefficient,
     )  # fmt: skip
-    update_belief = functools.partial(budget.update, fit_discounts=alloc.fit_discounts)
     measure = functools.partial(
         evaluate, functools.partial(generate, temperature=config.eval.temperature, top_p=config.eval.top_p), score,
         encoded=parts.test, key=jax.random.key(config.seed + 1), samples=config.eval.samples,
@@ -311,10 +300,27 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     return Run(
         config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
         rewards=parts.verifiers.names, hear=hear,
-        allocate=jax.jit(allocate), advantages=jax.jit(advantages), update_policy=functools.partial(update_policy, reference=reference),
-        update_belief=jax.jit(update_belief, donate_argnums=0), measure=measure,
+        allocate=shared_jit(budget.allocate, alloc.rule, n_min=alloc.n_min, n_max=alloc.n_max),
+        advantages=shared_jit(step_advantages, FrozenConfigDict(loss), config.prompts_per_step, config.sample.max_new_tokens),
+        update_policy=functools.partial(update_policy, reference=reference), measure=measure,
+        update_belief=shared_jit(budget.update, fit_discounts=alloc.fit_discounts, donate=(0,)),
         describe=functools.partial(describe_rollouts, parts.train),
     )  # fmt: skip
+
+
+def step_advantages(
+    loss: FrozenConfigDict, num_prompts: int, longest: int, rewards: jax.Array, rollouts: Rollouts
+) -> jax.Array:
+    """The advantages of a step's rollouts, [R] float32, by config.loss; responses have at most `longest` tokens."""
+    groups, lengths = (rollouts.prompt_index, rollouts.mask, num_prompts), rollouts.lengths
+    if loss.overlong_tokens:
+        rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
+    values = learn.group_advantages(
+        rewards, *groups, scale_by_std=loss.scale_by_std, leave_one_out=loss.leave_one_out,
+        clip=loss.advantage_clip or math.inf,
+    )  # fmt: skip
+    values = jnp.where(rollouts.finished, values, 0.0) if loss.mask_truncated else values
+    return values * learn.token_weights(loss.average, lengths, *groups, longest)
 
 
 def start_or_continue(

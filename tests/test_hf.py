@@ -297,6 +297,57 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path):
     broken("quantised", whole_numbers)
 
 
+LLAMA = {
+    "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+}  # fmt: skip
+SEES = LLAMA | {"model_type": "gemma3_text"}
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "nothing in it is a checkpoint's"),
+        ({"adapter_config.json": {}, "adapter_model.safetensors": {}, "tokenizer.json": {}}, "adapter .* merge it into its base"),
+        ({"config.json": LLAMA, "adapter_config.json": {}, "adapter_model.safetensors": {}}, "adapter .* merge it into its base"),
+        ({"config.json": {"model_type": "gemma3", "text_config": SEES, "vision_config": {}}, "model.safetensors": {}}, "'gemma3' is a model with a text_config .* 'gemma3_text'"),
+        ({"config.json": LLAMA, "model-00001-of-00002.safetensors": {}}, r"model-00001-of-00002\.safetensors is told by model\.safetensors\.index\.json, which is not there"),
+        ({"config.json": LLAMA, "model.safetensors.index.json": {"weight_map": {"a": "model-1.safetensors"}}, "flax_model.msgpack": {}}, "model-1.safetensors is missing; .*fetch it, too"),
+        ({"config.json": LLAMA, "pytorch_model-00001-of-00002.bin": {}}, "pickled weights, which are not read; convert"),
+        ({"config.json": LLAMA}, "config.json and no weights"),
+        ({"config.json": LLAMA, "tf_model.h5": {}}, "another format than safetensors"),
+        ({"config.json": LLAMA | {"quantization_config": {"quant_method": "gptq"}}}, r"'quantization_config' says .* quantised \(gptq\)"),
+        ({"model-q4.gguf": {}}, "GGUF files, made for llama.cpp"),
+        ({"config.json": {"alloc.budget": 16}, "metrics.jsonl": {}, "policy/config.json": LLAMA}, "'model_type'.*work directory of a run; write its policy with python -m krl.policy.hf export"),
+        ({"_CHECKPOINT_METADATA": {}, "params/_METADATA": {}}, "Orbax checkpoint of a run"),
+        ({"consolidated.00.pth": {}, "params.json": {}}, "its maker's own format"),
+        ({"snapshots/0a1b/config.json": LLAMA}, "the hub's cache; name the directory below its snapshots"),
+        ({"checkpoint-500/config.json": LLAMA}, "directories in it hold config.json"),
+        ({"tokenizer.json": {}, "tokenizer_config.json": {}}, "a tokenizer alone"),
+        ({"model.safetensors": {}}, "weights without their config.json"),
+        ({"model_index.json": {}}, "diffusers"),
+    ],
+)  # fmt: skip
+def test_what_is_no_checkpoint_is_told_what_it_is(tmp_path, files, message):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        policy.load_hf(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_and_a_name_of_the_hub_are_no_directories(tmp_path):
+    (tmp_path / "q4.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for path, message in [
+        (tmp_path / "q4.gguf", "it is a GGUF file"),
+        (tmp_path / "model.safetensors", "it is a file; name a directory"),
+        ("Qwen/Qwen3-0.6B", r"must be downloaded first \(hf download Qwen/Qwen3-0.6B --local-dir DIR\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            policy.load_hf(path)
+
+
 def test_a_second_copy_of_a_tied_embedding_is_read_over(tmp_path):
     path = changed(tmp_path, family="qwen3")
     arrays = safetensors.numpy.load_file(path / "model.safetensors")

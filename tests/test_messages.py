@@ -200,7 +200,7 @@ def test_data_that_is_wrong(here, name, told):
         ({"mesh.shape": (64,), "alloc.budget": 64, "alloc.n_max": 64, "sft.batch_size": 64}, "mesh shape (64,) needs 64 devices and 8 are here; give config.mesh.shape no more than there are"),
         ({"mesh.axis_names": ("rows",)}, "mesh axis names ('rows',) (config.mesh.axis_names) must be distinct names from ('data', 'fsdp', 'model')"),
         ({"tokenizer.path": "gone"}, "the tokenizer gone does not exist; name a .model file or a checkpoint's directory"),
-        ({"policy.path": "gone"}, "config.policy.path='gone' is no checkpoint: it must be a directory with config.json"),
+        ({"policy.path": "gone"}, "config.policy.path='gone': gone is no checkpoint directory: cannot read gone/config.json"),
         ({"policy.attention": "fast"}, "config.policy: attention 'fast' must be one of ['auto', 'cudnn', 'splash', 'xla']"),
         ({"sft.dir": "own.py/x"}, r"cannot write own.py/x/\w+: \[Errno 20\] Not a directory: .*; choose another config.sft.dir"),
         ({"checkpoint.dir": "own.py"}, r"cannot write checkpoints to own.py/checkpoints: .*; choose another directory"),

@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from krl.configs.flags import one_line_errors
-from krl.policy.hf_config import STORED_TYPES, config_json, read_config
+from krl.policy.hf_config import STORED_TYPES, config_json, read_config, what_else
 from krl.policy.model import PolicyConfig, init, param_axes
 from krl.sharding import tree_sharding
 
@@ -245,8 +245,12 @@ def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
             raise ValueError(f"{index} is not an index of safetensors: {error!r}") from None
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
-        pickled = "; pytorch_model.bin is not read, convert it" if list(path.glob("pytorch_model*.bin")) else ""
-        raise ValueError(f"{path / missing[0]} is missing; the checkpoint needs {_few(names)}{pickled}")
+        parts = sorted(file.name for file in path.glob("model*.safetensors"))
+        told = "fetch it, too" if parts or index.exists() else what_else(path)
+        if parts and not index.exists():
+            told = f"what is in {_few(parts)} is told by {INDEX}, which is not there; fetch that, too"
+        told = f"; {told}" if told else ""
+        raise ValueError(f"{path / missing[0]} is missing; the checkpoint needs {_few(names)}{told}")
     return [path / name for name in names]
 
 

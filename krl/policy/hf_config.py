@@ -57,6 +57,52 @@ _HARMLESS = {
 }  # fmt: skip
 
 
+# What people hand over by mistake: files that tell it, and what it is. The first that is there is told.
+_OTHERS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("adapter_config.json", "adapter_model.*"), "it is an adapter (such as LoRA): merge it into its base model with peft "
+     "(merge_and_unload, save_pretrained) and name what that writes"),
+    (("*.gguf",), "it holds GGUF files, made for llama.cpp; take the safetensors that they were made from"),
+    (("metrics.jsonl", "policy/config.json"), "it is the work directory of a run; write its policy with "
+     "python -m krl.policy.hf export DIR OUT and name OUT"),
+    (("_CHECKPOINT_METADATA", "params/_METADATA", "*/_CHECKPOINT_METADATA", "_METADATA"), "it is an Orbax checkpoint of a run; "
+     "write the policy with python -m krl.policy.hf export WORKDIR OUT and name OUT"),
+    (("model_index.json",), "it is a pipeline of diffusers, not a language model"),
+    (("snapshots/*/config.json",), "it is a model in the hub's cache; name the directory below its snapshots"),
+    (("consolidated.*", "params.json"), "it is in its maker's own format (params.json, consolidated files); take the one "
+     "converted for transformers"),
+    (("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt"), "it holds pickled weights, which are not read; convert them to safetensors "
+     "with transformers (from_pretrained, save_pretrained)"),
+    (("*.msgpack", "*.h5", "*.onnx", "*.mlmodel", "*.npz"), "it holds weights in another format than safetensors; convert them with "
+     "transformers (from_pretrained, save_pretrained)"),
+    (("*/config.json",), "directories in it hold config.json; name one of these"),
+)  # fmt: skip
+
+
+def what_else(path: pathlib.Path) -> str:
+    """What a path is that is no whole checkpoint, in words with what to do; "" if that is not known."""
+    if not path.exists():
+        name = "" if path.is_absolute() or len(path.parts) != 2 else f" (hf download {path} --local-dir DIR)"
+        return f"it does not exist; a checkpoint of a hub must be downloaded first{name}"
+    if path.is_file():
+        kind = "a GGUF file, made for llama.cpp" if path.suffix == ".gguf" else "a file"
+        return f"it is {kind}; name a directory with config.json and safetensors"
+    for files, what in _OTHERS:
+        if any(next(path.glob(file), None) for file in files):
+            return what
+    weights, tokenizer = (
+        any(next(path.glob(file), None) for file in files) for files in (("*.safetensors",), ("tokenizer*", "vocab.*"))
+    )
+    if (path / "config.json").exists():
+        return "" if weights else "it holds config.json and no weights; fetch its safetensors, too"
+    if weights:
+        return "it holds weights without their config.json; copy that from where they came"
+    return (
+        "it holds a tokenizer alone; it belongs in config.tokenizer.path"
+        if tokenizer
+        else "nothing in it is a checkpoint's"
+    )
+
+
 def read_config(path: str | pathlib.Path, **options: Any) -> PolicyConfig:
     """The decoder that a directory's config.json describes.
 
@@ -75,9 +121,24 @@ def read_config(path: str | pathlib.Path, **options: Any) -> PolicyConfig:
         family = fields["model_type"]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} is no checkpoint directory: cannot read {file} ({reason})") from None
+        told = "" if file.exists() else f": {what_else(file.parent)}"
+        raise ValueError(f"{path} is no checkpoint directory: cannot read {file} ({reason}){told}") from None
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not the configuration of a model: {error!r}") from None
+        told = what_else(file.parent) if isinstance(error, KeyError) else ""
+        told = f"; {told}" if told else ""
+        raise ValueError(f"{file} is not the configuration of a model: {error!r}{told}") from None
+    inner = fields.get("text_config")
+    if isinstance(inner, dict):
+        raise ValueError(
+            f"{file}: model_type {family!r} is a model with a text_config among others, such as one that sees images; only a "
+            f"text model is supported: save its language model alone, whose config.json has model_type {inner.get('model_type')!r}"
+        )
+    if fields.get("quantization_config"):
+        kind = fields["quantization_config"]
+        kind = kind.get("quant_method") if isinstance(kind, dict) else kind
+        raise ValueError(
+            f"{file}: the field 'quantization_config' says that the weights are quantised ({kind}); take those of 16 or 32 bits"
+        )
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{file}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
     defaults, decided = FAMILIES[family]

@@ -204,10 +204,11 @@ def find_tokenizer(config: ConfigDict, tasks: TaskSet, folder: pathlib.Path, wor
     """The tokenizer of a run that has begun, or the config's, the policy's, or one trained on the texts, in a folder."""
     if (workdir / "config.json").exists():
         return workdir / "policy"
-    if config.policy.path and not pathlib.Path(config.policy.path, "config.json").is_file():
-        raise ValueError(
-            f"config.policy.path={config.policy.path!r} is no checkpoint: it must be a directory with config.json"
-        )
+    if config.policy.path:
+        try:
+            policy.read_config(config.policy.path)
+        except ValueError as error:
+            raise ValueError(f"config.policy.path={config.policy.path!r}: {error}") from None
     if config.tokenizer.path or config.policy.path:
         return pathlib.Path(config.tokenizer.path or config.policy.path)
     frame = config.data.template if "{prompt}" in config.data.template else "{prompt}"
@@ -357,8 +358,8 @@ def start_params(
             raise ValueError(f"{config.policy.path} is not what this run began from; choose another --workdir")
     else:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(policy_config, mesh))
-        initialise = jax.jit(functools.partial(policy.init, policy_config), out_shardings=shardings)
-        params = initialise(jax.random.key(config.seed))
+        initialise = jax.jit(policy.init, static_argnums=0, out_shardings=shardings)
+        params = initialise(policy_config, jax.random.key(config.seed))
     if pairs is None:
         return params
     if config.policy.path:

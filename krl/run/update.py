@@ -17,7 +17,10 @@ from krl.run.pack import pack
 from krl.sharding import batch_devices, constrain
 from krl.types import Prompts, Rollouts, TrainState
 
+KEPT = 16  # programs of a kind that a process keeps for later runs of the same config, as in a notebook
 
+
+@functools.lru_cache(KEPT)
 def make_optimizer(
     *,
     learning_rate: float,
@@ -28,7 +31,7 @@ def make_optimizer(
     weight_decay: float,
     grad_clip: float,
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm, which skips and counts non-finite gradients.
+    """AdamW behind a clip of the global norm, which skips and counts non-finite gradients; for equal values the same object.
 
     Args:
         learning_rate: reached after a linear rise over warmup_steps updates.
@@ -49,7 +52,19 @@ def make_optimizer(
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}  # all products to YNNPACK
 
 
-@functools.cache
+@functools.lru_cache(KEPT)
+def shared_jit(function: Callable, *arguments: Any, donate: tuple[int, ...] = (), **options: Any) -> Callable:
+    """A function with some arguments bound, compiled once for all runs of this process that bind the same.
+
+    Args:
+        function: defined at the top of a file.
+        arguments, options: hashable; what is left are arrays.
+        donate: which of these are given away.
+    """
+    return jax.jit(functools.partial(function, *arguments, **options), donate_argnums=donate)
+
+
+@functools.lru_cache(KEPT)
 def for_this_backend(update: Callable, *arguments: Any, **options: Any) -> Callable:
     """An update compiled with what is fastest where it runs; donates its state.
 
@@ -75,7 +90,7 @@ def _accepted(options: dict[str, str]) -> bool:
 
 def init_state(config: policy.PolicyConfig, optimizer: optax.GradientTransformation, params: dict) -> TrainState:
     """A training state whose optimiser moments lie on the mesh as their parameters do."""
-    return jax.jit(functools.partial(_start, config, optimizer))(params)
+    return shared_jit(_start, config, optimizer)(params)
 
 
 def abstract_state(config: policy.PolicyConfig, optimizer: optax.GradientTransformation, params: dict) -> TrainState:
@@ -85,7 +100,13 @@ def abstract_state(config: policy.PolicyConfig, optimizer: optax.GradientTransfo
         config, optimizer: as for `init_state`.
         params: a tree of jax.ShapeDtypeStruct with shardings.
     """
-    start = functools.partial(_start, config, optimizer)
+    leaves, structure = jax.tree.flatten(params)
+    return _abstract_state(config, optimizer, structure, *leaves)
+
+
+@functools.lru_cache(KEPT)
+def _abstract_state(config, optimizer, structure, *leaves) -> TrainState:
+    start, params = functools.partial(_start, config, optimizer), jax.tree.unflatten(structure, leaves)
     placed = jax.jit(start).lower(params).compile().output_shardings
     shapes = jax.eval_shape(start, params)
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed)
