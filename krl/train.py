@@ -485,11 +485,9 @@ def spend_budget(
             return rollouts, verdicts.of_all_processes()
 
     def learn_from(known, rollouts, verdicts):
-        outcomes, index, lengths = verdicts.rewards.clip(0.0, 1.0), rollouts.prompt_index, rollouts.lengths
-        scored = rollouts.mask & (verdicts.faults == 0)
-        return budget.observe(
-            known, jnp.arange(num_prompts), jnp.asarray(outcomes, jnp.float32), index, scored, lengths=lengths
-        )
+        outcomes, has_reward = run.place((np.float32(verdicts.rewards.clip(0.0, 1.0)), verdicts.faults == 0))
+        index, scored, lengths = rollouts.prompt_index, rollouts.mask & has_reward, rollouts.lengths
+        return budget.observe(known, jnp.arange(num_prompts), outcomes, index, scored, lengths=lengths)
 
     lengths, scouts = mean_tokens(known), config.alloc.scouts
     if scouts:  # their samples are numbered after those that count, and neither they nor their time do

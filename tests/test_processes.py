@@ -147,6 +147,17 @@ def test_what_one_process_refuses_ends_all_in_one_line(tmp_path):
         assert "continues" not in said[0]  # the same command would be refused again
 
 
+def test_a_reward_that_always_fails_ends_all_processes_with_its_reason(tmp_path):
+    changes = {"data.reward": "tests.rewards:never", "sft.steps": 0, "eval.every": 0}
+    codes, outputs = finish(start(tmp_path / "pod", **changes))
+    assert set(codes) <= {1, processes.ENDED_BY_ANOTHER}, outputs
+    for output in outputs:
+        assert (
+            "ends: train.py: the reward failed on all 16 responses of step 1: it raised KeyError: 'solution'" in output
+        )
+        assert "Traceback" not in output
+
+
 def test_processes_that_disagree_are_told_so(monkeypatch):
     said = [np.array([[1, 2], [1, 2], [1, 3]], np.uint32)]
     monkeypatch.setattr(jax, "process_count", lambda: 3)

@@ -91,7 +91,7 @@ def _takes_row(name: str, function: Callable[..., object]) -> bool:
         signature.bind("", "", "", **({"row": {}} if takes_row else {}))
     except TypeError as error:
         raise ValueError(
-            f"reward {name!r}: its parameters are {signature}, and {error} when it is called with a prompt, a response and an "
+            f"reward {name!r}: its parameters are {one_line(str(signature))}, and {error} when it is called with a prompt, a response and an "
             "answer; write it as (prompt, response, answer) or (prompt, response, answer, row)"
         ) from None
     return takes_row
