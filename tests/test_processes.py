@@ -147,6 +147,7 @@ def test_what_one_process_refuses_ends_all_in_one_line(tmp_path):
         assert "continues" not in said[0]  # the same command would be refused again
 
 
+@pytest.mark.slow
 def test_a_reward_that_always_fails_ends_all_processes_with_its_reason(tmp_path):
     changes = {"data.reward": "tests.rewards:never", "sft.steps": 0, "eval.every": 0}
     codes, outputs = finish(start(tmp_path / "pod", **changes))
