@@ -80,8 +80,8 @@ def logged_rates(log: Sequence[Mapping[str, Any]] | Any, num_tasks: int, *, band
 
     Args:
         log: the rows of a work directory's groups.jsonl, one per step, with `task_ids`, `counts`, `successes` and, if
-            not every rollout has a reward, `scored`; or its rollout log as a table with the columns `step`, `prompt_id` and
-            `reward`, such as a `datasets.Dataset`. Rewards count as parts of a success, as they do for a belief.
+            not every rollout has a reward, `scored`; or its rollout log as a table with the columns `step`, `prompt_id`
+            and `reward`, such as a `datasets.Dataset`. Rewards count as parts of a success, as they do for a belief.
         num_tasks: D.
         bandwidth: standard deviation of the weights, steps.
 

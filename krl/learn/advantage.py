@@ -45,9 +45,8 @@ def group_advantages(
 
     over the N rollouts of the same prompt, with the sample standard deviation (N - 1 in the
     denominator), as the common implementations have it. Groups may have any sizes. With leave_one_out the
-    mean is that of the prompt's other rollouts (RLOO), which makes r_j - mean larger by N / (N - 1).
-
-    Rewards of any size that float32 has are right: squares are taken of what was divided by a power of two.
+    mean is that of the prompt's other rollouts (RLOO), which makes r_j - mean larger by N / (N - 1). Rewards may have
+    any size that float32 has.
 
     Args:
         rewards: [R] float32; see `fit_float32` for those of a wider range.

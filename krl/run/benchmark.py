@@ -50,8 +50,8 @@ def evaluate_set(
 
     The file's first row holds the settings. Every other row is one sample, in the order of tasks and
     samples: `set`, `task` (its row in encoded), `sample`, `response`, `key`, `answer` (gold), `reward` (null where it
-    could not be computed, which counts as in `krl.run.evaluate.as_failures`), `length` in tokens, `finished`, and `faults`, which is null but on the last row of a batch: there it
-    counts the verifier faults of the batch. A batch without that row was cut short by a kill; it is
+    could not be computed, which counts as in `krl.run.evaluate.as_failures`), `length` in tokens, `finished`, and
+    `faults`, which is null but on the last row of a batch: there it counts the verifier faults of the batch. A batch without that row was cut short by a kill; it is
     removed and sampled again, so that a resumed run leaves the file an uninterrupted one would have.
 
     Args:

@@ -277,8 +277,8 @@ def evaluate(
     """Sample every task a few times and average.
 
     Args:
-        score: (rollouts, questions, gold answers, rows) -> (rewards [R] float32, NaN for none; verifier faults by kind),
-            such as `score_rollouts` with its tokenizer and verifiers bound.
+        score: (rollouts, questions, gold answers, rows) -> (rewards [R] float32, NaN for none; verifier faults by
+            kind), such as `score_rollouts` with its tokenizer and verifiers bound.
         sample, params, encoded, key, samples, num_rollouts, place: as for `sample_tasks`.
         hear: told after each batch how many rewards until then could not be computed, of how many; see `FaultWatch`.
 

@@ -53,7 +53,7 @@ def parse_rewards(text: str) -> dict[str, float]:
 
 
 def component_names(text: str) -> tuple[str, ...]:
-    """The names of the rewards that are logged one by one: those of a list, and none where one reward is all there is."""
+    """The names of the rewards that are logged one by one: those of a list; () where one reward is all there is."""
     weights = parse_rewards(text)
     return () if list(weights.values()) == [1.0] else tuple(weights)
 
@@ -91,8 +91,8 @@ def _takes_row(name: str, function: Callable[..., object]) -> bool:
         signature.bind("", "", "", **({"row": {}} if takes_row else {}))
     except TypeError as error:
         raise ValueError(
-            f"reward {name!r}: its parameters are {one_line(str(signature))}, and {error} when it is called with a prompt, a response and an "
-            "answer; write it as (prompt, response, answer) or (prompt, response, answer, row)"
+            f"reward {name!r}: its parameters are {one_line(str(signature))}, and {error} when it is called with a "
+            "prompt, a response and an answer; write it as (prompt, response, answer) or (prompt, response, answer, row)"
         ) from None
     return takes_row
 
