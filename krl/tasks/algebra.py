@@ -1,21 +1,32 @@
-"""Equality of two mathematical expressions by math-verify, which parses LaTeX into sympy."""
+"""Equality of two mathematical expressions, which math-verify parses from LaTeX into sympy.
+
+Values are compared exactly, or with as many digits as the numbers in them need, and never with a bound on the
+absolute difference: 2^{-300} is not 2^{-301}, and x > 10^{-20} is not x > 10^{-21}.
+"""
 
 import functools
 import logging
+import math
 import re
 import threading
+from fractions import Fraction
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig
+from latex2sympy2_extended.logic import And
 from math_verify import LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
+from math_verify.utils import timeout
+from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 
 # Forms beyond these are equal to nothing; `krl.tasks.verify` has compared them as text before it asks here.
 MAX_DEPTH = 10
 MAX_LETTERS = 30  # commands aside; more are prose, which would be parsed as a product of that many variables
 # Sympy evaluates powers and factorials as whole numbers and multiplies out powers of sums, so a few characters can
-# ask for more digits or terms than fit in memory: the most for a product of exponents, for n in n!, and for (a+b)^n.
+# ask for more digits or terms than fit in memory: the most for the digits of a power, for n in n!, and for (a+b)^n.
 MAX_POWER, MAX_FACTORIAL, MAX_EXPANSION = 10_000, 10_000, 100
+MAX_DIGITS = 40_000  # of a difference of two constants; 10,000! has 35,660
 # Of parsing one text and of comparing two; kept by an alarm signal, which exists in the main thread only.
 SYMBOLIC_SECONDS = 2
 
@@ -29,41 +40,236 @@ _LATEX = [
         )
     )
 ]
-_POWER = re.compile(r"(.)\^[-+({\s]*(\d+)")
+_POWER = re.compile(r"(?:(?<!\d)(\d++)|(.))\^[-+({\s]*(\d+)")
 _TOWER = re.compile(r"[\d)}]\^(?:\{[^{}]*[\^!]|[^{}^]{1,9}\^)|\^\{[^{}]*\^\{[^{}]*\^")
-_FACTORIAL = re.compile(r"(\d+)!|[)}!]!")
+_FACTORIAL = re.compile(r"(?<!\d)(\d++)!|[)}!]!")
 _ENDLESS = re.compile(r"\\(?:int|sum|prod|lim|Gamma)(?![a-zA-Z])|\\exp\W*\\exp|\^\{[^{}]*\d{5}")
+_COMMAND = re.compile(r"\\(?:begin|end)\{\w*\}|\\[a-zA-Z]+")
+_SIGNS = re.compile(r"[-+]{4}")
+_LETTER = re.compile(r"[a-zA-Z]")
+_CHOOSE = re.compile(r"binom|choose")
+_LONG_OR_POWER = re.compile(r"\d{5}|\^")
+# What the parser gets wrong: it adds the numbers of 2(3) like those of 1 1/2, and drops the prime of y'.
+_PRODUCT = re.compile(r"(?<![_^\d.{])(\d++(?:\.\d++)?)\(")
+_PRIMES = re.compile(r"([a-zA-Z])('+)")
+
+# Equal at some points does not mean equal for these: they are flat, or have kinks and jumps.
+_NOT_ANALYTIC = (
+    sympy.Abs, sympy.sign, sympy.floor, sympy.ceiling, sympy.Mod, sympy.Max, sympy.Min, sympy.Piecewise,
+    sympy.Heaviside, sympy.re, sympy.im, sympy.arg, sympy.conjugate,
+)  # fmt: skip
 
 
 def same(gold: str, given: str) -> bool:
-    """Whether math-verify finds two normal forms equal; never raises.
+    """Whether two normal forms are equal as sympy reads them; never raises.
 
     Args:
-        gold, given: LaTeX as `krl.tasks.verify` normalises it, at most its MAX_CHARACTERS long.
+        gold, given: LaTeX as `krl.tasks.notation` normalises it, at most its MAX_CHARACTERS long.
     """
     if not (_tame(gold) and _tame(given)):
         return False
-    seconds = SYMBOLIC_SECONDS if threading.current_thread() is threading.main_thread() else None
+    seconds = _seconds()
     try:
         parsed = _parsed(gold, seconds), _parsed(given, seconds)
-        equal = all(parsed) and verify(*parsed, timeout_seconds=seconds, allow_set_relation_comp=True)
-        return bool(equal) and not _far_apart(parsed[0][0], parsed[1][0])
+        return all(parsed) and bool(timeout(timeout_seconds=seconds)(_equal)(parsed[0][0], parsed[1][0]))
     except (Exception, TimeoutException):  # both libraries raise anything on odd input
         return False
 
 
+def constant(form: str) -> Fraction | None:
+    """The real number that a normal form writes, exactly or to 80 digits; None for anything else."""
+    if not _tame(form):
+        return None
+    seconds = _seconds()
+    try:
+        parsed = _parsed(form, seconds)
+        return timeout(timeout_seconds=seconds)(_value)(parsed[0]) if parsed else None
+    except (Exception, TimeoutException):
+        return None
+
+
+def _seconds() -> int | None:
+    return SYMBOLIC_SECONDS if threading.current_thread() is threading.main_thread() else None
+
+
 @functools.lru_cache(maxsize=4096)
 def _parsed(form: str, seconds: int | None) -> list:
+    """What the parser makes of a form; empty where it makes nothing."""
+    form = _PRIMES.sub(lambda match: f"{match[1]}_{{{len(match[2])}prime}}", form)
+    form = _PRODUCT.sub(r"\1\\cdot(", form)
     return parse(f"${form}$", extraction_config=_LATEX, parsing_timeout=seconds)
 
 
-def _far_apart(gold, given) -> bool:
-    """Whether two constants differ beyond rounding: the library calls all differences below 1e-15 rounding."""
-    if not all(isinstance(value, sympy.Expr) and value.is_number for value in (gold, given)):
+def _value(parsed) -> Fraction | None:
+    if not isinstance(parsed, sympy.Expr):
+        return None
+    number = _exact(parsed)
+    if number.is_Rational:
+        return Fraction(int(number.p), int(number.q))
+    number = sympy.N(number, 80) if number.is_number else None
+    return Fraction(str(number)) if isinstance(number, sympy.Float) else None
+
+
+def _exact(expression):
+    """An expression with decimals as fractions, and with f(x), dx/dt and every symbol as real variables of their name."""
+    names = expression.atoms(AppliedUndef, sympy.Derivative) | expression.free_symbols
+    replaced = {part: sympy.Symbol(str(part), real=True) for part in names}
+    replaced |= {part: sympy.Rational(str(part)) for part in expression.atoms(sympy.Float)}
+    return expression.xreplace(replaced).doit()
+
+
+def _equal(gold, given) -> bool:
+    """Equality of what the parser made of two forms, part by part down to their values."""
+    if gold == given:
+        return True
+    if isinstance(gold, str) or isinstance(given, str):
         return False
-    gold, given = sympy.N(gold, 30), sympy.N(given, 30)
-    size = max(abs(gold), abs(given))
-    return bool(size > 1e-60 and abs(gold - given) > 1e-6 * size)
+    if isinstance(gold, sympy.MatrixBase) and isinstance(given, sympy.MatrixBase):
+        return gold.shape == given.shape and all(map(_equal, gold.flat(), given.flat()))
+    if isinstance(gold, sympy.Expr) and isinstance(given, sympy.Expr):
+        if isinstance(gold, sympy.Symbol) or isinstance(given, sympy.Symbol):
+            return bool(verify(gold, given, timeout_seconds=None))  # words
+        return _same_values(_exact(gold), _exact(given))
+    if isinstance(gold, Relational) and isinstance(given, Relational):
+        return _same_relations(gold, given)
+    if isinstance(gold, And) and isinstance(given, And):
+        return _paired(gold.args, given.args)
+    return _same_sets(_as_set(gold), _as_set(given))
+
+
+def _paired(gold, given) -> bool:
+    """Whether each part of one has an equal part of its own in the other."""
+    left = list(given)
+    for part in gold:
+        partner = next((i for i, other in enumerate(left) if _equal(part, other)), None)
+        if partner is None:
+            return False
+        left.pop(partner)
+    return not left
+
+
+def _as_set(parsed):
+    return _exact(parsed).as_set() if isinstance(parsed, Relational | And) else parsed
+
+
+def _same_sets(gold, given) -> bool:
+    if isinstance(gold, sympy.Interval) and isinstance(given, sympy.Interval):
+        ends = gold.left_open == given.left_open and gold.right_open == given.right_open
+        return bool(ends) and _equal(gold.start, given.start) and _equal(gold.end, given.end)
+    if isinstance(gold, sympy.Tuple) and isinstance(given, sympy.Tuple):
+        return len(gold) == len(given) and all(map(_equal, gold, given))
+    if isinstance(gold, sympy.Expr) or isinstance(given, sympy.Expr):  # {5} is 5
+        gold, given = (x if isinstance(x, sympy.Set) else sympy.FiniteSet(x) for x in (gold, given))
+    for kind in (sympy.FiniteSet, sympy.Union):
+        if isinstance(gold, kind) and isinstance(given, kind):
+            return _paired(gold.args, given.args)
+    sets = isinstance(gold, sympy.Set) and isinstance(given, sympy.Set)
+    return sets and _exact(gold).symmetric_difference(_exact(given)) == sympy.S.EmptySet
+
+
+def _same_relations(gold, given) -> bool:
+    """Equality of two equations or two inequalities: one side's difference is a multiple of the other's, or else
+    both have the same solutions."""
+    kinds, sides = [], []
+    for relation in (_exact(gold), _exact(given)):
+        if not isinstance(relation, Relational):  # sympy has decided it: 0 = 0
+            return False
+        flipped = isinstance(relation, sympy.StrictLessThan | sympy.LessThan)
+        kinds.append(type(relation.reversed if flipped else relation))
+        sides.append(relation.rhs - relation.lhs if flipped else relation.lhs - relation.rhs)
+    first, second = sides
+    if kinds[0] is not kinds[1] or first.free_symbols != second.free_symbols:
+        return False
+    p, q, *_ = _points(first.free_symbols)
+    crossed = first.subs(p) * second.subs(q) - first.subs(q) * second.subs(p)
+    multiple = first.subs(p) / second.subs(p)
+    symmetric = kinds[0] in (sympy.Eq, sympy.Ne)
+    if _is_zero(crossed) and _same_values(first, multiple * second):
+        return symmetric or bool(sympy.N(multiple, 20) > 0)
+    if symmetric:
+        solutions = next(
+            (pair for symbol in sorted(first.free_symbols, key=str) if all(pair := [_roots(x, symbol) for x in sides])),
+            None,
+        )
+        return kinds[0] is sympy.Eq and solutions is not None and _paired(*solutions)
+    return len(first.free_symbols) == 1 and _same_sets(_as_set(gold), _as_set(given))
+
+
+def _roots(expression, symbol) -> list:
+    return sympy.solve(expression, symbol)
+
+
+def _same_values(gold, given) -> bool:
+    """Equality of two expressions: at points, where that decides, and by math-verify where it does not."""
+    difference = gold - given
+    if difference == 0:
+        return True
+    if not difference.free_symbols:
+        return _is_zero(difference) is True
+    real, other = [], []  # whether they are equal where both are real numbers, and where neither is
+    for point in _points(difference.free_symbols):
+        are_real = [_is_real(side, point) for side in (gold, given)]
+        equal = _is_zero(difference, point)
+        if None in are_real or equal is None:
+            continue
+        if are_real[0] != are_real[1] or (are_real[0] and not equal):
+            return False
+        (real if are_real[0] else other).append(equal)
+    checked = real or other
+    if not all(checked):
+        return False
+    if len(checked) > 1 and not difference.has(*_NOT_ANALYTIC):
+        return True
+    return bool(verify(gold, given, timeout_seconds=None))
+
+
+def _points(symbols) -> list[dict]:
+    """Four points: small and larger positive numbers, negative ones, and some of both."""
+    ordered = sorted(symbols, key=str)
+    signs_and_sizes = ((1, 0), (1, 2), (-1, 0), (None, 1))
+    return [
+        {
+            symbol: (sign or (-1) ** k) * (size + sympy.Rational(7 + 13 * k + 3 * size, 17 + 19 * k))
+            for k, symbol in enumerate(ordered)
+        }
+        for sign, size in signs_and_sizes
+    ]
+
+
+def _is_real(expression, point) -> bool | None:
+    """Whether an expression is a real number at a point; None where it has no value."""
+    value = expression.evalf(15, subs=point)
+    if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
+        return None
+    return _zero_to_its_digits(value.as_real_imag()[1])
+
+
+def _is_zero(expression, point=None) -> bool | None:
+    """Whether a constant, or an expression at a point, is 0 to many digits of its terms; None if it has no value."""
+    if expression.is_Rational:
+        return bool(expression == 0)
+    value = expression.evalf(2, subs=point, maxn=_digits(expression))
+    if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
+        return None
+    return all(_zero_to_its_digits(part) for part in value.as_real_imag())
+
+
+def _zero_to_its_digits(value) -> bool:
+    """Whether a number is 0, or what was left after all of its digits had cancelled, which sympy gives precision 1."""
+    return bool(value == 0) or (isinstance(value, sympy.Float) and value._prec == 1)
+
+
+def _digits(expression) -> int:
+    """Enough to tell apart what the numbers and exponents in an expression can tell apart."""
+    digits = 100.0
+    for number in expression.atoms(sympy.Rational):
+        digits += 0.31 * (int(number.p).bit_length() + int(number.q).bit_length())
+    for power in expression.atoms(sympy.Pow, sympy.exp):
+        base, exponent = power.as_base_exp()
+        if exponent.is_number and base.is_number:
+            size = math.log10(2 + abs(int(base))) if base.is_Rational else 1
+            digits += size * abs(int(sympy.N(exponent, 15, maxn=20)))
+    return min(int(digits), MAX_DIGITS)
 
 
 def _tame(form: str) -> bool:
@@ -72,20 +278,23 @@ def _tame(form: str) -> bool:
     for letter in form:
         depth += (letter in "([{") - (letter in ")]}")
         deepest = max(deepest, abs(depth))
-    if deepest > MAX_DEPTH or _TOWER.search(form) or _ENDLESS.search(form):
+    if deepest > MAX_DEPTH or any(odd.search(form) for odd in (_TOWER, _ENDLESS, _SIGNS)):
         return False
-    letters = len(re.findall(r"[a-zA-Z]", re.sub(r"\\(?:begin|end)\{\w*\}|\\[a-zA-Z]+", "", form)))
+    letters = len(_LETTER.findall(_COMMAND.sub("", form)))
     if letters > (MAX_LETTERS if "!" not in form else MAX_LETTERS // 4):
         return False
-    power = 1
-    for base, exponent in _POWER.findall(form):
+    power, outer = 1, 1  # the most digits that one base asks for, and the product of the powers of brackets
+    for number, base, exponent in _POWER.findall(form):
         size = int(exponent[:9])
-        if base in ")]}" and size > MAX_EXPANSION:
-            return False
-        power *= size if size > 20 else 1
+        if base and base in ")]}":
+            if size > MAX_EXPANSION:
+                return False
+            outer *= size if size > 20 else 1
+        power = max(power, size * max(1, len(number) - 1))
+    power *= outer
     factorials = _FACTORIAL.findall(form)
     return (
         power <= MAX_POWER
         and all(digits and int(digits[:9]) <= MAX_FACTORIAL for digits in factorials)
-        and not (re.search(r"binom|choose", form) and re.search(r"\d{5}|\^", form))
+        and not (_CHOOSE.search(form) and _LONG_OR_POWER.search(form))
     )

@@ -21,11 +21,12 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from krl.tasks.extract import extract_answer
+from krl.tasks.notation import MAX_CHARACTERS, normal_form
+from krl.tasks.units import UPRIGHT
+
 Answer = str | Sequence[str]  # the gold answer, or several of which any is accepted
 Reward = Callable[[str, str, Answer], float]
-
-# Longer texts are compared as text only. The longest answers of MATH and OlympiadBench have 250 characters.
-MAX_CHARACTERS = 400
 
 # ---------------------------------------------------------------- rewards
 
@@ -119,7 +120,7 @@ def answer_key(text: str, *, last_number: bool = False) -> str | None:
     ('1/2', '1/2', '1,3')
     """
     given = extract_answer(text, last_number=last_number)
-    return None if given is None else _key(_normal_form(given))
+    return None if given is None else _key(normal_form(given))
 
 
 def _golds(answer: Answer) -> list[str]:
@@ -127,134 +128,10 @@ def _golds(answer: Answer) -> list[str]:
     return [str(gold) for gold in answer] if several else [str(answer)]
 
 
-# ---------------------------------------------------------------- where the answer stands
-
-_BOX_OR_BRACE = re.compile(r"\\+f?box(?:ed)?\s*\{|\\.|[{}]", re.DOTALL)
-_ANSWER_IS = re.compile(r"\banswer\b[*_]*\s*(?:is|are|[:=])[*_]*\s*[:=]?[*_\s]*", re.IGNORECASE)
-_SENTENCE = re.compile(r"((?:\$[^$\n]*\$|\{[^{}\n]*\}|.)*?)(?:\.(?=\s|$)|$)", re.MULTILINE)
-_LAST_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:/\d+)?%?")
+# ---------------------------------------------------------------- parts and keys
 
 
-def extract_answer(text: str, *, last_number: bool = False) -> str | None:
-    """The final answer a text marks, or None.
-
-    Looks for the last balanced \\boxed{...} or \\fbox{...}, then for what follows the last "####" in its line,
-    then for the sentence after the last "Answer:" or "answer is".
-
-    Args:
-        text: a response, or a gold answer.
-        last_number: take the text's last number where nothing is marked.
-
-    >>> extract_answer("so \\\\boxed{\\\\frac{1}{2}}")
-    '\\\\frac{1}{2}'
-    """
-    found = _last_boxed(text) or _after_hashes(text) or _after_words(text)
-    if not found and last_number:
-        found = next(reversed(_LAST_NUMBER.findall(text)), None)
-    return found or None
-
-
-def _last_boxed(text: str) -> str | None:
-    """What the last balanced box that is not empty holds, in one pass: a text may open very many."""
-    opened: list[tuple[int, bool]] = []
-    begin, last = -1, None
-    for match in _BOX_OR_BRACE.finditer(text):
-        token = match.group()
-        if token == "}":
-            start, is_box = opened.pop() if opened else (0, False)
-            if is_box and start > begin and text[start : match.start()].strip():
-                begin, last = start, text[start : match.start()].strip()
-        elif token[-1] == "{" and token != r"\{":
-            opened.append((match.end(), len(token) > 1))
-    return last
-
-
-def _after_hashes(text: str) -> str | None:
-    lines = (line for line in reversed(text.splitlines()) if "####" in line)
-    return next((found for line in lines if (found := line.rpartition("####")[2].strip())), None)
-
-
-def _after_words(text: str) -> str | None:
-    ends = [match.end() for match in _ANSWER_IS.finditer(text)]
-    for end in reversed(ends):
-        sentence = _SENTENCE.match(text, end)
-        if sentence and (found := sentence.group(1).strip(" *_\t")):
-            return found
-    return None
-
-
-# ---------------------------------------------------------------- normal form
-
-_WORDS = r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|mbox|hbox|math(?:rm|bf|it|sf)|operatorname)\s*"
-_SYMBOLS = {
-    "\u2212": "-", "\u2013": "-", "\u00d7": r"\times ", "\u22c5": r"\cdot ", "\u00b7": r"\cdot ", "\u03c0": r"\pi ",
-    "\u00b0": r"^\circ ", "\u221e": r"\infty ", "\u2264": r"\leq ", "\u2265": r"\geq ", "\u222a": r"\cup ",
-    "\u00b1": r"\pm ", "\u2208": r"\in ", "\u00bd": r"\frac{1}{2}", "\uff0c": ",", "\u2032": "'",
-}  # fmt: skip
-_UNICODE = str.maketrans(_SYMBOLS)
-_SHORT_UNITS = "cm|mm|km|nm|kg|mg|ml|ft|yd|mi|hr|hrs|min|sec|lb|lbs|oz|mph|rpm|deg|sq|cu|usd|eur|day|way|kcal|yr"
-_UNIT = rf"(?:{_SHORT_UNITS}|Hz|eV|[a-zA-Z]{{4,}})\.?"
-_MATRIX = re.compile(r"\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}")
-_EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|(?<=[a-zA-Z])\\in(?![a-zA-Z])")
-_INDEX = re.compile(r"_\{?\\?\w+\}?|\([^()]*\)|\{[^{}]*\}")
-_CHOICE = re.compile(r"\(?([A-J])\)?")
-
-# In this order. None may take exponential time: where two branches of a repetition match one word, "*+" forgets.
-_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"(?<=\d)(?:\{,\}|\s*,\s*\\!\s*)(?=\d{3}(?!\d))", ""),  # 10{,}080 and 10,\!080
-        (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])|\\(?:display|text)style(?![a-zA-Z])", " "),
-        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
-        (r"(?<!\\)\$\s*,\s*\$", ", "),
-        (r"\\?\$|\\[()](?![a-zA-Z])", ""),
-        (r"(?:(?<!\\)[\s.,;:])+$", ""),
-        (r"^\s*(?:\\approx(?![a-zA-Z])|=)", ""),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\\(g|l)eqslant|\\(g|l)e(?![a-zA-Z])", r"\\\1\2eq "),
-        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-        (r"\s*\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-zA-Z]))\s*(?:[CF]\b)?|\\degrees?(?![a-zA-Z])", ""),
-        (rf"(?:\\%|%|{_WORDS}\{{\s*(?:percent|%|\\%)\s*\}}|\bpercent\b)", "%"),
-        (rf"[,;]?\s*(?:{_WORDS}\{{\s*,?\s*(?:and|or)\s*\}}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z]))\s*", ", "),
-        # A unit after a value, with its power: 864 \mbox{ inches}^2, 15000 \text{ kcal m}^{-2} \text{yr}^{-1}.
-        (rf"(?<=[\d}}.a-z)])\s*(?:{_WORDS}\{{(?!\s*[ap]\.?\s*m\b)[a-zA-Z. ]+\}}(?:\^\{{?-?\d\}}?)?\s*)+(?=$|,)", ""),
-        (rf"(?<=\d)(?:{_SHORT_UNITS})\b(?:\s+(?:{_UNIT}|[a-z]{{1,3}}))*+(?:\^\{{?-?\d\}}?)?\s*(?=$|,)", ""),
-        (rf"(?<=[\d}}])\s+{_UNIT}(?:\s+(?:{_UNIT}|[a-z]{{1,3}}))*+(?:\^\{{?-?\d\}}?)?\s*(?=$|,)", ""),
-        (rf"{_WORDS}\{{([^{{}}]*)\}}", r"\1"),
-        (r"(?<=\d) (?=\d{3}(?!\d))", ""),  # 1 234 567
-        (r"(?<=\d) (\d+)/(\d+)$", r"\\frac{\1}{\2}"),  # the mixed number 1 4/5
-        (r"\\frac\s*(\d)\s*(?=[\d{])", r"\\frac{\1}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*(\d)", r"\1{\2}"),
-        (r"\\sqrt\s*(\d)", r"\\sqrt{\1}"),
-        (r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])", "\\1\0"),  # the space that ends a command stays
-        (r"(?<=\d)\s+(?=\d)", "\0"),  # 1 2 is not 12
-        (r"(?:,\s*){2,}", ", "),
-        (r"\s*,\s+(?=\d)", ",\0"),  # 5, 100 is not 5100
-        (r"\s+", ""),
-        ("\0", " "),
-        (r"\*\*", "^"),
-        (r"([_^])([0-9a-zA-Z])(?![0-9a-zA-Z])", r"\1{\2}"),
-        (r"(?<![\d.])\.(?=\d)", "0."),
-    )
-)
-
-
-@functools.lru_cache(maxsize=8192)
-def _normal_form(text: str) -> str:
-    """A text with one spelling for what LaTeX and prose write in many ways; long texts as they are."""
-    text = text.strip()
-    if len(text) > MAX_CHARACTERS:
-        return text
-    text = text.translate(_UNICODE).strip("*` ")
-    text = re.sub(r"^\\\[|\\\]$|^\\\(|\\\)$", "", text)
-    for pattern, new in _REWRITES:
-        text = pattern.sub(new, text)
-    text = text.lstrip(" ,;:").rstrip(" .,;:")
-    if re.fullmatch(r"(?:[a-zA-Z]=)?[-+]?\d{1,3}(,\d{3})+(\.\d+)?%?", text):
-        text = text.replace(",", "")
-    text = text.replace(", ", ",")
-    return text.removeprefix("+") if text[1:2].isdigit() else text
+_PM, _MP = re.compile(r"\\pm ?"), re.compile(r"\\mp ?")
 
 
 def _split(text: str, separators: str) -> list[str]:
@@ -272,11 +149,8 @@ def _list_parts(text: str) -> list[str]:
     """The members of a list; one for what is none. A \\pm b has the two members a+b and a-b."""
     parts = _split(text, ",;")
     if any(r"\pm" in part and not _brackets(part) for part in parts):
-        signs = ((r"\pm", "+", "-"), (r"\mp", "-", "+"))
-        upper, lower = parts, parts
-        for command, up, down in signs:
-            upper = [re.sub(re.escape(command) + " ?", up, part) for part in upper]
-            lower = [re.sub(re.escape(command) + " ?", down, part) for part in lower]
+        upper = [_MP.sub("-", _PM.sub("+", part)) for part in parts]
+        lower = [_MP.sub("+", _PM.sub("-", part)) for part in parts]
         parts = list(dict.fromkeys(part.removeprefix("+") for pair in zip(upper, lower, strict=True) for part in pair))
     return parts
 
@@ -298,25 +172,43 @@ def _key(form: str) -> str:
     parts = _list_parts(form)
     if len(parts) > 1:
         return ",".join(sorted(map(_key, parts)))
-    number = _number(form)
+    number = _number(_without_unit(form, gold=True))
     return form if number is None else str(number)
 
 
 # ---------------------------------------------------------------- equality
 
-_DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
-_PLAIN = re.compile(rf"([-+]?{_DECIMAL})(?:/(\d+))?")
+_MATRIX = re.compile(r"\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}")
+_EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|(?<=[a-zA-Z])\\in(?![a-zA-Z])")
+_INDEX = re.compile(r"_\{?\\?\w+\}?|\([^()]*\)|\{[^{}]*\}")
+_OPERATOR = re.compile(r"[-+*/^\d]")
+_LETTER = re.compile(r"[a-zA-Z]")
+_COMMAND = re.compile(r"\\[a-zA-Z]+")
+_WORD = re.compile(r"[A-Za-z ]{4,}")
+_WORDS = re.compile(r"[A-Za-z .]+")
+_CHOICE = re.compile(r"\(?([A-J])\)?")
+_WRAPPED = re.compile(rf"{UPRIGHT}\{{([^{{}}]*)\}}")
+_CHOICE_FIRST = re.compile(
+    r"(?:(?:the )?(?:correct )?(?:option|choice|answer) )?(?:([A-Ja-j])$|[(\[]([A-Ja-j])[)\]]|([A-J])(?:[.:)](?![a-zA-Z])))",
+    re.IGNORECASE,
+)
+_CHOICE_AGAIN = re.compile(r"[(\[][A-J][)\]]|(?<![A-Za-z\\])[A-J](?: ?[.:),]|$)|\b(?:or|and) [A-J]\b")
+_LOWER_UNIT = re.compile(r"[a-z]{1,2}")
+
+_DECIMAL = r"(?:\d++(?:\.\d*+)?|\.\d++)"
+_PLAIN = re.compile(rf"([-+]?{_DECIMAL})(?:/(\d++))?")
 _FRACTION = re.compile(rf"([-+]?)(\d*)\\frac\{{([-+]?{_DECIMAL})\}}\{{([-+]?{_DECIMAL})\}}")
 _SCIENTIFIC = re.compile(
     rf"([-+]?)({_DECIMAL})(?:(?:\\times|\\cdot|\*)10\^\{{?([-+]?\d{{1,3}})\}}?|[eE]([-+]?\d{{1,3}}))"
 )
-_BASED = re.compile(r"(-?[0-9][0-9A-F]*)_\{?(\d+)\}?")
+_TEN_TO = re.compile(r"^([-+]?)10\^")
+_BASED = re.compile(r"(-?[0-9][0-9A-F]*+)_\{?(\d++)\}?")
 
 
 @functools.lru_cache(maxsize=8192)
 def _number(form: str) -> Fraction | None:
     """The exact number a normal form writes, or None."""
-    if len(form) > 60 or not form[-1:] or form[-1] not in "0123456789.}":
+    if not form[-1:] or form[-1] not in "0123456789.}":
         return None
     if match := _PLAIN.fullmatch(form):
         above, below = Fraction(match[1]), Fraction(match[2] or 1)
@@ -327,7 +219,7 @@ def _number(form: str) -> Fraction | None:
         if not below or (whole and above < 0):
             return None
         return (-1 if sign == "-" else 1) * (whole + above / below)
-    power = re.sub(r"^([-+]?)10\^", r"\g<1>1\\times10^", form)
+    power = _TEN_TO.sub(r"\g<1>1\\times10^", form)
     if match := _SCIENTIFIC.fullmatch(power):
         sign, digits, exponent, plain_exponent = match.groups()
         return (-1 if sign == "-" else 1) * Fraction(digits) * Fraction(10) ** int(exponent or plain_exponent)
@@ -337,13 +229,32 @@ def _number(form: str) -> Fraction | None:
 def _same_text(gold: str, given: str) -> bool:
     if max(len(gold), len(given)) > MAX_CHARACTERS:
         return False
-    return _same(_normal_form(gold), _normal_form(given))
+    form = normal_form(gold)
+    if choice := _CHOICE.fullmatch(form):
+        alone = _CHOICE.fullmatch(normal_form(given))
+        return (alone[1] if alone else _chosen(given)) == choice[1]
+    if _same(form, normal_form(given)):
+        return True
+    # A gold "5 m" stands for 5m too, so the response's \\text{ m} is compared as a letter.
+    return "~" in form and _same(form, normal_form(_WRAPPED.sub(r" \1", given)))
+
+
+def _chosen(text: str) -> str | None:
+    """The one choice that an answer begins with: B, (b), B. 12 or \\text{(B)} 12, but not A or B."""
+    text = _WRAPPED.sub(r"\1", text).replace("$", "").replace("*", "").replace("\\", " ")
+    text = " ".join(text.split()).rstrip(" .,;")
+    first = _CHOICE_FIRST.match(text)
+    if first is None or _CHOICE_AGAIN.search(text, first.end()):
+        return None
+    return (first[1] or first[2] or first[3]).upper()
 
 
 def _same(gold: str, given: str) -> bool:
     """Whether two normal forms are equal answers."""
     if not gold or not given or gold == given:
         return bool(gold) and gold == given
+    if "~" in gold or "~" in given:
+        return _same_but_for_units(gold, given)
     if "%" in (gold[-1], given[-1]):
         return _same_percent(gold, given)
     expected, number = _number(gold), _number(given)
@@ -355,12 +266,47 @@ def _same(gold: str, given: str) -> bool:
     if bases[0] or bases[1]:
         return gold.partition("_")[0] == given.partition("_")[0]
     if choice := _CHOICE.fullmatch(gold):
-        start = re.match(r"\(([A-Ja-j])\)|([A-J])(?:[.:)]|$)|([a-j])$", given)
-        return start is not None and (start[1] or start[2] or start[3]).upper() == choice[1]
-    if re.fullmatch(r"[A-Za-z ]{4,}", gold) and re.fullmatch(r"[A-Za-z .]+", given):
+        other = _CHOICE.fullmatch(given)
+        return other is not None and other[1] == choice[1]
+    if _WORD.fullmatch(gold) and _WORDS.fullmatch(given):
         return gold.replace(" ", "").casefold() == given.replace(" ", "").casefold()
+    ratios = _same_ratios(gold.split(":"), given.split(":"))
+    parts = _same_parts(gold, given) if ratios is None else ratios
+    return _same_symbolic(gold, given) or _is_rounded(gold, given) if parts is None else parts
+
+
+def _same_but_for_units(gold: str, given: str) -> bool:
+    """Equality of forms where letters that may be a unit follow a tilde: as numbers, or else as products."""
+    values = _without_unit(gold, gold=True), _without_unit(given)
+    if None not in map(_number, values):
+        return _same(*values)
     parts = _same_parts(gold, given)
-    return _same_symbolic(gold, given) if parts is None else parts
+    if parts is not None:
+        return parts
+    if _same(gold.replace("~", ""), given.replace("~", "")):
+        return True
+    has_letters = any(_LETTER.search(_COMMAND.sub("", value)) for value in values if _number(value) is None)
+    return not has_letters and "~" not in "".join(values) and _same(*values)
+
+
+def _without_unit(form: str, gold: bool = False) -> str:
+    """A value without what may be its unit; of a gold answer m, s or mg may be variables and stay."""
+    value, _, unit = form.partition("~")
+    whole = all(value.count(left) == value.count(right) for left, right in ("()", "[]", "{}"))
+    return form if not whole or "~" in unit or (gold and _LOWER_UNIT.fullmatch(unit)) else value
+
+
+def _same_ratios(gold: list[str], given: list[str]) -> bool | None:
+    """Equality of a:b or a:b:c; None where algebra may compare what a ratio of two is worth."""
+    if len(gold) == len(given) == 1:
+        return None
+    numbers = [[_number(part) for part in parts] for parts in (gold, given)]
+    times = all(len(part) == 2 for part in gold[1:] + given[1:])
+    if len(gold) != len(given):
+        return None if max(len(gold), len(given)) == 2 else False
+    if times or None in numbers[0] + numbers[1]:
+        return numbers[0] == numbers[1] if times and None not in numbers[0] else None if len(gold) == 2 else gold == given
+    return all(a * numbers[1][0] == b * numbers[0][0] for a, b in zip(*numbers, strict=True))
 
 
 def _same_percent(gold: str, given: str) -> bool:
@@ -381,6 +327,18 @@ def _rounds_to(exact: Fraction, decimal: Fraction) -> bool:
         return False
     places = next(n for n in range(201) if 10**n % decimal.denominator == 0)
     return abs(decimal) * 10**places >= 100_000 and abs(exact - decimal) * 10**places <= Fraction(1, 2)
+
+
+def _is_rounded(gold: str, given: str) -> bool:
+    """Whether one form is a decimal that the constant of the other, which is no number in digits, rounds to."""
+    numbers = _number(gold), _number(given)
+    if (numbers[0] is None) == (numbers[1] is None) or "." not in (given if numbers[0] is None else gold):
+        return False
+    from krl.tasks.algebra import constant
+
+    exact = constant(gold if numbers[0] is None else given)
+    decimal = numbers[1] if numbers[0] is None else numbers[0]
+    return exact is not None and decimal is not None and _rounds_to(exact, decimal)
 
 
 def _same_parts(gold: str, given: str) -> bool | None:
@@ -407,7 +365,7 @@ def _same_parts(gold: str, given: str) -> bool | None:
     if len(sides[0]) == len(sides[1]):
         return _same(sides[0][1], sides[1][1]) if len(sides[0]) == 2 and sides[0][0] == sides[1][0] else None
     left = sides[len(sides[1]) == 2][0]  # of the one that is an equation: x in x = 5, but not x + y in x + y = 5
-    names_or_value = not re.search(r"[-+*/^\d]", _INDEX.sub("", left)) or not re.search(r"[a-zA-Z]", left)
+    names_or_value = not _OPERATOR.search(_INDEX.sub("", left)) or not _LETTER.search(left)
     return names_or_value and _same(sides[0][-1], sides[1][-1])
 
 

@@ -1,0 +1,208 @@
+"""One spelling for what LaTeX, Unicode and prose write in many ways."""
+
+import functools
+import re
+import unicodedata
+from fractions import Fraction
+
+from krl.tasks.units import UPRIGHT, remove_units
+
+# Longer texts are compared as text only. The longest answers of MATH and OlympiadBench have 250 characters.
+MAX_CHARACTERS = 400
+
+# ---------------------------------------------------------------- characters
+
+_SYMBOLS = {
+    "\u2212": "-", "\u2013": "-", "\u2010": "-", "\u2011": "-", "\u00d7": r"\times ", "\u22c5": r"\cdot ",
+    "\u00b7": r"\cdot ", "\u2219": r"\cdot ", "\u2022": r"\cdot ", "\u00f7": "/", "\u2044": "/", "\u00b0": r"^\circ ",
+    "\u00ba": r"^\circ ", "\u2103": r"^\circ C", "\u2109": r"^\circ F", "\u221e": r"\infty ", "\u2264": r"\leq ",
+    "\u2265": r"\geq ", "\u2260": r"\neq ", "\u2248": r"\approx ", "\u222a": r"\cup ", "\u2229": r"\cap ",
+    "\u00b1": r"\pm ", "\u2213": r"\mp ", "\u2208": r"\in ", "\u2205": r"\emptyset ", "\u211d": r"\mathbb{R}",
+    "\u2124": r"\mathbb{Z}", "\u211a": r"\mathbb{Q}", "\u2115": r"\mathbb{N}", "\u2102": r"\mathbb{C}",
+    "\u2032": "'", "\u2019": "'", "\u2033": "''", "\u2026": "...", "\u212b": r"\AA ", "\u00c5": r"\AA ",
+    "\u2126": r"\Omega ", "\u00b5": r"\mu ", "\u3002": ".", "\u3001": ",", "\u2609": r"\odot ",
+    "\u20ac": "", "\u00a3": "", "\u00a5": "", "\u20b9": "", "\u20a9": "", "\u20bd": "", "\u00a2": "",  # currencies
+    "\u221b": r"\sqrt[3]", "\u221c": r"\sqrt[4]", "\u221a": r"\sqrt",
+}  # fmt: skip
+_GREEK = [
+    "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
+    "o", "pi", "rho", "varsigma", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega",
+]  # fmt: skip
+_CAPITAL = {"\u0393": "Gamma", "\u0394": "Delta", "\u0398": "Theta", "\u039b": "Lambda", "\u03a0": "Pi",
+            "\u03a3": "Sigma", "\u03a6": "Phi", "\u03a8": "Psi", "\u03a9": "Omega"}  # fmt: skip
+_UNICODE = str.maketrans(
+    {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}  # full-width ASCII
+    | {chr(0x3B1 + i): f"\\{name} " for i, name in enumerate(_GREEK)}
+    | {letter: f"\\{name} " for letter, name in _CAPITAL.items()}
+    | {"\u03d5": r"\phi ", "\u03f5": r"\epsilon "}
+    | _SYMBOLS
+)
+_RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f"
+_LOWERED = "\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089\u208a\u208b\u2099"
+_TO_LINE = str.maketrans(_RAISED + _LOWERED, "0123456789+-n" * 2)
+_RAISED_FRACTION = re.compile(rf"(?<![{_RAISED[:10]}])([{_RAISED[:10]}]++)\u2044([{_LOWERED[:10]}]++)")
+_RAISED_RUN = re.compile(rf"[{_RAISED}]+")
+_LOWERED_RUN = re.compile(rf"[{_LOWERED}]+")
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+_SLASHED = re.compile(r"(?<!\d)(\d++)\u2044(\d+)")
+_OVERLINED = re.compile("(?:[0-9]\u0305)+")
+_ROOT_OF_NUMBER = re.compile("([\u221a\u221b\u221c]) ?(\\d++(?:\\.\\d++)?|[a-zA-Z])")
+
+
+def _from_unicode(text: str) -> str:
+    text = _RAISED_FRACTION.sub(lambda m: _fraction(*(part.translate(_TO_LINE) for part in m.groups())), text)
+    text = _RAISED_RUN.sub(lambda m: f"^{{{m[0].translate(_TO_LINE)}}}", text)
+    text = _LOWERED_RUN.sub(lambda m: f"_{{{m[0].translate(_TO_LINE)}}}", text)
+    text = _VULGAR.sub(lambda m: _fraction(*_as_ratio(m[0])), text)
+    text = _SLASHED.sub(r"\\frac{\1}{\2}", text)
+    text = _OVERLINED.sub(lambda m: "\\overline{" + m[0].replace("\u0305", "") + "}", text)
+    text = _ROOT_OF_NUMBER.sub(r"\1{\2}", text)
+    return text.translate(_UNICODE)
+
+
+def _fraction(above: int | str, below: int | str) -> str:
+    return f"\\frac{{{above}}}{{{below}}}"
+
+
+def _as_ratio(fraction: str) -> tuple[int, int]:
+    return Fraction(unicodedata.numeric(fraction)).limit_denominator(10).as_integer_ratio()
+
+
+# ---------------------------------------------------------------- numbers
+
+
+_DOTS = r"(?:\\[lc]?dots(?![a-zA-Z])|\.\.\.)"
+_REPEATING = re.compile(
+    r"(?<![\d.])(\d*+)\.(\d*+)(?:\\(?:overline|bar)\s?(?:\{(\d+)\}|(\d))|\((\d++)\)"
+    r"|\\dot\s?\{?(\d)\}?(?:(\d*+)\\dot\s?\{?(\d)\}?)?)"
+)
+_GOING_ON = re.compile(rf"(?<![\d.])(\d*+)\.(\d++) ?{_DOTS}")
+_PERIOD = re.compile(r"(\d*?)(?:(\d)\2{2,}|(\d{2,}?)\3+)")
+_PRIMES = re.compile(r"\^ ?(?:\{ ?((?:\\prime ?)++)\}|(\\prime)(?![a-zA-Z]))")
+_DEGREES_AND_MINUTES = re.compile(
+    r"(?<![\d.])(\d++)\s?\^\s?\{?\s?\\circ\s?\}?\s?(\d++(?:\.\d++)?)\s?'(?!')(?:\s?(\d++(?:\.\d++)?)\s?(?:''|\"))?"
+)
+_UNDERSCORES = re.compile(r"(?<![\w.])\d{1,3}(?:_\d{3})++(?![\w{])")
+_TIMES_OF_TEN = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_NUMBER_WORD = re.compile(rf"(?<=\d) ?({UPRIGHT}\{{ ?)?({'|'.join(_TIMES_OF_TEN)})(?![a-zA-Z])")
+
+
+def _repeating(match: re.Match[str]) -> str:
+    whole, begin, *blocks = match.groups(default="")
+    return _sum_of_digits(whole, begin, "".join(blocks))
+
+
+def _going_on(match: re.Match[str]) -> str:
+    """A decimal with dots: 0.1666... goes on with what it ends in, 3.14159... is what its digits are."""
+    period = _PERIOD.fullmatch(match[2])
+    if period is None:
+        return f"{match[1]}.{match[2]}"
+    return _sum_of_digits(match[1], period[1], period[2] or period[3])
+
+
+def _sum_of_digits(whole: str, begin: str, block: str) -> str:
+    """The fraction that a decimal with a repeating block of digits is."""
+    shift = 10 ** len(begin)
+    value = Fraction(int(whole + begin + block or 0) - int(whole + begin or 0), shift * (10 ** len(block) - 1))
+    return _fraction(*value.as_integer_ratio())
+
+
+def _degrees(match: re.Match[str]) -> str:
+    value = Fraction(match[1]) + Fraction(match[2]) / 60 + Fraction(match[3] or 0) / 3600
+    return _fraction(*value.as_integer_ratio())
+
+
+# ---------------------------------------------------------------- normal form
+
+_ROOT = r"(?<![a-zA-Z])\\?sqrt ?(\[\d\])?\(([^()]*)\)"
+# In this order, on texts with single spaces. All take linear time: of two ways to match one text, the first is final.
+_BEFORE_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (r"(?<=\d)(?:\{,\}| ?, ?\\! ?)(?=\d{3}(?!\d))", ""),  # 10{,}080 and 10,\!080
+        (r"(?<=\d)'(?=\d{3}(?!\d))", ""),
+        (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])|\\(?:display|text)style(?![a-zA-Z])", " "),
+        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
+        (r"(?<![a-zA-Z$])(?:US|CA|AU|NZ|HK)\\?\$(?= ?[\d.\\])|(?<![a-zA-Z])(?:USD|EUR|GBP|JPY|INR|CNY|RMB|Rs\.?) ?(?=[\d.\\])", ""),
+        (r"\\(?:pounds|euro|yen|textdollar|texteuro|textsterling)(?![a-zA-Z])", ""),
+        (r"(?<!\\)\$ ?, ?\$", ", "),
+        (r"\\?\$|\\[()](?![a-zA-Z])", ""),
+        (r"\\(?:SI|qty) ?\{([^{}]*)\} ?\{[^{}]*\}", r"\1"),
+        (rf"{UPRIGHT}\{{ ?\}}", ""),
+        (r"(?<![\s.,;:\\])[\s.,;:]++$", ""),
+        (r"^ ?(?:\\approx(?![a-zA-Z])|=)", ""),
+        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+        (r"<=|\\leqslant|\\le(?![a-zA-Z])", r"\\leq "),
+        (r">=|\\geqslant|\\ge(?![a-zA-Z])", r"\\geq "),
+        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\\(?:colon(?![a-zA-Z])|mathbin ?\{:\})", ":"),
+        (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
+        (r"\\varnothing(?![a-zA-Z])|\\\{ ?\\\}|^\{ ?\}$", r"\\emptyset "),
+        (r" ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-zA-Z])) ?(?:[CF]\b)?|\\degrees?(?![a-zA-Z])", ""),
+        (r"(?<![\w.^}])(\d++(?:\.\d++)?) ?(?:''?|\")(?=$|[,)])", r"\1"),  # 5'' are inches, or seconds of an arc
+        (rf"(?:\\%|%|{UPRIGHT}\{{ ?(?:percent|%|\\%) ?\}}|\bpercent\b)", "%"),
+        (rf"[,;]? ?(?:{UPRIGHT}\{{ ?,? ?(?:and|or) ?\}}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])) ?", ", "),
+    )
+)
+_AFTER_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), new)
+    for pattern, new in (
+        (rf"{UPRIGHT}\{{([^{{}}]*)\}}", r"\1"),
+        (r"(?<=\d) *+([ap])\.? ?m\b\.?", r"\1m"),
+        (_ROOT, r"\\sqrt\1{\2}"),
+        (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
+        (r"(?<![a-zA-Z\\])(?:infinity|inf)(?![a-zA-Z])", r"\\infty "),
+        (r"(?<=[)\]}]) ?(?:U|\\bigcup(?![a-zA-Z])) ?(?=[(\[{\\])", r"\\cup "),
+        (r"(?<=\d) ?x ?(?=10 ?\^)", r"\\times "),
+        (r"\{ ?10 ?\} ?\^", "10^"),
+        (r"\^ ?\( ?([-+]? ?\d++) ?\)", r"^{\1}"),
+        (r"(?<=\d) (?=\d{3}(?!\d))", ""),  # 1 234 567
+        (r"(?<=\d) (\d++)/(\d++)$", r"\\frac{\1}{\2}"),  # the mixed number 1 4/5
+        (r"\\frac ?(\d) ?(?=[\d{])", r"\\frac{\1}"),
+        (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
+        (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
+        (r"(?<![\d.])\.(?=\d)", "0."),
+        (r"(\\[a-zA-Z]++) (?=[a-zA-Z])", "\\1\0"),  # the space that ends a command stays
+        (r"(?<=\d) (?=\d)", "\0"),  # 1 2 is not 12
+        (r"(?:, ?){2,}", ", "),
+        (r" ?, (?=\d)", ",\0"),  # 5, 100 is not 5100
+        (r"\s++", ""),
+        ("\0", " "),
+        (r"\*\*", "^"),
+        (r"([_^])([0-9a-zA-Z])(?![0-9a-zA-Z])", r"\1{\2}"),
+        (r"(?:^|(?<=[(\[{,;=]))\+(?=[\w\\(.])", ""),
+    )
+)
+_DISPLAY = re.compile(r"^\\[\[(]|\\[\])]$")
+_INTERVAL = re.compile(r"([\[\]])([^\[\](),;]+[,;][^\[\](),;]+)([\[\]])")
+_THOUSANDS = re.compile(r"(?:[a-zA-Z]=)?-?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
+_BRACED = re.compile(r"\{([^{}\\]*,[^{}]*)\}")
+
+
+@functools.lru_cache(maxsize=8192)
+def normal_form(text: str) -> str:
+    """A text with one spelling for what LaTeX and prose write in many ways; long texts as they are.
+
+    What may be a unit follows a tilde, see `krl.tasks.units`.
+    """
+    text = text.strip()
+    if len(text) > MAX_CHARACTERS:
+        return text
+    text = " ".join(_from_unicode(text).split()).strip("*` ")
+    text = _DISPLAY.sub("", text)
+    text = _PRIMES.sub(lambda match: "'" * match[0].count("p"), text)
+    for pattern, number in ((_REPEATING, _repeating), (_GOING_ON, _going_on), (_DEGREES_AND_MINUTES, _degrees)):
+        text = pattern.sub(number, text)
+    text = _UNDERSCORES.sub(lambda match: match[0].replace("_", ""), text)
+    text = _NUMBER_WORD.sub(lambda m: rf"\times10^{{{_TIMES_OF_TEN[m[2]]}}} {m[1] or ''}", text)
+    for pattern, new in _BEFORE_UNITS:
+        text = pattern.sub(new, text)
+    text = remove_units(" ".join(text.split()))
+    for pattern, new in _AFTER_UNITS:
+        text = pattern.sub(new, text)
+    text = text.lstrip(" ,;:").rstrip(" .,;:")
+    text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text.replace(", ", ",")
+    text = _BRACED.sub(r"\\{\1\\}", text) if _BRACED.fullmatch(text) else text
+    return _INTERVAL.sub(lambda m: ("(" if m[1] == "]" else "[") + m[2] + (")" if m[3] == "[" else "]"), text)

@@ -1,0 +1,106 @@
+"""Units behind a number, which are not compared.
+
+What is a unit and what a variable? Upright letters (\\text{ m}, \\mathrm{m\\,s^{-1}}), the names in SURE, words of
+four letters and other symbols of at least two letters after a space are units wherever a value stands before them.
+A letter (300 K, 5 m, 5 m/s) may be a variable, and so may the letters of 2mg: `remove_units` leaves them and puts a
+tilde before them, 300~K. Whoever compares may read that as a product, or as 300 where the other answer is a number
+too. A single letter right after a number, 5m, is a variable.
+"""
+
+import re
+
+UPRIGHT = r"\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|mbox|hbox|math(?:rm|bf|it|sf)|operatorname|si|unit|pu)\s*"
+_COMMANDS = r"\\(?:mu|Omega|AA|circ|degree|odot|cdot|times|[dt]?frac|mathring)(?![a-zA-Z])"
+_POWER = r"\^\s?(?:\{\s?[-+]?\d++\s?\}|[-+]?\d)"
+_BALANCED = r"((?:[^{}]++|\{(?:[^{}]++|\{[^{}]*+\})*+\})*+)"
+
+# Taken for units even right after a number: no product of variables that is known as an answer.
+_SURE = re.compile(
+    r"cm|mm|km|nm|kg|ft|yd|mi|hrs?|mins?|secs?|lbs?|oz|mph|kph|rpm|deg|sq|cu|day|way|yrs?|gal|k?cal|[kMG]?Wh|"
+    r"[kMGT]?Hz|[kMG]?eV|[kMG]J|[kMG]W|[kMG]Pa|atm|[mk]?mol|rad|dB|ergs?|dyn|[kM]pc|usd|eur|"
+    r"USD|EUR|GBP|JPY|INR|CNY|RMB|CAD|AUD|CHF|KRW|yen"
+)
+_MAYBE = re.compile(r"[fpnµmcdhkMGT]?(?:m|g|s|A|K|N|Pa|J|W|C|V|F|S|T|H|L|l|B|bar|pc|M|eV|Hz)|[hduDGR]|AU|ly|in|pts|Hg")
+_SMALL_WORDS = re.compile(r"of|an?|the|in|to|on|for|at|by|each|all")
+_LETTERS = set("mgshdAKNJWCVFSTHLlBMGuDbRk")  # upright, and units alone
+# What has a meaning of its own: the time of day, an era, i and e.
+_NO_UNIT = re.compile(r"(?:[ap]\.?\s?m\b.*|noon|midnight|BCE?|AD|CE|[ie])\.?")
+_NOT_LETTERS = re.compile(rf"{_COMMANDS}|{_POWER}|(?<=[a-zA-Z])-?\d(?![\d.])")
+_PLAIN = re.compile(r"(?!\s*-)[a-zA-Z\s.,'~/*(){}_\-]*")
+_NAME = re.compile(r"[a-zA-Z]+")
+
+_TOKEN = re.compile(
+    rf"(?P<space>\s|~)|(?P<upright>{UPRIGHT}\{{{_BALANCED}\}})"
+    rf"|(?P<fraction>\\[dt]?frac\s?\{{\s?{UPRIGHT}\{{[^{{}}]*\}}(?:{_POWER})?\s?\}}\{{\s?{UPRIGHT}\{{[^{{}}]*\}}(?:{_POWER})?\s?\}})"
+    rf"|(?P<symbol>(?:[kMm]|\\mu\s?)?\\Omega(?![a-zA-Z])|\\AA(?![a-zA-Z])|\\mathring\s?\{{A\}}|_\{{?\\odot(?:\}}|(?![a-zA-Z])))|(?P<mu>\\mu(?![a-zA-Z]))"
+    rf"|(?P<between>\\cdot(?![a-zA-Z])|[*/\-]|per(?![a-zA-Z]))|(?P<power>{_POWER}|(?<=[a-zA-Z}}])[23](?![\d.]))"
+    r"|(?P<bracket>[()])|(?P<word>[a-zA-Z]+)\.?"
+)
+_VALUE_ENDS = re.compile(rf"(?<=[\d}})])(?![\d.])|(?<=[a-z.])(?=\s?{UPRIGHT}\{{)|(?<=\\pi)(?=\s)")
+_NEXT = re.compile(r"\s?(?:$|[,;)\]}]|\\\})")
+
+
+def remove_units(text: str) -> str:
+    """A text without the units that stand behind its values, and with a tilde before what may be one.
+
+    >>> remove_units("5 \\\\text{ N}\\\\cdot\\\\text{m}"), remove_units("300 K"), remove_units("5m"), remove_units("5 x")
+    ('5', '300~K', '5m', '5 x')
+    """
+    kept, position = [], 0
+    for value in _VALUE_ENDS.finditer(text):
+        begin = value.end()
+        if begin < position:
+            continue
+        end, kind = _unit(text, begin)
+        if kind and _NEXT.match(text, end):
+            kept += [text[position:begin], "" if kind == "sure" else "~" + text[begin:end].strip(" ~")]
+            position = end
+        else:
+            kept.append(text[position : max(position, end)])
+            position = max(position, end)
+    return "".join([*kept, text[position:]])
+
+
+def _unit(text: str, begin: int) -> tuple[int, str]:
+    """Where the unit that begins here ends, and whether it is "sure", "maybe" or "" for none."""
+    position, depth, parts, kinds = begin, 0, [], set()
+    while token := _TOKEN.match(text, position):
+        kind = token.lastgroup or ""
+        if kind == "bracket":
+            if parts[-1:] != ["/"] if token[0] == "(" else not depth:  # J/(kg K), but neither (3 m) nor 5(m)
+                break
+            depth += 1 if token[0] == "(" else -1
+        if kind == "word":
+            glued = position == begin
+            kind = _kind_of_word(token["word"], glued, after_bracket=text[begin - 1] == ")", within=bool(kinds))
+        elif kind == "upright":
+            kind = "sure" if _names_a_unit(token[3] or "") else "other"
+        if kind in ("fraction", "symbol"):
+            kind = "sure"
+        if kind == "other" or (kind in ("power", "between") and not kinds and token[0] not in ("/", "per")):
+            break
+        kinds |= {kind} & {"sure", "maybe"}
+        parts.append(token[0].strip())
+        position = token.end()
+    if not kinds or depth or parts[-1] in ("/", "*", "-", "per", r"\cdot", r"\mu"):
+        return position, ""
+    if "sure" not in kinds and (parts[0] == "/" or (parts[0] and len(parts[0]) == 1 and "/" not in parts)):
+        return position, ""  # 5/s and 5m
+    return position, "sure" if "sure" in kinds else "maybe"
+
+
+def _kind_of_word(word: str, glued: bool, after_bracket: bool, within: bool) -> str:
+    if _SURE.fullmatch(word) or (len(word) > 3 and not glued and (within or not after_bracket)):
+        return "sure"
+    if _MAYBE.fullmatch(word):
+        return "maybe" if len(word) == 1 or glued else "sure"
+    return "small" if within and _SMALL_WORDS.fullmatch(word) else "other"
+
+
+def _names_a_unit(upright: str) -> bool:
+    """Whether upright letters are a unit, or any words behind a value, and not a number or a formula."""
+    rest = _NOT_LETTERS.sub(" ", upright)
+    names = _NAME.findall(rest)
+    if not _PLAIN.fullmatch(rest) or _NO_UNIT.fullmatch(upright.strip()):
+        return False
+    return (bool(names) or rest != upright) and (any(len(name) > 1 for name in names) or _LETTERS.issuperset(names))
