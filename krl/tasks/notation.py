@@ -77,7 +77,6 @@ _REPEATING = re.compile(
     r"|\\dot\s?\{?(\d)\}?(?:(\d*+)\\dot\s?\{?(\d)\}?)?)"
 )
 _GOING_ON = re.compile(rf"(?<![\d.])(\d*+)\.(\d++) ?{_DOTS}")
-_PERIOD = re.compile(r"(\d*?)(?:(\d)\2{2,}|(\d{2,}?)\3+)")
 _PRIMES = re.compile(r"\^ ?(?:\{ ?((?:\\prime ?)++)\}|(\\prime)(?![a-zA-Z]))")
 _DEGREES_AND_MINUTES = re.compile(
     r"(?<![\d.])(\d++)\s?\^\s?\{?\s?\\circ\s?\}?\s?(\d++(?:\.\d++)?)\s?'(?!')(?:\s?(\d++(?:\.\d++)?)\s?(?:''|\"))?"
@@ -94,10 +93,15 @@ def _repeating(match: re.Match[str]) -> str:
 
 def _going_on(match: re.Match[str]) -> str:
     """A decimal with dots: 0.1666... goes on with what it ends in, 3.14159... is what its digits are."""
-    period = _PERIOD.fullmatch(match[2])
-    if period is None:
-        return f"{match[1]}.{match[2]}"
-    return _sum_of_digits(match[1], period[1], period[2] or period[3])
+    whole, digits = match.groups()
+    for size in range(1, len(digits) // 2 + 1):
+        block = digits[-size:]
+        begin = digits
+        while begin.endswith(block):
+            begin = begin[:-size]
+        if len(digits) - len(begin) >= (3 if size == 1 else 2) * size:
+            return _sum_of_digits(whole, begin, block)
+    return f"{whole}.{digits}"
 
 
 def _sum_of_digits(whole: str, begin: str, block: str) -> str:
@@ -123,7 +127,10 @@ _BEFORE_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<=\d)'(?=\d{3}(?!\d))", ""),
         (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])|\\(?:display|text)style(?![a-zA-Z])", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
-        (r"(?<![a-zA-Z$])(?:US|CA|AU|NZ|HK)\\?\$(?= ?[\d.\\])|(?<![a-zA-Z])(?:USD|EUR|GBP|JPY|INR|CNY|RMB|Rs\.?) ?(?=[\d.\\])", ""),
+        (
+            r"(?<![a-zA-Z$])(?:US|CA|AU|NZ|HK)\\?\$(?= ?[\d.\\])|(?<![a-zA-Z])(?:USD|EUR|GBP|JPY|INR|CNY|RMB|Rs\.?) ?(?=[\d.\\])",
+            "",
+        ),
         (r"\\(?:pounds|euro|yen|textdollar|texteuro|textsterling)(?![a-zA-Z])", ""),
         (r"(?<!\\)\$ ?, ?\$", ", "),
         (r"\\?\$|\\[()](?![a-zA-Z])", ""),

@@ -197,12 +197,12 @@ _LOWER_UNIT = re.compile(r"[a-z]{1,2}")
 
 _DECIMAL = r"(?:\d++(?:\.\d*+)?|\.\d++)"
 _PLAIN = re.compile(rf"([-+]?{_DECIMAL})(?:/(\d++))?")
-_FRACTION = re.compile(rf"([-+]?)(\d*)\\frac\{{([-+]?{_DECIMAL})\}}\{{([-+]?{_DECIMAL})\}}")
+_FRACTION = re.compile(rf"(?<!\d)([-+]?)(\d*+)\\frac\{{([-+]?{_DECIMAL})\}}\{{([-+]?{_DECIMAL})\}}")
 _SCIENTIFIC = re.compile(
-    rf"([-+]?)({_DECIMAL})(?:(?:\\times|\\cdot|\*)10\^\{{?([-+]?\d{{1,3}})\}}?|[eE]([-+]?\d{{1,3}}))"
+    rf"(?<![\d.])([-+]?)({_DECIMAL})(?:(?:\\times|\\cdot|\*)10\^\{{?([-+]?\d{{1,3}})\}}?|[eE]([-+]?\d{{1,3}}))"
 )
 _TEN_TO = re.compile(r"^([-+]?)10\^")
-_BASED = re.compile(r"(-?[0-9][0-9A-F]*+)_\{?(\d++)\}?")
+_BASED = re.compile(r"(?<![0-9A-F])(-?[0-9][0-9A-F]*+)_\{?(\d++)\}?")
 
 
 @functools.lru_cache(maxsize=8192)
@@ -305,7 +305,9 @@ def _same_ratios(gold: list[str], given: list[str]) -> bool | None:
     if len(gold) != len(given):
         return None if max(len(gold), len(given)) == 2 else False
     if times or None in numbers[0] + numbers[1]:
-        return numbers[0] == numbers[1] if times and None not in numbers[0] else None if len(gold) == 2 else gold == given
+        return (
+            numbers[0] == numbers[1] if times and None not in numbers[0] else None if len(gold) == 2 else gold == given
+        )
     return all(a * numbers[1][0] == b * numbers[0][0] for a, b in zip(*numbers, strict=True))
 
 
