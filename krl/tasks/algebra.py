@@ -149,7 +149,24 @@ def _paired(gold, given) -> bool:
 
 
 def _as_set(parsed):
-    return _exact(parsed).as_set() if isinstance(parsed, Relational | And) else parsed
+    """A relation's solutions; what is no relation stays."""
+    if isinstance(parsed, And) and len(parsed.free_symbols) == 1:
+        return sympy.Intersection(*map(_as_set, parsed.args))
+    if not isinstance(parsed, Relational):
+        return parsed
+    relation = _exact(parsed)
+    if isinstance(relation, sympy.StrictLessThan | sympy.LessThan):
+        relation = relation.reversed  # the larger side first
+    strict = isinstance(relation, sympy.StrictGreaterThan)
+    if (strict or isinstance(relation, sympy.GreaterThan)) and {relation.lhs.is_Symbol, relation.rhs.is_Symbol} == {
+        True,
+        False,
+    }:
+        bound = relation.rhs if relation.lhs.is_Symbol else relation.lhs
+        if bound.is_number:  # at once: the general way takes a hundred times as long
+            ends = (bound, sympy.oo) if relation.lhs.is_Symbol else (-sympy.oo, bound)
+            return sympy.Interval(*ends, left_open=strict, right_open=strict)
+    return relation.as_set()
 
 
 def _same_sets(gold, given) -> bool:
@@ -206,7 +223,8 @@ def _same_values(gold, given) -> bool:
         return True
     if not difference.free_symbols:
         return _is_zero(difference) is True
-    real, other = [], []  # whether they are equal where both are real numbers, and where neither is
+    real: list[bool] = []  # whether they are equal where both are real numbers
+    other: list[bool] = []  # and where neither is
     for point in _points(difference.free_symbols):
         are_real = [_is_real(side, point) for side in (gold, given)]
         equal = _is_zero(difference, point)

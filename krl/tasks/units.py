@@ -63,7 +63,9 @@ def remove_units(text: str) -> str:
 
 def _unit(text: str, begin: int) -> tuple[int, str]:
     """Where the unit that begins here ends, and whether it is "sure", "maybe" or "" for none."""
-    position, depth, parts, kinds = begin, 0, [], set()
+    position, depth = begin, 0
+    parts: list[str] = []
+    kinds: set[str] = set()
     while token := _TOKEN.match(text, position):
         kind = token.lastgroup or ""
         if kind == "bracket":
