@@ -42,7 +42,7 @@ test: $(VENV)/dev-installed
 
 # "name>=version,..." becomes "name==version"
 oldest:
-	@$(MAKE) test VENV=.venv-oldest REQUIREMENTS="$$(sed -nE 's/^([A-Za-z_-]+)>=([^, ]+).*/\1==\2/p' requirements.txt | xargs)"
+	@$(MAKE) test VENV=.venv-oldest REQUIREMENTS="$$(sed -nE 's/^([A-Za-z0-9_-]+)>=([^, ]+).*/\1==\2/p' requirements.txt | xargs)"
 
 slow: $(VENV)/dev-installed
 	XLA_FLAGS= $(VENV)/bin/python -m pytest -m slow tests

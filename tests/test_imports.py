@@ -49,9 +49,7 @@ run_command()
         "krl: no figures and no page: the report needs altair, matplotlib, vl-convert-python: pip install altair matplotlib "
         f"vl-convert-python, then python -m krl.run.report {workdir} --out {workdir}"
     )
-    assert any(
-        line.startswith("knapsack with 16 rollouts a step: ") for line in said
-    )  # the words are there all the same
+    assert any(line.startswith("knapsack with 16 rollouts a step: ") for line in said)
     assert "Traceback" not in done.stderr
     assert not (workdir / "tensorboard").exists()
     assert not (workdir / "report.html").exists()

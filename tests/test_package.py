@@ -3,6 +3,7 @@
 import email
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,34 @@ def call(command, **changes):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def test_make_uses_the_python_that_is_asked_for_or_none(tmp_path):
+    for path, version in (("venv/bin/python", "3.11.7"), ("same", "3.11.7"), ("newer", "3.13.0")):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"#!/bin/sh\necho Python {version}\n")
+        file.chmod(0o755)
+
+    def make(*asked):
+        clean = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "VENV", "MAKEFLAGS")}
+        command = ["make", "-f", ROOT / "Makefile", "same-python", "VENV=venv", *asked]
+        done = subprocess.run(command, cwd=tmp_path, env=clean, capture_output=True, text=True)
+        return done.returncode, done.stderr.splitlines()[:1]
+
+    assert make() == make("PYTHON=./same") == (0, [])
+    advice = "give VENV=.venv-other too, or remove venv"
+    assert make("PYTHON=./newer") == (2, [f"venv has Python 3.11.7, and PYTHON=./newer is Python 3.13.0: {advice}"])
+    assert make("PYTHON=./gone") == (2, [f"venv has Python 3.11.7, and PYTHON=./gone is no Python that runs: {advice}"])
+
+
+def test_the_oldest_versions_are_read_from_the_requirements():
+    said = subprocess.run(["make", "--dry-run", "oldest"], cwd=ROOT, capture_output=True, text=True).stdout
+    (asked,) = re.findall(r"REQUIREMENTS=\"\$\((.*)\)\"", said)
+    oldest = subprocess.run(["sh", "-c", asked], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    bounds = re.findall(r"^(\S+)>=([\d.]+)", (ROOT / "requirements.txt").read_text(), re.M)
+    assert len(bounds) == len((ROOT / "requirements.txt").read_text().splitlines())
+    assert oldest == [f"{name}=={version}" for name, version in bounds]
 
 
 def test_the_packages_are_those_on_the_disk():
