@@ -1,5 +1,10 @@
 """Reward functions that tests name in a config; nothing here is slow to import."""
 
+import itertools
+import os
+import time
+import zlib
+
 
 def odd_letters(prompt, response, answer):
     """A reward that random text earns about half of the time; runs name it as tests.rewards:odd_letters."""
@@ -45,3 +50,39 @@ def odd_length(prompt, response, answer):
 def low(prompt, response, answer):
     """Rewards that are below -1, all of them."""
     return -3.0 - len(response)
+
+
+def coin(prompt, response, answer):
+    """1 for half of all responses, whatever they say."""
+    return float(zlib.crc32(response.encode()) % 2)
+
+
+def nothing(prompt, response, answer):
+    """0 for every response."""
+    return 0.0
+
+
+def nth(prompt, response, answer):
+    """How many responses this process has been asked about."""
+    return float(next(_CALLS))
+
+
+def in_a_moment(prompt, response, answer):
+    """1, after a third of a second."""
+    time.sleep(0.3)
+    return 1.0
+
+
+def tells_its_limits(prompt, response, answer):
+    """1 where KRL_TRIED is seen; 1/4 for a process's second response if it may not take 2 GB; the sixth takes an hour."""
+    call = next(_CALLS)
+    if call == 6:
+        time.sleep(3600)
+    try:
+        bytearray(2 * 10**9 if call == 2 else 1)
+    except MemoryError:
+        return 0.25
+    return float("KRL_TRIED" in os.environ)
+
+
+_CALLS = itertools.count(1)

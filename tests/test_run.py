@@ -22,7 +22,7 @@ import pytest
 from rich.console import Console
 
 from krl import learn, policy
-from krl.configs import arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b
+from krl.configs import arithmetic, default, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.run import checkpoint, lock
 from krl.run import metrics as metrics_module
@@ -95,6 +95,26 @@ def test_shipped_configs_pass_their_check(module):
         ({"arithmetic.num_train": 10}, "config.arithmetic.num_train=10 must be at least prompts_per_step=64"),
         ({"seed": -1}, "config.seed=-1 must be at least 0"),
         ({"sample.slots": -1}, "config.sample.slots=-1 must be at least 0"),
+        ({"sample.temperature": 1e-9}, "config.sample.temperature=1e-09 must be at least 0.001"),
+        ({"eval.temperature": 1e-9}, "config.eval.temperature=1e-09 must be 0 or at least 0.001"),
+        ({"optim.beta1": 1.0}, "config.optim.beta1=1.0 must be below 1"),
+        ({"optim.beta2": 1.0}, "config.optim.beta2=1.0 must be below 1"),
+        ({"seed": 2**32 - 1}, "config.seed=4294967295 must be at most 4294967294"),
+        ({"steps": 2**31}, "config.steps=2147483648 must be at most 2147483647"),
+        ({"alloc.n_max": 65537}, "config.alloc.n_max=65537 must be at most alloc.budget, or 65536"),
+        ({"mesh.shape": (), "mesh.axis_names": ()}, r"config.mesh.shape=\(\) must be the devices along one axis"),
+        ({"mesh.shape": (True,)}, "config.mesh.shape=.* must be whole numbers"),
+        (
+            {"mesh.shape": (2, 1), "mesh.axis_names": ("data", "fsdp"), "mesh.decode": (-1, -2)},
+            "config.mesh.decode=.* must be whole",
+        ),
+        ({"mesh.decode": (1.0,)}, "config.mesh.decode=.* must be whole numbers"),
+        ({"data.max_train": 10}, "config.data.max_train=10 must be left empty: data.source='arithmetic' reads no data"),
+        ({"data.answer_field": "a"}, "config.data.answer_field='a' must be left empty"),
+        (
+            {"arithmetic.addition": 0, "arithmetic.multiplication": 0},
+            "config.arithmetic.addition=0 must be at least 1 where no other",
+        ),
     ],
 )
 def test_impossible_configs_are_refused_by_key_and_fix(changes, message):
@@ -103,6 +123,26 @@ def test_impossible_configs_are_refused_by_key_and_fix(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         check(config, **NAMES)
     assert "\n" not in str(error.value)
+
+
+USUAL = flatten(default.get_config())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e39], ids=["nan", "inf", "-inf", "1e39"])  # fmt: skip
+@pytest.mark.parametrize("key", [key for key, value in USUAL.items() if type(value) is float])
+def test_numbers_that_no_device_can_hold_are_refused_by_key(key, value):
+    config = default.get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=re.escape(f"config.{key}=")):
+        check(config, **NAMES)
+
+
+@pytest.mark.parametrize("key", [key for key, value in USUAL.items() if type(value) is int])
+def test_whole_numbers_beyond_32_bits_are_refused_by_key(key):
+    config = default.get_config()
+    config.update_from_flattened_dict({key: 2**33})
+    with pytest.raises(ValueError, match=re.escape(f"config.{key}={2**33} must be")):
+        check(config, **NAMES)
 
 
 def test_a_work_directory_belongs_to_one_config(tmp_path):

@@ -90,6 +90,7 @@ def check(
             raise ValueError(f"config.{key}={flatten(config)[key]!r} must be {must}")
 
     check_keys(config)
+    _check_sizes(config, need)
     prompts, alloc, optim = config.prompts_per_step, config.alloc, config.optim
     for key in _AT_LEAST_ONE:
         need(flatten(config)[key] >= 1, key, "at least 1")
@@ -106,8 +107,11 @@ def check(
     )
     for key in ("eval.top_p", "sample.top_p"):
         need(0 < flatten(config)[key] <= 1, key, "above 0 and at most 1")
-    for key in ("optim.learning_rate", "sft.learning_rate"):
-        need(math.isfinite(flatten(config)[key]), key, "a finite number")
+    need(config.sample.temperature >= _COLDEST, "sample.temperature", f"at least {_COLDEST}; sample.top_k=1 is coldest")
+    warm = config.eval.temperature == 0 or config.eval.temperature >= _COLDEST
+    need(warm, "eval.temperature", f"0 or at least {_COLDEST}")
+    for key in ("optim.beta1", "optim.beta2"):
+        need(flatten(config)[key] < 1, key, "below 1: at 1 a moment never moves, and its correction divides by zero")
     need(config.policy.dtype in ("float32", "bfloat16"), "policy.dtype", "'float32' or 'bfloat16'")
     for key, known in (("average", averages), ("surrogate", surrogates), ("kl_estimator", kl_estimators)):
         need(config.loss[key] in known, f"loss.{key}", f"one of {sorted(known)}")
@@ -125,6 +129,11 @@ def check(
         "0 unless loss.kl_coefficient is above 0: without it no divergence is computed",
     )
 
+    need(
+        alloc.n_max <= max(alloc.budget, 65536),
+        "alloc.n_max",
+        "at most alloc.budget, or 65536: a table has a column for each",
+    )
     need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
     least, most = prompts * alloc.n_min, prompts * alloc.n_max
     need(
@@ -140,13 +149,26 @@ def check(
     _check_data(config, need, templates=templates, sources=sources)
 
 
+def _check_sizes(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+    """The part about numbers of any key: the devices have 32 bits for each; `need` refuses."""
+    for key, usual in flatten(default.get_config()).items():
+        value = flatten(config)[key]
+        if type(usual) is float:
+            need(abs(value) <= _LARGEST, key, f"a finite number, at most {_LARGEST:g}")
+        if type(usual) is int:
+            most = _LAST_SEED if key == "seed" else _LAST
+            need(value <= most, key, f"at most {most}")
+
+
 def _check_mesh(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
     """The part about devices; `need` refuses."""
     prompts, alloc, mesh = config.prompts_per_step, config.alloc, config.mesh
+    for key, sizes in (("mesh.shape", mesh.shape), ("mesh.decode", mesh.decode)):
+        need(all(type(size) is int and size >= 1 for size in sizes), key, "whole numbers of at least 1")
+    need(len(mesh.shape) > 0, "mesh.shape", "the devices along one axis or more, such as (1,)")
     need(len(mesh.shape) == len(mesh.axis_names), "mesh.shape", f"as long as mesh.axis_names={mesh.axis_names}")
     rows = 1
     for size, name in zip(mesh.shape, mesh.axis_names, strict=True):
-        need(isinstance(size, int) and size >= 1, "mesh.shape", "whole numbers of at least 1")
         rows *= size if name in ("data", "fsdp") else 1
     need(
         not mesh.decode or (len(mesh.decode) == len(mesh.shape) and math.prod(mesh.decode) == math.prod(mesh.shape)),
@@ -195,12 +217,18 @@ def _check_data(
         "at most 2704, the pairs of letters there are",
     )
     if config.data.source in embedded:
-        for key in ("data.name", "data.path", "data.test_path", "data.fields", "sft.path"):
+        for key in _OF_DATA:
             need(
                 not flatten(config)[key],
                 key,
                 f"left empty: data.source={config.data.source!r} reads no data; set it to 'dataset'",
             )
+        kinds = ("addition", "subtraction", "multiplication", "two_step")
+        need(
+            config.data.source != "arithmetic" or any(config.arithmetic[kind] for kind in kinds),
+            "arithmetic.addition",
+            "at least 1 where no other kind of expression is: subtraction, multiplication and two_step are 0",
+        )
         key = f"{config.data.source}.num_train"
         prompts = config.prompts_per_step
         need(flatten(config)[key] >= prompts, key, f"at least prompts_per_step={prompts}")
@@ -242,6 +270,14 @@ def parse_arguments(text: str) -> dict[str, object]:
     return arguments
 
 
+_OF_DATA = (  # what embedded tasks do not read
+    "data.name", "data.subset", "data.path", "data.test_path", "data.prompt_field", "data.answer_field", "data.completion_field",
+    "data.fields", "data.max_train", "sft.path",
+)  # fmt: skip
+_LARGEST = 3e38  # of a float32, nearly
+_LAST = 2**31 - 1  # of an int32
+_LAST_SEED = 2**32 - 2  # JAX drops the bits above the 32nd; evaluations take the seed after it
+_COLDEST = 0.001  # temperature: below it, logits that are divided by it leave float32
 _AT_LEAST_ONE = (
     "prompts_per_step", "max_bad_updates", "alloc.n_min", "alloc.prior_width", "data.max_prompt_tokens", "arithmetic.num_train",
     "arithmetic.num_test", "operators.num_operators", "operators.num_train", "operators.num_test", "sample.max_new_tokens", "optim.updates_per_step", "optim.micro_tokens", "eval.samples",

@@ -122,8 +122,9 @@ def init(config: PolicyConfig, key: jax.Array) -> dict:
     return nn.meta.unbox(_init_boxed(config, key))
 
 
+@functools.cache  # it traces the whole decoder, and set-up and updates ask several times
 def param_axes(config: PolicyConfig) -> dict:
-    """The logical axis names of every parameter: the tree of `init` with PartitionSpec leaves."""
+    """The logical axis names of every parameter: the tree of `init` with PartitionSpec leaves, not to be changed."""
     return nn.get_partition_spec(jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0))))
 
 
