@@ -10,6 +10,7 @@ from flax import struct
 from krl import policy
 from krl.rollout.tokens import LEVELS, draw_tokens, random_numbers
 from krl.sharding import constrain
+from krl.types import Array
 
 REFILL = 8  # slots are refilled when so large a part of them idles, one in eight
 SHRINK = 4  # how many times fewer slots go on when nothing waits and so few are live
@@ -33,7 +34,7 @@ class Settings(struct.PyTreeNode):
 
     temperature: jax.Array | float  # [], the logits are divided by it
     # [states, V] int16 or int32, which strings end a response, see `krl.rollout.stop.make_table`; None for none
-    stop_table: jax.Array | None = None
+    stop_table: Array | None = None
 
 
 class PromptCache(struct.PyTreeNode):

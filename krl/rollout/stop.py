@@ -17,7 +17,8 @@ from krl.policy.tokenizer import Tokenizer
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _UNKNOWN = "\ufffd"  # what bytes are decoded to that are no character
 _RUN = 256  # symbols from here on are bytes that are decoded together with the byte tokens beside them, or not at all
-_NO_RUN, _BAD_RUN = (), (-1,)
+_NO_RUN: tuple[int, ...] = ()
+_BAD_RUN = (-1,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,8 @@ def _automaton(strings: list[bytes]) -> np.ndarray:
         beginning = after(beginning, byte)
         return None if beginning is None else (beginning, then)
 
-    number, rows, states = {(b"", _NO_RUN): 0}, [], [(b"", _NO_RUN)]
+    number: dict = {(b"", _NO_RUN): 0}
+    rows, states = [], [(b"", _NO_RUN)]
     for state in states:  # which grows
         row = [follow(state, symbol) for symbol in range(2 * _RUN)]
         for then in row:
@@ -226,8 +228,8 @@ _BYTES_OF_LETTERS = _letters()
 def _decodes_runs_together(tokenizer: Tokenizer) -> bool:
     """Whether byte tokens side by side are one text or none, as in `tokenizers`; sentencepiece looks at each character."""
     ids = {tokenizer.token(number): number for number in range(tokenizer.vocab_size)}
-    pair = [ids.get("<0xFF>"), ids.get("<0x41>")]
-    return None not in pair and tokenizer.decode(pair) == 2 * _UNKNOWN
+    pair = [ids[name] for name in ("<0xFF>", "<0x41>") if name in ids]
+    return len(pair) == 2 and tokenizer.decode(pair) == 2 * _UNKNOWN
 
 
 def _follow(step: np.ndarray, states: np.ndarray, symbols: list[np.ndarray]) -> np.ndarray:

@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import PartitionSpec
 
 from krl import policy
-from krl.learn import policy_loss
+from krl.learn import AVERAGES, KL_ESTIMATORS, SURROGATES, policy_loss
 from krl.masked import divide, masked_sum
 from krl.run.pack import pack
 from krl.sharding import batch_devices, constrain
@@ -52,7 +52,6 @@ def make_optimizer(
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}  # all products to YNNPACK
 
 
-@functools.lru_cache(KEPT)
 def shared_jit(function: Callable, *arguments: Any, donate: tuple[int, ...] = (), **options: Any) -> Callable:
     """A function with some arguments bound, compiled once for all runs of this process that bind the same.
 
@@ -61,10 +60,19 @@ def shared_jit(function: Callable, *arguments: Any, donate: tuple[int, ...] = ()
         arguments, options: hashable; what is left are arrays.
         donate: which of these are given away.
     """
-    return jax.jit(functools.partial(function, *arguments, **options), donate_argnums=donate)
+    return _shared_jit(_named_functions(), function, donate, *arguments, **options)
 
 
 @functools.lru_cache(KEPT)
+def _shared_jit(_, function, donate, *arguments, **options) -> Callable:
+    return jax.jit(functools.partial(function, *arguments, **options), donate_argnums=donate)
+
+
+def _named_functions() -> tuple[Callable, ...]:
+    """What names among the arguments may stand for: a program is another one after a notebook has replaced one of these."""
+    return (*AVERAGES.values(), *SURROGATES.values(), *KL_ESTIMATORS.values())
+
+
 def for_this_backend(update: Callable, *arguments: Any, **options: Any) -> Callable:
     """An update compiled with what is fastest where it runs; donates its state.
 
@@ -74,6 +82,11 @@ def for_this_backend(update: Callable, *arguments: Any, **options: Any) -> Calla
         update: `policy_update` or `supervised_update`.
         arguments, options: what stays the same from step to step, hashable; the state and what follows are left.
     """
+    return _for_this_backend(_named_functions(), update, *arguments, **options)
+
+
+@functools.lru_cache(KEPT)
+def _for_this_backend(_, update, *arguments, **options) -> Callable:
     on_cpu = jax.default_backend() == "cpu" and _accepted(_CPU_OPTIONS)
     bound = functools.partial(update, *arguments, **options)
     return jax.jit(bound, donate_argnums=0, compiler_options=_CPU_OPTIONS if on_cpu else None)
