@@ -3,10 +3,11 @@
     python -m benchmarks.verifier --data DIRECTORY [--out runs/verifier] [--rows 300]
 
 DIRECTORY holds train/ and test/ with the files of FILES. Each sampled gold answer is written in up to 17
-forms, which should score 1. It is compared with near misses of its own, which should score 0, and with gold
-answers of other problems of its file, which should score 0 unless a plain reading of the two texts says that
-they are equal. Prints the agreement for each file and form and what one call costs, and writes the
-disagreements to disagreements.jsonl.
+forms, and in up to 14 more that its near misses are written in too: other notations, each of 20 units and five
+currencies, and the marks of common recipes. The answer should score 1 in all of them and the near misses 0. So
+should gold answers of other problems of its file, unless a plain reading of the two texts says that they are equal.
+Prints the agreement for each file and form and what one call costs, and writes the disagreements to
+disagreements.jsonl.
 """
 
 import argparse
@@ -26,6 +27,16 @@ FILES = (
 )  # fmt: skip
 OTHERS = 4  # answers of other problems, for each row
 SEED = 0
+UNITS = (
+    " \\text{ m/s}", "\\ \\mathrm{m/s^2}", " \\text{ g/cm}^3", "\\, \\mathrm{m \\, s^{-1}}", " \\text{ kJ/mol}",
+    " \\text{ N}\\cdot\\text{m}",
+    " \\text{ miles/hour}", "\\ \\Omega", "\\ \\mu\\text{m}", " \\text{ cm}\u00b2", " K", " USD",
+    " dollars per hour", "\\,\\text{\u00c5}",
+    " cm\u207b\u00b3", " m/s", "\u00b0C", "~\\mathrm{erg}~\\mathrm{s}^{-1}", "\\ \\mathrm{W/(m^2\\,K)}", " N m",
+)  # fmt: skip
+CURRENCIES = ("\u20ac", "\u00a3", "\\$", "US$", "EUR ")
+RAISED = str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+WIDE = str.maketrans("0123456789", "".join(chr(0xFF10 + digit) for digit in range(10)))
 
 
 def main():
@@ -69,8 +80,9 @@ def main():
 
 def trials(accepted: list[str], others: list[list[str]]) -> list[tuple[str, str, float]]:
     """Forms, responses and the rewards they should get."""
-    right = [(form, response, 1.0) for form, response in surface_forms(accepted[0])]
+    right = [(form, response, 1.0) for form, response in surface_forms(accepted[0]) + written(bare(accepted[0]))]
     wrong = [("near miss", f"\\boxed{{{text}}}", 0.0) for text in near_misses(accepted)]
+    wrong += [(f"near: {form}", said, 0.0) for text in near_misses(accepted) for form, said in written(text)]
     readings = {plainly(text) for text in accepted}
     for other in others:
         wrong.append(("another answer", f"\\boxed{{{bare(other[0])}}}", float(plainly(other[0]) in readings)))
@@ -139,6 +151,56 @@ def surface_forms(gold: str) -> list[tuple[str, str]]:
     return [(name, f"\\boxed{{{text}}}" if name in boxed else text) for name, text in forms.items() if text]
 
 
+def written(inside: str) -> list[tuple[str, str]]:
+    """Names and responses that give this text, of the answer or a near miss, in other notations and recipes' marks."""
+    prose = bool(re.search(r"\$|\*|text|mbox", inside))
+    number = re.fullmatch(
+        r"-?(\d+|\d{1,3}(,\d{3})+|\d*\.\d+|\\[dt]?frac\{\d+\}\{\d+\}|\d+(\.\d+)?( ?\\times 10\^\{?-?\d+\}?|e-?\d+))",
+        inside,
+    )
+    fraction = re.fullmatch(r"(-?)\\[dt]?frac\{(\d+)\}\{(\d+)\}", inside)
+    letter = re.fullmatch(r"\(?([A-H])\)?|\\text\{\(?([A-H])\)?\}", inside)
+    forms = {
+        "unicode minus": inside.replace("-", "\u2212") if "-" in inside and not prose else "",
+        "superscripts": re.sub(r"\^(?:\{(-?\d+)\}|(\d)(?!\d))", lambda m: (m[1] or m[2]).translate(RAISED), inside),
+        "root sign": re.sub(r"(?<!\d)\\sqrt\{(\d+)\}", "\u221a\\1", inside),
+        "fraction slash": f"{fraction[1]}{fraction[2]}\u2044{fraction[3]}" if fraction else "",
+        "repeating": repeating(*fraction.groups()) if fraction else "",
+        "full width": inside.translate(WIDE) if number and inside.isdigit() else "",
+        "plain braces": f"{{{inside[2:-2]}}}" if re.fullmatch(r"\\\{[^{}\\]+,[^{}\\]+\\\}", inside) else "",
+        "open bracket": re.sub(r"^\(([^()\[\],]+,[^()\[\],]+\])$", r"]\1", inside),
+        "choice": f"{letter[1] or letter[2]}. 12" if letter else "",
+    }
+    said = [(name, f"\\boxed{{{text}}}") for name, text in forms.items() if text and text != inside]
+    if number:
+        sign, size = ("-", inside[1:]) if inside.startswith("-") else ("", inside)
+        said += [("units", f"\\boxed{{{inside}{unit}}}") for unit in UNITS]
+        said += [("currencies", f"\\boxed{{{sign}{currency}{size}}}") for currency in CURRENCIES]
+    said.append(("answer tags", f"We add.\n<answer>{inside}</answer>"))
+    said.append(("after thinking", f"<think>Is it \\boxed{{123457}}?</think>\nIt is \\boxed{{{inside}}}."))
+    if not prose:
+        said.append(("displayed", f"The answer is:\n$$\n{inside}\n$$\nThat was it."))
+        said.append(("heading", f"2 + 2 = 4\n\n### Final answer\n\n{inside}\n"))
+        said.append(("bold", f"So we find **{inside}**."))
+    return said
+
+
+def repeating(sign: str, above: str, below: str) -> str:
+    """A fraction as a decimal with a bar over its period; "" where it has none, or one of over six digits."""
+    whole, rest = divmod(int(above), int(below) or 1)
+    digits, seen = "", {}
+    while rest and rest not in seen and len(digits) < 12:
+        seen[rest] = len(digits)
+        digit, rest = divmod(10 * rest, int(below))
+        digits += str(digit)
+    begin = seen.get(rest, 0) if rest else len(digits)
+    return (
+        f"{sign}{whole}.{digits[:begin]}\\overline{{{digits[begin:]}}}"
+        if rest in seen and len(digits) - begin <= 6
+        else ""
+    )
+
+
 def is_plain_list(inside: str) -> bool:
     """Whether commas separate the elements of a list, and neither thousands nor coordinates."""
     return bool(re.fullmatch(r"[^()\[\]{}]+(,[^()\[\]{}]+)+", inside)) and not re.search(r",\\?!|text|\d,\d{3}", inside)
@@ -169,14 +231,14 @@ def print_agreement(right: collections.Counter, asked: collections.Counter) -> N
     """A table of forms by files, in percent."""
     forms = list(dict.fromkeys(form for _, form in asked))
     names = [file.replace("olympiad_bench", "olympiad") for file in FILES]
-    print("form".ljust(16) + "".join(f"{name:>15}" for name in names) + f"{'all':>10}")
+    print("form".ljust(21) + "".join(f"{name:>15}" for name in names) + f"{'all':>10}")
     for form in [*forms, "all"]:
         cells = []
         for file in [*FILES, "all"]:
             keys = [key for key in asked if form in (key[1], "all") and file in (key[0], "all")]
             total = sum(asked[key] for key in keys)
             cells.append(f"{100 * sum(right[key] for key in keys) / total:.2f}" if total else "-")
-        print(form.ljust(16) + "".join(f"{cell:>15}" for cell in cells[:-1]) + f"{cells[-1]:>10}")
+        print(form.ljust(21) + "".join(f"{cell:>15}" for cell in cells[:-1]) + f"{cells[-1]:>10}")
     agreed, total = sum(right.values()), sum(asked.values())
     print(f"{agreed} of {total} agree: {100 * agreed / total:.3f}%")
 

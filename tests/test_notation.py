@@ -11,46 +11,71 @@ from krl.tasks import algebra, extract, notation, units, verify
 from krl.tasks.notation import normal_form
 from krl.tasks.verify import extract_answer, math_reward
 
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch, request):
+    """What is equal does not depend on how busy the machine is; only the tests of time keep the algebra's limit."""
+    if "hang" not in request.node.name:
+        monkeypatch.setattr(algebra, "SYMBOLIC_SECONDS", 30)
+
+
 # An answer in one spelling, in others, and answers that are near to it.
 SPELLINGS = [
     ("-\\pi", ["- \\pi", "\u2212\u03c0", "-\\pi{}".removesuffix("{}"), "-pi"], ["\\pi", "+\\pi", "-2\\pi"]),
     ("\\pi", ["+\\pi", "+ \\pi", "\u03c0", "3.14159", "3.141593"], ["-\\pi", "3.1416", "3.141592", "\\pi+10^{-20}"]),
     ("-\\frac{\\sqrt2}{2}", ["- \\frac{\\sqrt{2}}{2}", "-\\sqrt2/2", "-\u221a2/2"], ["\\frac{\\sqrt2}{2}"]),
     ("5", ["+5", "\uff15", "5.", "x = 5", "\\boxed{5}", "{5}", "5.0"], ["-5", "\uff16", "\uff15\uff10", "x = 6"]),
-    ("3.5", ["\uff13\uff0e\uff15", "3\\frac12", "3 1/2", "3\u00bd", "\\frac72"], ["3\u2153", "\\frac32", "\uff13\uff15"]),
+    ("3.5", ["\uff13\uff0e\uff15", "3\\frac12", "3 1/2", "3\u00bd", "\\frac72"], ["3\u2153", "\\frac32",
+    "\uff13\uff15"]),
     ("x^2+1", ["x\u00b2+1", "1 + x\u00b2", "x**2+1"], ["x2+1", "x\u00b3+1", "x\u00b2-1", "2x+1"]),
     ("x^{-12}", ["x\u207b\u00b9\u00b2"], ["x\u00b9\u00b2", "x\u207b\u00b9"]),
     ("a_1", ["a_{1}", "a\u2081"], ["a_2", "a\u2082", "a"]),
-    ("2\\sqrt{3}", ["\u221a12", "\u221a(12)", "2\u221a3", "\\sqrt{12}", "sqrt(12)", "2sqrt(3)"], ["\u221a13", "2\u221a2", "\u221b12"]),
+    ("2\\sqrt{3}", ["\u221a12", "\u221a(12)", "2\u221a3", "\\sqrt{12}", "sqrt(12)", "2sqrt(3)"], ["\u221a13",
+    "2\u221a2", "\u221b12"]),
     ("\\sqrt[3]{2}", ["\u221b2", "2^{1/3}"], ["\u221a2", "\u221b3"]),
-    ("\\frac{2}{3}", ["\u2154", "2\u20443", "\u00b2\u2044\u2083", "2/3", "{2 \\over 3}"], ["\u2153", "3\u20442", "\u00be"]),
-    ("\\frac13", ["0.\\overline{3}", "0.\\overline3", "0.\\bar{3}", "0.\\dot{3}", "0.\\dot3", "0.(3)", "0.333...", "0.333\\ldots",
+    ("\\frac{2}{3}", ["\u2154", "2\u20443", "\u00b2\u2044\u2083", "2/3", "{2 \\over 3}"], ["\u2153", "3\u20442",
+    "\u00be"]),
+    ("\\frac13", ["0.\\overline{3}", "0.\\overline3", "0.\\bar{3}", "0.\\dot{3}", "0.\\dot3", "0.(3)", "0.333...",
+    "0.333\\ldots",
                   "0.3333\u2026", "0.3\u0305", "0.\\overline{33}", "0.333333"],
-     ["0.3", "0.333", "0.\\overline{4}", "0.3\\overline{4}", "0.(4)", "0.334...", "0.\\overline{03}", "3.\\overline{3}"]),
-    ("\\frac16", ["0.1\\overline{6}", "0.1(6)", "0.1\\dot{6}", "0.1666..."], ["0.\\overline{16}", "0.(16)", "0.16", "0.6"]),
-    ("\\frac{41}{333}", ["0.\\overline{123}", "0.\\dot{1}2\\dot{3}", "0.(123)", "0.123123..."], ["0.123", "0.1\\overline{23}"]),
-    ("\\{1,2\\}", ["{1,2}", "\\left\\{2,1\\right\\}", "x \\in \\{1, 2\\}", "1, 2"], ["\\{1,3\\}", "{1}", "{1,2,3}", "[1,2]", "12"]),
+     ["0.3", "0.333", "0.\\overline{4}", "0.3\\overline{4}", "0.(4)", "0.334...", "0.\\overline{03}",
+     "3.\\overline{3}"]),
+    ("\\frac16", ["0.1\\overline{6}", "0.1(6)", "0.1\\dot{6}", "0.1666..."], ["0.\\overline{16}", "0.(16)", "0.16",
+    "0.6"]),
+    ("\\frac{41}{333}", ["0.\\overline{123}", "0.\\dot{1}2\\dot{3}", "0.(123)", "0.123123..."], ["0.123",
+    "0.1\\overline{23}"]),
+    ("\\{1,2\\}", ["{1,2}", "\\left\\{2,1\\right\\}", "x \\in \\{1, 2\\}", "1, 2"], ["\\{1,3\\}", "{1}", "{1,2,3}",
+    "[1,2]", "12"]),
     ("\\emptyset", ["\\varnothing", "\\{\\}", "\u2205", "\\{ \\}", "{}"], ["0", "\\{0\\}", "\\{\\emptyset\\}"]),
-    ("(1,2]", ["]1,2]", "]1;2]", "x \\in (1,2]", "1 < x \\le 2", "1<x<=2"], ["[1,2]", "]1,2[", "(1,2)", "]1,3]", "1<x<2"]),
+    ("(1,2]", ["]1,2]", "]1;2]", "x \\in (1,2]", "1 < x \\le 2", "1<x<=2"], ["[1,2]", "]1,2[", "(1,2)", "]1,3]",
+    "1<x<2"]),
     ("[1,2)", ["[1,2["], ["]1,2[", "[1,2]"]),
-    ("(1,\\infty)", ["(1,+\\infty)", "(1,\u221e)", "x > 1", "1 < x", "(1, infinity)", "2x > 2"], ["[1,\\infty)", "x \\ge 1", "x < 1", "(-\\infty,1)"]),
-    ("(1,2)\\cup(3,4)", ["(1,2) U (3,4)", "(3,4)\u222a(1,2)", "]1,2[\\cup]3,4["], ["(1,2)\\cap(3,4)", "(1,2)U(3,5)", "(1,2)", "(1,4)"]),
-    ("\\mathbb{R}", ["\\mathbb R", "\u211d", "(-\\infty,\\infty)", "(-\\infty,+\\infty)"], ["\\mathbb{Q}", "\u2124", "(0,\\infty)"]),
-    ("2\\pi r", ["2 \\cdot \\pi \\cdot r", "2*pi*r", "2\u03c0r", "r\\cdot2\\pi", "2\\times\\pi r"], ["2\\pi", "\\pi r", "2\\pi r^2", "2+\\pi r"]),
+    ("(1,\\infty)", ["(1,+\\infty)", "(1,\u221e)", "x > 1", "1 < x", "(1, infinity)", "2x > 2"], ["[1,\\infty)",
+    "x \\ge 1", "x < 1", "(-\\infty,1)"]),
+    ("(1,2)\\cup(3,4)", ["(1,2) U (3,4)", "(3,4)\u222a(1,2)", "]1,2[\\cup]3,4["], ["(1,2)\\cap(3,4)", "(1,2)U(3,5)",
+    "(1,2)", "(1,4)"]),
+    ("\\mathbb{R}", ["\\mathbb R", "\u211d", "(-\\infty,\\infty)", "(-\\infty,+\\infty)"], ["\\mathbb{Q}", "\u2124",
+    "(0,\\infty)"]),
+    ("2\\pi r", ["2 \\cdot \\pi \\cdot r", "2*pi*r", "2\u03c0r", "r\\cdot2\\pi", "2\\times\\pi r"], ["2\\pi",
+    "\\pi r", "2\\pi r^2", "2+\\pi r"]),
     ("6x", ["2(3x)", "2(3)x", "x\\cdot6", "6 x"], ["5x", "23x", "6+x", "6"]),
-    ("10000", ["10,000", "10 000", "10'000", "10_000", "10{,}000", "10\\,000", "1e4", "1E4", "1.0\u00d710\u2074", "1 x 10^4", "10^4", "10^{4}"],
+    ("10000", ["10,000", "10 000", "10'000", "10_000", "10{,}000", "10\\,000", "1e4", "1E4", "1.0\u00d710\u2074",
+    "1 x 10^4", "10^4", "10^{4}"],
      ["10,001", "10'001", "10_001", "1000", "10^5", "10^{-4}", "1\u00d710\u2075", "10.000"]),
-    ("0.000012", ["1.2 \\times 10^{-5}", "1.2\u00d710\u207b\u2075", "1.2e-5", "1.2E-05", "1.2 \\cdot 10^{-5}", "1.2*10^(-5)"],
+    ("0.000012", ["1.2 \\times 10^{-5}", "1.2\u00d710\u207b\u2075", "1.2e-5", "1.2E-05", "1.2 \\cdot 10^{-5}",
+    "1.2*10^(-5)"],
      ["1.2 \\times 10^{5}", "1.2\u00d710\u207b\u2076", "12e-5"]),
     ("3:4", ["3 : 4", "3\\colon4", "6:8"], ["4:3", "3:5", "7"]),
     ("1:2:3", ["2 : 4 : 6"], ["1:2:4", "\\frac16", "1:2"]),
     ("12:30", ["12:30"], ["12:31", "24:60", "12.5", "1230"]),
-    ("30.25", ["30^\\circ 15'", "30\u00b015\u2032", "30^{\\circ}15^{\\prime}", "30\u00b0 15' 0\""], ["30^\\circ 16'", "3015", "30"]),
+    ("30.25", ["30^\\circ 15'", "30\u00b015\u2032", "30^{\\circ}15^{\\prime}", "30\u00b0 15' 0\""], ["30^\\circ 16'",
+    "3015", "30"]),
     ("3015'", [], ["30^\\circ 15'"]),
     ("52_8", ["52_{8}", "52\u2088"], ["52_9", "53_8"]),
     ("3, -3", ["\u00b13", "\\pm 3", "-3 and 3"], ["3", "-3", "\\pm 2"]),
     ("5000000", ["5 million", "5 \\text{ million}", "\\$5 million", "5 million dollars", "5 \\text{ million dollars}"],
      ["5", "5 thousand", "5 billion", "6 million"]),
+    ("6,250", ["6250", "6,250 K", "6,250 m/s", "6 250 \\text{ m}"], ["6,251 K", "6.25 K"]),
     ("5", ["5"], ["5 million", "5 \\text{ thousand}"]),
     ("y'+y=0", ["y^{\\prime}+y=0", "y\u2032 + y = 0"], ["y+y=0", "y''+y=0", "2y=0"]),
     ("\\frac{dx}{dt}=kx", ["\\frac{d x}{d t} = k x"], ["0=kx", "\\frac{dy}{dt}=kx"]),
@@ -68,12 +93,18 @@ def test_spellings(gold, equal, near):
 
 
 UNITS = [
-    " \\text{ m/s}", "\\ \\mathrm{m/s^2}", " \\text{ g/cm}^3", " \\, \\mathrm{m \\, s^{-1}}", "~\\mathrm{erg}~\\mathrm{s}^{-1}",
-    " \\text{ kJ/mol}", " \\text{ N}\\cdot\\text{m}", " \\text{ miles/hour}", "\\ \\Omega", " k\u03a9", "\\ \\text{k}\\Omega",
-    "\\ \\mu\\text{m}", " \u00b5m", " \\text{ cm}\u00b2", " cm\u207b\u00b3", " K", " USD", "\\,\\text{\u00c5}", " \u00c5", "\u00b0C",
-    "^\\circ\\mathrm{C}", "\\ \\mathrm{kg\\cdot m^2/s^2}", "\\ \\mathrm{W/(m^2\\,K)}", " J/(kg\u00b7K)", " m/s\u00b2", " m s^{-1}", " N m",
-    " kg \\cdot m^2", "\\frac{\\text{m}}{\\text{s}}", "\\ \\mathrm{\\frac{m}{s}}", "\\,\\si{m/s}", " eV", " mol/L", " M_{\\odot}", "\u20ac",
-    " \u20ac", " dollars per hour", " per second", " yen", " sq. ft.", " light years", " ft-lb", "\\text{m}", "cm\u00b2", "kHz", "''",
+    " \\text{ m/s}", "\\ \\mathrm{m/s^2}", " \\text{ g/cm}^3", " \\, \\mathrm{m \\, s^{-1}}",
+    "~\\mathrm{erg}~\\mathrm{s}^{-1}",
+    " \\text{ kJ/mol}", " \\text{ N}\\cdot\\text{m}", " \\text{ miles/hour}", "\\ \\Omega", " k\u03a9",
+    "\\ \\text{k}\\Omega",
+    "\\ \\mu\\text{m}", " \u00b5m", " \\text{ cm}\u00b2", " cm\u207b\u00b3", " K", " USD", "\\,\\text{\u00c5}",
+    " \u00c5", "\u00b0C",
+    "^\\circ\\mathrm{C}", "\\ \\mathrm{kg\\cdot m^2/s^2}", "\\ \\mathrm{W/(m^2\\,K)}", " J/(kg\u00b7K)",
+    " m/s\u00b2", " m s^{-1}", " N m",
+    " kg \\cdot m^2", "\\frac{\\text{m}}{\\text{s}}", "\\ \\mathrm{\\frac{m}{s}}", "\\,\\si{m/s}", " eV", " mol/L",
+    " M_{\\odot}", "\u20ac",
+    " \u20ac", " dollars per hour", " per second", " yen", " sq. ft.", " light years", " ft-lb", "\\text{m}",
+    "cm\u00b2", "kHz", "''",
 ]  # fmt: skip
 CURRENCIES = [
     "\u20ac",
@@ -105,12 +136,18 @@ def test_units_are_not_compared(number):
 @pytest.mark.parametrize(
     ("gold", "given", "equal"),
     [
-        ("5 \\text{ km}", "5 \\text{ m}", True), ("5 km", "6 km", False), ("5 m", "5m", True), ("5 m", "5 \\text{ m}", True),
-        ("5 m", "6 \\text{ m}", False), ("(3, 4)", "(3 m, 4 m)", True), ("(3, 4)", "(3 m, 5 m)", False), ("4, 3", "3 K, 4 K", True),
-        ("x = 5", "x = 5 K", True), ("x = 5", "y = 5 K", False), ("2x", "2x \\text{ cm}", True), ("2mg", "2", False), ("2 m", "2", False),
-        ("5", "5m", False), ("5", "5x", False), ("5", "5 x", False), ("5", "5 t", False), ("5", "5/s", False), ("5", "5 m + 1", False),
-        ("5", "5\\mu", False), ("5", "5 m n", False), ("5", "5 \\text{ m}/2", False), ("5", "5 m, 6 m", False), ("5", "5\\mathrm{i}", False),
-        ("5", "5 \\text{ or } 6", False), ("5", "5 cm 6", False), ("5", "5 \\text{ (mod 7)}", False), ("5", "m5", False),
+        ("5 \\text{ km}", "5 \\text{ m}", True), ("5 km", "6 km", False), ("5 m", "5m", True), ("5 m",
+        "5 \\text{ m}", True),
+        ("5 m", "6 \\text{ m}", False), ("(3, 4)", "(3 m, 4 m)", True), ("(3, 4)", "(3 m, 5 m)", False), ("4, 3",
+        "3 K, 4 K", True),
+        ("x = 5", "x = 5 K", True), ("x = 5", "y = 5 K", False), ("2x", "2x \\text{ cm}", True), ("2mg", "2", False),
+        ("2 m", "2", False),
+        ("5", "5m", False), ("5", "5x", False), ("5", "5 x", False), ("5", "5 t", False), ("5", "5/s", False), ("5",
+        "5 m + 1", False),
+        ("5", "5\\mu", False), ("5", "5 m n", False), ("5", "5 \\text{ m}/2", False), ("5", "5 m, 6 m", False), ("5",
+        "5\\mathrm{i}", False),
+        ("5", "5 \\text{ or } 6", False), ("5", "5 cm 6", False), ("5", "5 \\text{ (mod 7)}", False), ("5", "m5",
+        False),
         ("44 \\text{ BC}", "44 \\text{ AD}", False), ("5", "5k", False), ("5", "5!", False), ("5", "5\u00b2", False),
     ],
 )  # fmt: skip
@@ -121,11 +158,16 @@ def test_units_and_variables(gold, given, equal):
 @pytest.mark.parametrize(
     ("gold", "given", "equal"),
     [
-        ("B", "B. 12", True), ("B", "\\text{B. } 12", True), ("C", "C. $45^\\circ$", True), ("B", "B. 1,000", True), ("B", "B: 12", True),
-        ("B", "B. x+1", True), ("C", "(C) $45^\\circ$", True), ("B", "\\textbf{(B)} 12", True), ("B", "**B**", True), ("B", "[B] .5", True),
-        ("\\text{(B)}", "B) \\frac12", True), ("B", "Option B", True), ("B", "the correct option (B)", True), ("B", "\\mathbf{B}", True),
-        ("B", "C. 12", False), ("B", "(B), (C)", False), ("B", "(B) or (C)", False), ("B", "B. or C.", False), ("B", "B. C", False),
-        ("B", "B. 12, C. 13", False), ("B", "B = 12", False), ("B", "BC", False), ("B", "12B", False), ("B", "B^2", False), ("B", "12", False),
+        ("B", "B. 12", True), ("B", "\\text{B. } 12", True), ("C", "C. $45^\\circ$", True), ("B", "B. 1,000", True),
+        ("B", "B: 12", True),
+        ("B", "B. x+1", True), ("C", "(C) $45^\\circ$", True), ("B", "\\textbf{(B)} 12", True), ("B", "**B**", True),
+        ("B", "[B] .5", True),
+        ("\\text{(B)}", "B) \\frac12", True), ("B", "Option B", True), ("B", "the correct option (B)", True), ("B",
+        "\\mathbf{B}", True),
+        ("B", "C. 12", False), ("B", "(B), (C)", False), ("B", "(B) or (C)", False), ("B", "B. or C.", False), ("B",
+        "B. C", False),
+        ("B", "B. 12, C. 13", False), ("B", "B = 12", False), ("B", "BC", False), ("B", "12B", False), ("B", "B^2",
+        False), ("B", "12", False),
         ("A, C", "C, A", True), ("A, C", "A", False),
     ],
 )  # fmt: skip
@@ -141,12 +183,18 @@ def test_long_answers_are_left_alone():
 # ---------------------------------------------------------------- time
 
 PIECES = [
-    "\\", "\\boxed{", "{", "}", "(", ")", "[", "]", "$", "$$", "\\[", "*", "**", "#", "#### ", "_", "^", "^{", "\\frac{", "\\frac", "\\text{",
-    "\\text{a} ", "\\mathrm{{}", "\\sqrt", "\\circ", "^\\prime", "\\overline{", "\\dot", "\\exp", "\\cdot ", "\\mu ", "\\pm", "\\over", "\\begin{",
-    "\\begin{matrix}", "1", "12", "1,", "1,234", "1.", ".", "0.3", "...", "1 ", "1_000", "1'", "'", '"', "!", "1!", "%", "/", "-", "+", "=", "<",
-    ",", ";", ":", ", ", " ", "\n", "~", "a", "ab ", "5 cm ", "5 cm^2 ", "cm/", "5 m ", "per ", "of ", "and ", "or ", "answer", "answer is ",
-    "answer: ", "answer   ", "## Answer\n", "<think>", "</think>", "<answer>", "</answer>", "<answer>a</answer>", "(A) ", "B. ", "million ",
-    "\u00b2", "\u00b9\u2044", "1\u2044", "\u00bd", "\u221a", "3\u0305", "\u2081", "\uff11", "x=", "10^", "1e", "US$", "\\dot1", "1)", "1}", "1\\,",
+    "\\", "\\boxed{", "{", "}", "(", ")", "[", "]", "$", "$$", "\\[", "*", "**", "#", "#### ", "_", "^", "^{",
+    "\\frac{", "\\frac", "\\text{",
+    "\\text{a} ", "\\mathrm{{}", "\\sqrt", "\\circ", "^\\prime", "\\overline{", "\\dot", "\\exp", "\\cdot ", "\\mu ",
+    "\\pm", "\\over", "\\begin{",
+    "\\begin{matrix}", "1", "12", "1,", "1,234", "1.", ".", "0.3", "...", "1 ", "1_000", "1'", "'", '"', "!", "1!",
+    "%", "/", "-", "+", "=", "<",
+    ",", ";", ":", ", ", " ", "\n", "~", "a", "ab ", "5 cm ", "5 cm^2 ", "cm/", "5 m ", "per ", "of ", "and ", "or ",
+    "answer", "answer is ",
+    "answer: ", "answer   ", "## Answer\n", "<think>", "</think>", "<answer>", "</answer>", "<answer>a</answer>",
+    "(A) ", "B. ", "million ",
+    "\u00b2", "\u00b9\u2044", "1\u2044", "\u00bd", "\u221a", "3\u0305", "\u2081", "\uff11", "x=", "10^", "1e", "US$",
+    "\\dot1", "1)", "1}", "1\\,",
 ]  # fmt: skip
 MODULES = (extract, units, notation, verify, algebra)
 
@@ -180,7 +228,7 @@ def seconds_of(pattern, text):
 
 
 def test_patterns_take_linear_time():
-    """Four times as long a text may take eight times as long; only where 1,000 characters take over 1 ms it is asked."""
+    """Four times as long a text may take eight times as long; asked where 1,000 characters take over 1 ms."""
     for name, pattern in patterns():
         for piece in PIECES:
             texts = ["5" + piece * (n // len(piece)) + "x\0" for n in (1_000, 4_000, 16_000)]
@@ -194,5 +242,5 @@ def test_patterns_take_linear_time():
 def test_long_responses_take_linear_time(inside):
     math_reward("\\boxed{x + 1}", "1 + x")  # imports
     for piece in PIECES:
-        text = inside.format(piece * (30_000 // len(piece)))
-        assert seconds(extract_answer, text) + seconds(math_reward, text, "5") < 0.5, piece
+        text = inside.format(piece * (12_000 // len(piece)))
+        assert seconds(extract_answer, text) + seconds(math_reward, text, "5") < 0.2, piece

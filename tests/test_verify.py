@@ -14,12 +14,11 @@ from krl.tasks import algebra
 from krl.tasks.verify import REWARDS, answer_key, exact_match, extract_answer, find_reward, math_reward
 
 
-@pytest.fixture(scope="module", autouse=True)
-def time_enough():
-    """What is equal does not depend on how busy the machine is: the algebra's time limit is one of the clock."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(algebra, "SYMBOLIC_SECONDS", 120)
-        yield
+@pytest.fixture(autouse=True)
+def patience(monkeypatch, request):
+    """What is equal does not depend on how busy the machine is; only the tests of time keep the algebra's limit."""
+    if "hang" not in request.node.name:
+        monkeypatch.setattr(algebra, "SYMBOLIC_SECONDS", 30)
 
 
 @pytest.mark.parametrize(
@@ -104,24 +103,36 @@ def test_equality(gold, given, equal):
 
 # Constants, formulas and bounds that differ by little, or are large or small themselves: no absolute bound decides.
 SIZES = [
-    ("\\frac{1}{2^{300}}", "\\frac{1}{2^{299}}", False), ("2^{-300}", "\\frac{1}{2^{300}}", True), ("2^{-300}", "-2^{-300}", False),
-    ("\\frac{3}{2^{2020}}", "\\frac{1}{2^{2020}}", False), ("\\frac{1}{100!}", "\\frac{1}{99!}", False), ("10^{-400}", "0", False),
+    ("\\frac{1}{2^{300}}", "\\frac{1}{2^{299}}", False), ("2^{-300}", "\\frac{1}{2^{300}}", True), ("2^{-300}",
+    "-2^{-300}", False),
+    ("\\frac{3}{2^{2020}}", "\\frac{1}{2^{2020}}", False), ("\\frac{1}{100!}", "\\frac{1}{99!}", False),
+    ("10^{-400}", "0", False),
     ("\\frac{1}{2006!}", "\\frac{1}{2004!}", False), ("\\frac{1}{2006!}", "\\frac{1}{2006 \\cdot 2005!}", True),
     ("1-\\frac{1}{2^{2020}}", "1-\\frac{1}{2^{2019}}", False), ("1-\\frac{1}{2^{2020}}", "1", False),
-    ("1-2^{-2020}", "\\frac{2^{2020}-1}{2^{2020}}", True), ("2^{2020}", "2^{2020}+1", False), ("2^{2020}", "4^{1010}", True),
+    ("1-2^{-2020}", "\\frac{2^{2020}-1}{2^{2020}}", True), ("2^{2020}", "2^{2020}+1", False), ("2^{2020}",
+    "4^{1010}", True),
     ("10^{400}", "10^{401}", False), ("1000!", "1000!+1", False), ("\\frac{1001!}{1000!}", "1001", True),
-    ("\\sqrt{2} \\cdot 2^{-300}", "\\sqrt{2} \\cdot 2^{-301}", False), ("\\sqrt{2} \\cdot 2^{-300}", "2^{1/2-300}", True),
+    ("\\sqrt{2} \\cdot 2^{-300}", "\\sqrt{2} \\cdot 2^{-301}", False), ("\\sqrt{2} \\cdot 2^{-300}", "2^{1/2-300}",
+    True),
     ("e^{-1000}", "e^{-1001}", False), ("e^{-1000}", "-e^{-1000}", False), ("e^{-1000}", "\\frac{1}{e^{1000}}", True),
-    ("\\sqrt{2}", "\\sqrt{2}+10^{-40}", False), ("\\sqrt{1+10^{-400}}", "1", False), ("\\sqrt{10^{40}+1}", "10^{20}", False),
-    ("e^{\\pi\\sqrt{163}}", "262537412640768744", False), ("\\sin(10^{-50})", "10^{-50}", False), ("0.99999999999999999999", "1", False),
-    ("x+10^{-20}", "x", False), ("10^{-20}x", "10^{-21}x", False), ("\\frac{x}{2^{300}}", "2^{-300}x", True), ("y=x+10^{-30}", "y=x", False),
+    ("\\sqrt{2}", "\\sqrt{2}+10^{-40}", False), ("\\sqrt{1+10^{-400}}", "1", False), ("\\sqrt{10^{40}+1}", "10^{20}",
+    False),
+    ("e^{\\pi\\sqrt{163}}", "262537412640768744", False), ("\\sin(10^{-50})", "10^{-50}", False),
+    ("0.99999999999999999999", "1", False),
+    ("x+10^{-20}", "x", False), ("10^{-20}x", "10^{-21}x", False), ("\\frac{x}{2^{300}}", "2^{-300}x", True),
+    ("y=x+10^{-30}", "y=x", False),
     ("x>10^{-20}", "x>10^{-21}", False), ("x>10^{-20}", "10^{20}x>1", True), ("(0, 10^{-20})", "0<x<10^{-21}", False),
-    ("(2^{-300},1)", "(2^{-301},1)", False), ("\\{2^{-300},1\\}", "\\{2^{-301},1\\}", False), ("[0,\\sqrt2\\cdot2^{-300}]", "[0,\\sqrt2\\cdot2^{-301}]", False),
+    ("(2^{-300},1)", "(2^{-301},1)", False), ("\\{2^{-300},1\\}", "\\{2^{-301},1\\}", False),
+    ("[0,\\sqrt2\\cdot2^{-300}]", "[0,\\sqrt2\\cdot2^{-301}]", False),
     ("\\begin{pmatrix} 2^{-300} \\\\ 1 \\end{pmatrix}", "\\begin{pmatrix} 2^{-301} \\\\ 1 \\end{pmatrix}", False),
-    ("\\sqrt{x^2}", "x", False), ("\\ln x^2", "2\\ln x", False), ("|x-100|", "100-x", False), ("\\lfloor x\\rfloor+1", "\\lceil x\\rceil", False),
-    ("\\sin^2 x", "1-\\cos^2 x", True), ("\\binom{n}{2}", "\\frac{n(n-1)}{2}", True), ("\\binom{n}{2}", "\\frac{n(n+1)}{2}", False), ("0.5x", "\\frac{x}{2}", True),
-    ("x^2<4", "-2<x<2", True), ("x^2<4", "x<2", False), ("-x<-1", "x>1", True), ("-x>-1", "x>1", False), ("xy=1", "y=\\frac1x", True), ("1<x<2", "1<y<2", False),
-    ("\\sqrt2", "1.41421", True), ("\\sqrt2", "1.41422", False), ("\\sqrt2", "1.4142", False), ("\\frac{22}{7}", "\\pi", False),
+    ("\\sqrt{x^2}", "x", False), ("\\ln x^2", "2\\ln x", False), ("|x-100|", "100-x", False),
+    ("\\lfloor x\\rfloor+1", "\\lceil x\\rceil", False),
+    ("\\sin^2 x", "1-\\cos^2 x", True), ("\\binom{n}{2}", "\\frac{n(n-1)}{2}", True), ("\\binom{n}{2}",
+    "\\frac{n(n+1)}{2}", False), ("0.5x", "\\frac{x}{2}", True),
+    ("x^2<4", "-2<x<2", True), ("x^2<4", "x<2", False), ("-x<-1", "x>1", True), ("-x>-1", "x>1", False), ("xy=1",
+    "y=\\frac1x", True), ("1<x<2", "1<y<2", False),
+    ("\\sqrt2", "1.41421", True), ("\\sqrt2", "1.41422", False), ("\\sqrt2", "1.4142", False), ("\\frac{22}{7}",
+    "\\pi", False),
 ]  # fmt: skip
 
 
@@ -229,7 +240,8 @@ PIECES = [
     "\\boxed{", "\\frac", "{", "}", "(", ")", "[", "]", "^", "_", "10", "99999", "-", "+", "=", ",", "\\pm",
     "\\cup", "%",
     "\\text{", "\\sqrt", "!", "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "&", "x", "e9", ".", " ", "####",
-    "answer is ", "\\{", "<answer>", "</think>", "~", " m/s", "\\mathrm{m}", "0.\\overline{3}", "0.(3)", "\u00b2", "\u221a", "\u00bd", "'", "^\\circ ", " million", ":", "]1,2[",
+    "answer is ", "\\{", "<answer>", "</think>", "~", " m/s", "\\mathrm{m}", "0.\\overline{3}", "0.(3)", "\u00b2",
+    "\u221a", "\u00bd", "'", "^\\circ ", " million", ":", "]1,2[",
 ]  # fmt: skip
 odd_text = st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=14).map("".join)
 
@@ -245,7 +257,7 @@ def test_no_text_raises(response, answer):
 
 @pytest.mark.parametrize("in_thread", [False, True])
 def test_no_text_hangs(in_thread):
-    """Each in well under the algebra's time limit, which does not hold in threads; in processor time, on busy machines."""
+    """Each in well under the algebra's limit, which does not hold in threads; in processor time, as machines are busy."""
     texts = [
         "10^10^10", "10^{10^{10}}", "9^{9^{9^9}}", "(10^{9999})^{9999}", "1e1000000000", "1e-9999", "100000000!",
         "((5!)!)!", "\\binom{1000000000}{500000000}", "\\int_0^1 e^{x^2}\\sin(x^3) dx", "(x+y+z)^{500}",

@@ -127,10 +127,8 @@ _BEFORE_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<=\d)'(?=\d{3}(?!\d))", ""),
         (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])|\\(?:display|text)style(?![a-zA-Z])", " "),
         (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
-        (
-            r"(?<![a-zA-Z$])(?:US|CA|AU|NZ|HK)\\?\$(?= ?[\d.\\])|(?<![a-zA-Z])(?:USD|EUR|GBP|JPY|INR|CNY|RMB|Rs\.?) ?(?=[\d.\\])",
-            "",
-        ),
+        (r"(?<![a-zA-Z$])(?:US|CA|AU|NZ|HK)\\?\$(?= ?[-+\d.\\])", ""),
+        (r"(?<![a-zA-Z])(?:USD|EUR|GBP|JPY|INR|CNY|RMB|Rs\.?) ?(?=[-+\d.\\])", ""),
         (r"\\(?:pounds|euro|yen|textdollar|texteuro|textsterling)(?![a-zA-Z])", ""),
         (r"(?<!\\)\$ ?, ?\$", ", "),
         (r"\\?\$|\\[()](?![a-zA-Z])", ""),
@@ -184,7 +182,7 @@ _AFTER_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 _DISPLAY = re.compile(r"^\\[\[(]|\\[\])]$")
 _INTERVAL = re.compile(r"([\[\]])([^\[\](),;]+[,;][^\[\](),;]+)([\[\]])")
-_THOUSANDS = re.compile(r"(?:[a-zA-Z]=)?-?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?")
+_THOUSANDS = re.compile(r"(?:[a-zA-Z]=)?-?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?(?:~[^,]*)?")
 _BRACED = re.compile(r"\{([^{}\\]*,[^{}]*)\}")
 
 

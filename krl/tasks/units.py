@@ -29,10 +29,12 @@ _NOT_LETTERS = re.compile(rf"{_COMMANDS}|{_POWER}|(?<=[a-zA-Z])-?\d(?![\d.])")
 _PLAIN = re.compile(r"(?!\s*-)[a-zA-Z\s.,'~/*(){}_\-]*")
 _NAME = re.compile(r"[a-zA-Z]+")
 
+_ONE_UNIT = rf"{UPRIGHT}\{{[^{{}}]*\}}(?:{_POWER})?"
 _TOKEN = re.compile(
     rf"(?P<space>\s|~)|(?P<upright>{UPRIGHT}\{{{_BALANCED}\}})"
-    rf"|(?P<fraction>\\[dt]?frac\s?\{{\s?{UPRIGHT}\{{[^{{}}]*\}}(?:{_POWER})?\s?\}}\{{\s?{UPRIGHT}\{{[^{{}}]*\}}(?:{_POWER})?\s?\}})"
-    rf"|(?P<symbol>(?:[kMm]|\\mu\s?)?\\Omega(?![a-zA-Z])|\\AA(?![a-zA-Z])|\\mathring\s?\{{A\}}|_\{{?\\odot(?:\}}|(?![a-zA-Z])))|(?P<mu>\\mu(?![a-zA-Z]))"
+    rf"|(?P<fraction>\\[dt]?frac\s?\{{\s?{_ONE_UNIT}\s?\}}\{{\s?{_ONE_UNIT}\s?\}})"
+    rf"|(?P<symbol>(?:[kMm]|\\mu\s?)?\\Omega(?![a-zA-Z])|\\AA(?![a-zA-Z])|\\mathring\s?\{{A\}}|_\{{?\\odot(?:\}}|(?![a-zA-Z])))"
+    rf"|(?P<mu>\\mu(?![a-zA-Z]))"
     rf"|(?P<between>\\cdot(?![a-zA-Z])|[*/\-]|per(?![a-zA-Z]))|(?P<power>{_POWER}|(?<=[a-zA-Z}}])[23](?![\d.]))"
     r"|(?P<bracket>[()])|(?P<word>[a-zA-Z]+)\.?"
 )
@@ -43,8 +45,8 @@ _NEXT = re.compile(r"\s?(?:$|[,;)\]}]|\\\})")
 def remove_units(text: str) -> str:
     """A text without the units that stand behind its values, and with a tilde before what may be one.
 
-    >>> remove_units("5 \\\\text{ N}\\\\cdot\\\\text{m}"), remove_units("300 K"), remove_units("5m"), remove_units("5 x")
-    ('5', '300~K', '5m', '5 x')
+    >>> remove_units("5 \\\\text{ N}\\\\cdot\\\\text{m}"), remove_units("300 K"), remove_units("5m")
+    ('5', '300~K', '5m')
     """
     kept, position = [], 0
     for value in _VALUE_ENDS.finditer(text):

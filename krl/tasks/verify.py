@@ -1,18 +1,26 @@
 """Verifiable rewards: find the final answer of a response and compare it with the gold answer.
 
-The comparison goes from cheap to dear: equal normal forms, exact numbers, the parts of lists, tuples,
-intervals and matrices, and only then the library math-verify, which parses LaTeX into sympy. What counts
-as equal:
+`krl.tasks.extract` says where an answer stands, `krl.tasks.notation` brings both to one spelling and
+`krl.tasks.units` takes units away. The comparison goes from cheap to dear: equal normal forms, exact numbers, the
+parts of lists, tuples, intervals and matrices, and only then `krl.tasks.algebra`, which lets the library math-verify
+parse LaTeX into sympy. What counts as equal:
 
-- Numbers are compared exactly: 0.5, .50, 1/2, \\frac12, 5 \\times 10^{-1} and 5e-1 are one number. The one
-  exception is a fraction without a finite decimal, which also equals a decimal of at least six
-  significant digits that it rounds to (1/3 and 0.333333).
-- Units, currency and degree signs are not compared: "5 cm" equals "5".
+- Numbers are compared exactly, whatever their size: 0.5, .50, 1/2, \\frac12, 5 \\times 10^{-1} and 5e-1 are one number,
+  and 2^{-300} and 2^{-301} are two. The one exception is a number without a finite decimal, which also equals a
+  decimal of at least six significant digits that it rounds to (1/3 and 0.333333, \\pi and 3.14159).
+- 0.\\overline{3}, 0.(3) and 0.333... are 1/3. 5 million is 5000000. 30^\\circ 15' is 30.25.
+- Units, currency and degree signs are not compared: "5 cm" and "5 m/s" equal "5". A letter after a space that is a
+  unit's symbol (300 K) is a unit where the other answer is a number; but a gold "5 m" may be a product, and 5m is one.
 - A gold percentage accepts the percentage, its number and its value: 50% accepts 50%, 50 and 0.5. Where
   the gold answer has no percent sign, a response's sign is a unit: 50 accepts 50%, and 0.5 does not.
 - A list ("1, 2", "x=1 or x=2", 1 \\pm 2) and a set have no order; points, intervals and matrices do.
 - "x = 5" equals "5" but not "y = 5". A number with its base, 52_8, equals 52 but not 52_9.
-- Multiple choice letters may stand in parentheses and be followed by the choice's text.
+- A ratio may be reduced (3:4 and 6:8); what looks like a time (4:20 and 2:10) may not.
+- Multiple choice letters may stand in brackets and be followed by the choice's text: "B. 12", "(B) x+1". An answer
+  that names two letters is neither.
+- Formulas are equal where they agree at several points to as many digits as their numbers need, with the same domain
+  (\\sqrt{x^2} is not x). Equations and inequalities are equal if one is a multiple of the other or if they have the
+  same solutions.
 """
 
 import functools
@@ -189,7 +197,8 @@ _WORDS = re.compile(r"[A-Za-z .]+")
 _CHOICE = re.compile(r"\(?([A-J])\)?")
 _WRAPPED = re.compile(rf"{UPRIGHT}\{{([^{{}}]*)\}}")
 _CHOICE_FIRST = re.compile(
-    r"(?:(?:the )?(?:correct )?(?:option|choice|answer) )?(?:([A-Ja-j])$|[(\[]([A-Ja-j])[)\]]|([A-J])(?:[.:)](?![a-zA-Z])))",
+    r"(?:(?:the )?(?:correct )?(?:option|choice|answer) )?"
+    r"(?:([A-Ja-j])$|[(\[]([A-Ja-j])[)\]]|([A-J])(?:[.:)](?![a-zA-Z])))",
     re.IGNORECASE,
 )
 _CHOICE_AGAIN = re.compile(r"[(\[][A-J][)\]]|(?<![A-Za-z\\])[A-J](?: ?[.:),]|$)|\b(?:or|and) [A-J]\b")
