@@ -109,6 +109,8 @@ def test_shipped_configs_pass_their_check(module):
             "config.mesh.decode=.* must be whole",
         ),
         ({"mesh.decode": (1.0,)}, "config.mesh.decode=.* must be whole numbers"),
+        ({"alloc.prior_width": 2**24 + 1}, "config.alloc.prior_width=16777217 must be at most 16777216"),
+        ({"arithmetic.num_warm": 0}, "config.arithmetic.num_warm=0 must be at least 1"),
         ({"data.max_train": 10}, "config.data.max_train=10 must be left empty: data.source='arithmetic' reads no data"),
         ({"data.answer_field": "a"}, "config.data.answer_field='a' must be left empty"),
         (

@@ -134,6 +134,7 @@ def check(
         "alloc.n_max",
         "at most alloc.budget, or 65536: a table has a column for each",
     )
+    need(alloc.prior_width <= 1 << 24, "alloc.prior_width", f"at most {1 << 24}: each is a parameter of the prior")
     need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
     least, most = prompts * alloc.n_min, prompts * alloc.n_max
     need(
@@ -228,6 +229,13 @@ def _check_data(
             config.data.source != "arithmetic" or any(config.arithmetic[kind] for kind in kinds),
             "arithmetic.addition",
             "at least 1 where no other kind of expression is: subtraction, multiplication and two_step are 0",
+        )
+        made = config.tokenizer.path or config.policy.path
+        warm = f"{config.data.source}.num_warm"
+        need(
+            flatten(config)[warm] > 0 or bool(made and not sft.steps),
+            warm,
+            "at least 1: the tokenizer is trained on them",
         )
         key = f"{config.data.source}.num_train"
         prompts = config.prompts_per_step
