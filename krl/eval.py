@@ -125,7 +125,8 @@ def measure_sets(
     say_ends(config, ends, next(iter(encoded.values())))
     generate = functools.partial(
         rollout.generate, policy_config, max_new_tokens=config.sample.max_new_tokens, eos_ids=ends.eos_ids,
-        stop_table=ends.table, pad_id=tokenizer.pad_id, num_slots=find_slots(config, policy_config, mesh), temperature=config.eval.temperature, top_p=config.eval.top_p,
+        stop_table=ends.table, pad_id=tokenizer.pad_id, num_slots=find_slots(config, policy_config, mesh),
+        temperature=config.eval.temperature, top_p=config.eval.top_p,
     )  # fmt: skip
     settings = {
         "policy": identity, "temperature": config.eval.temperature, "top_p": config.eval.top_p,

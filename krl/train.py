@@ -301,7 +301,9 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
         rewards=parts.verifiers.names, hear=hear,
         allocate=shared_jit(budget.allocate, budget.RULES[alloc.rule], n_min=alloc.n_min, n_max=alloc.n_max),
-        advantages=shared_jit(step_advantages, FrozenConfigDict(loss), config.prompts_per_step, config.sample.max_new_tokens),
+        advantages=shared_jit(
+            step_advantages, FrozenConfigDict(loss), config.prompts_per_step, config.sample.max_new_tokens
+        ),
         update_policy=functools.partial(update_policy, reference=reference), measure=measure,
         update_belief=shared_jit(budget.update, fit_discounts=alloc.fit_discounts, donate=(0,)),
         describe=functools.partial(describe_rollouts, parts.train),

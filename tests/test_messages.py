@@ -195,12 +195,13 @@ def test_data_that_is_wrong(here, name, told):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"optim.learning_rate": float("inf")}, "config.optim.learning_rate=inf must be a finite number"),
+        ({"optim.learning_rate": float("inf")}, "config.optim.learning_rate=inf must be a finite number, at most 3e+38"),
         ({"sft.path": "a.jsonl"}, "config.sft.path='a.jsonl' must be left empty: data.source='arithmetic' reads no data; set it to 'dataset'"),
         ({"mesh.shape": (64,), "alloc.budget": 64, "alloc.n_max": 64, "sft.batch_size": 64}, "mesh shape (64,) needs 64 devices and 8 are here; give config.mesh.shape no more than there are"),
         ({"mesh.axis_names": ("rows",)}, "mesh axis names ('rows',) (config.mesh.axis_names) must be distinct names from ('data', 'fsdp', 'model')"),
         ({"tokenizer.path": "gone"}, "the tokenizer gone does not exist; name a .model file or a checkpoint's directory"),
-        ({"policy.path": "gone"}, "config.policy.path='gone': gone is no checkpoint directory: cannot read gone/config.json"),
+        ({"policy.path": "gone"}, "config.policy.path='gone': gone is no checkpoint directory: cannot read gone/config.json "
+         r"\(No such file or directory\): it does not exist; a checkpoint of a hub must be downloaded first"),
         ({"policy.attention": "fast"}, "config.policy: attention 'fast' must be one of ['auto', 'cudnn', 'splash', 'xla']"),
         ({"sft.dir": "own.py/x"}, r"cannot write own.py/x/\w+: \[Errno 20\] Not a directory: .*; choose another config.sft.dir"),
         ({"checkpoint.dir": "own.py"}, r"cannot write checkpoints to own.py/checkpoints: .*; choose another directory"),

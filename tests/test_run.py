@@ -81,6 +81,8 @@ def test_shipped_configs_pass_their_check(module):
         ({"mesh.shape": (3,)}, "config.alloc.budget=512 must be a multiple of the 3 devices"),
         ({"mesh.shape": (2, 2)}, "config.mesh.shape=.* must be as long as"),
         ({"mesh.shape": (0,)}, "config.mesh.shape=.* must be whole numbers"),
+        ({"sample.stop": ("",)}, r"config.sample.stop=\(''?,\) must be texts with something in them"),
+        ({"sample.stop": (5,)}, r"config.sample.stop=\(5,\) must be texts"),
         ({"mesh.decode": (2,)}, r"config.mesh.decode=\(2,\) must be \(\) or as many devices as mesh.shape=\(1,\)"),
         ({"data.source": "web"}, "config.data.source='web' must be"),
         ({"data.source": "dataset"}, "config.data.name='' must be a data set"),

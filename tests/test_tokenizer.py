@@ -14,6 +14,7 @@ from krl.policy.tokenizer import (
     SentencePieceTokenizer,
     check_vocabulary,
     load_tokenizer,
+    save_end_ids,
     train_sentencepiece,
 )
 from krl.tasks.templates import find_template
@@ -247,6 +248,38 @@ def test_a_published_sentencepiece_model(tmp_path):
             assert changed.encode_prompt(text) == [1, *tokenizer.encode("12")]
 
 
+@pytest.mark.parametrize(
+    ("files", "further"),
+    [
+        ({}, []),
+        ({"config": {"eos_token_id": 257}}, [257]),
+        ({"config": {"eos_token_id": [258, 257]}}, [258, 257]),
+        ({"config": {"text_config": {"eos_token_id": [257]}}}, [257]),  # of a model that sees images
+        ({"config": {"eos_token_id": 258, "text_config": {"eos_token_id": 257}}}, [258, 257]),
+        ({"config": {"eos_token_id": None}, "generation_config": {"top_p": 0.9}}, []),
+        ({"config": {"eos_token_id": 258}, "generation_config": {"top_p": 0.9}}, [258]),
+        ({"config": {"eos_token_id": 258}, "generation_config": {"eos_token_id": [257]}}, [257]),
+        ({"config": {"eos_token_id": 258}, "generation_config": {"eos_token_id": []}}, [258]),
+    ],
+)
+def test_config_json_names_end_tokens_where_generation_config_json_does_not_and_a_copy_has_the_same(
+    tmp_path, files, further
+):
+    """A copy of the tokenizer, in a work directory, lies beside another config.json."""
+    plain = byte_level(["<end>"])
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer=plain, tokenizer_config={"eos_token": "<end>"}, **files))
+    assert tokenizer.eos_ids == (plain.token_to_id("<end>"), *further)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in tokenizer.files:
+        (copy / file.name).write_bytes(file.read_bytes())
+    write(copy, config={"eos_token_id": 3})
+    save_end_ids(copy, tokenizer.eos_ids)
+    assert load_tokenizer(copy).eos_ids == tokenizer.eos_ids
+    kept = json.loads((copy / "generation_config.json").read_text())
+    assert kept.get("top_p") == files.get("generation_config", {}).get("top_p")
+
+
 def test_training_is_reproducible(tmp_path):
     for name in "ab":
         train_sentencepiece(TEXTS, tmp_path / name, vocab_size=40, byte_fallback=False)
@@ -282,6 +315,7 @@ def _broken(directory, case):
         "neither": {"config": {}},
         "no end": files | {"tokenizer_config": {}},
         "wrong end": files | {"generation_config": {"eos_token_id": "<end>"}},
+        "wrong config end": files | {"config": {"eos_token_id": "<end>"}},
         "junk generation": files | {"generation_config": [1]},
     }
     return write(directory, **faults[case])
@@ -297,6 +331,7 @@ def _broken(directory, case):
         ("junk json", r"cannot read the tokenizer .*tokenizer\.json"),
         ("no end", "has no end token; name it"),
         ("wrong end", r"generation_config\.json has eos_token_id \['<end>'\]"),
+        ("wrong config end", r"/config\.json has eos_token_id \['<end>'\]"),
         ("junk generation", r"generation_config\.json: it is not a JSON object"),
     ],
 )

@@ -258,6 +258,21 @@ def test_two_devices_equal_one(finished, tmp_path, capsys):
         np.testing.assert_allclose(second[name], first[name], atol=1e-3)
 
 
+def test_a_run_decodes_in_another_layout_than_it_learns_in(tmp_path, capsys):
+    """Keys, prompts and counts come from the mesh of the update, which is another one to JAX."""
+    run_here(
+        tmp_path, config="operators", **{
+            "mesh.shape": (2, 1), "mesh.axis_names": ("fsdp", "model"), "mesh.decode": (1, 2), "policy.num_kv_heads": 2,
+            "operators.num_operators": 51, "operators.num_warm": 3000, "operators.num_train": 16, "operators.num_test": 4,
+            "data.max_prompt_tokens": 6, "sft.steps": 0, "steps": 1, "eval.every": 1, "alloc.scouts": 2,
+        },
+    )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "mesh {'fsdp': 2, 'model': 1}" in said
+    assert "krl: responses end with </s> (1)\n" in said
+    assert np.isfinite([rows(tmp_path)[-1][name] for name in ("loss", "entropy", "eval/accuracy")]).all()
+
+
 def test_updates_that_are_not_finite_stop_the_run(tmp_path):
     bad = run(tmp_path / "work", **{"optim.learning_rate": 1e30, "max_bad_updates": 2, "steps": 50})
     assert bad.returncode != 0

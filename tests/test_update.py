@@ -1,6 +1,8 @@
 """The optimiser steps: micro-batches, skipped rollouts, devices and faults change nothing they should not."""
 
+import gc
 import re
+import weakref
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from krl import policy, rollout
 from krl.learn import policy_loss
 from krl.run.pack import pack
 from krl.run.update import (
+    KEPT,
     _accumulate,
     apply_gradients,
     for_this_backend,
@@ -356,3 +359,20 @@ def test_a_penalty_to_the_policy_itself_is_zero_and_to_another_one_is_not():
     _, far = step(kl_coefficient=0.5, reference=tiny.params(seed=1))
     assert float(far["kl"]) > 0.01
     assert float(far["loss"]) == pytest.approx(float(metrics["loss"]) + 0.5 * float(far["kl"]), rel=1e-4)
+
+
+def test_equal_settings_share_an_optimiser_and_its_programs_and_old_ones_are_let_go():
+    def update_with(rate):
+        optimizer = make_optimizer(
+            learning_rate=rate, warmup_steps=0, decay_steps=0, beta1=0.9, beta2=0.98, weight_decay=0.0, grad_clip=1.0
+        )
+        return for_this_backend(supervised_update, tiny.CONFIG, optimizer, micro_tokens=64), optimizer.update
+
+    first, again = update_with(0.25), update_with(0.25)
+    assert first[0] is again[0]
+    gone = weakref.ref(first[1])
+    del first, again
+    for number in range(KEPT + 1):
+        update_with(0.5 + number)
+    gc.collect()
+    assert gone() is None

@@ -57,25 +57,30 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-# What people hand over by mistake: files that tell it, and what it is. The first that is there is told.
-_OTHERS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("adapter_config.json", "adapter_model.*"), "it is an adapter (such as LoRA): merge it into its base model with peft "
-     "(merge_and_unload, save_pretrained) and name what that writes"),
-    (("*.gguf",), "it holds GGUF files, made for llama.cpp; take the safetensors that they were made from"),
-    (("metrics.jsonl", "policy/config.json"), "it is the work directory of a run; write its policy with "
-     "python -m krl.policy.hf export DIR OUT and name OUT"),
-    (("_CHECKPOINT_METADATA", "params/_METADATA", "*/_CHECKPOINT_METADATA", "_METADATA"), "it is an Orbax checkpoint of a run; "
-     "write the policy with python -m krl.policy.hf export WORKDIR OUT and name OUT"),
-    (("model_index.json",), "it is a pipeline of diffusers, not a language model"),
-    (("snapshots/*/config.json",), "it is a model in the hub's cache; name the directory below its snapshots"),
-    (("consolidated.*", "params.json"), "it is in its maker's own format (params.json, consolidated files); take the one "
-     "converted for transformers"),
-    (("pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt"), "it holds pickled weights, which are not read; convert them to safetensors "
-     "with transformers (from_pretrained, save_pretrained)"),
-    (("*.msgpack", "*.h5", "*.onnx", "*.mlmodel", "*.npz"), "it holds weights in another format than safetensors; convert them with "
-     "transformers (from_pretrained, save_pretrained)"),
-    (("*/config.json",), "directories in it hold config.json; name one of these"),
-)  # fmt: skip
+# What people hand over by mistake, and files that tell it. The first that is there is told.
+_SAVE = "with transformers (from_pretrained, save_pretrained)"
+_EXPORT = "write its policy with python -m krl.policy.hf export WORKDIR OUT and name OUT"
+_OTHERS: dict[str, tuple[str, ...]] = {
+    "it is an adapter (such as LoRA): merge it into its base model with peft (merge_and_unload, save_pretrained) and "
+    "name what that writes": ("adapter_config.json", "adapter_model.*"),
+    "it holds GGUF files, made for llama.cpp; take the safetensors that they were made from": ("*.gguf",),
+    f"it is the work directory of a run; {_EXPORT}": ("metrics.jsonl", "policy/config.json"),
+    f"it is an Orbax checkpoint of a run; {_EXPORT}": (
+        "_CHECKPOINT_METADATA", "params/_METADATA", "*/_CHECKPOINT_METADATA", "_METADATA"
+    ),
+    "it is a pipeline of diffusers, not a language model": ("model_index.json",),
+    "it is a model in the hub's cache; name the directory below its snapshots": ("snapshots/*/config.json",),
+    "it is in its maker's own format (params.json, consolidated files); take the one converted for transformers": (
+        "consolidated.*", "params.json"
+    ),
+    f"it holds pickled weights, which are not read; convert them to safetensors {_SAVE}": (
+        "pytorch_model*.bin", "*.pth", "*.pt", "*.ckpt"
+    ),
+    f"it holds weights in another format than safetensors; convert them {_SAVE}": (
+        "*.msgpack", "*.h5", "*.onnx", "*.mlmodel", "*.npz"
+    ),
+    "directories in it hold config.json; name one of these": ("*/config.json",),
+}  # fmt: skip
 
 
 def what_else(path: pathlib.Path) -> str:
@@ -86,7 +91,7 @@ def what_else(path: pathlib.Path) -> str:
     if path.is_file():
         kind = "a GGUF file, made for llama.cpp" if path.suffix == ".gguf" else "a file"
         return f"it is {kind}; name a directory with config.json and safetensors"
-    for files, what in _OTHERS:
+    for what, files in _OTHERS.items():
         if any(next(path.glob(file), None) for file in files):
             return what
     weights, tokenizer = (
@@ -130,14 +135,16 @@ def read_config(path: str | pathlib.Path, **options: Any) -> PolicyConfig:
     inner = fields.get("text_config")
     if isinstance(inner, dict):
         raise ValueError(
-            f"{file}: model_type {family!r} is a model with a text_config among others, such as one that sees images; only a "
-            f"text model is supported: save its language model alone, whose config.json has model_type {inner.get('model_type')!r}"
+            f"{file}: model_type {family!r} is a model with a text_config among others, such as one that sees images; "
+            "only a text model is supported: save its language model alone, whose config.json has model_type "
+            f"{inner.get('model_type')!r}"
         )
     if fields.get("quantization_config"):
         kind = fields["quantization_config"]
         kind = kind.get("quant_method") if isinstance(kind, dict) else kind
         raise ValueError(
-            f"{file}: the field 'quantization_config' says that the weights are quantised ({kind}); take those of 16 or 32 bits"
+            f"{file}: the field 'quantization_config' says that the weights are quantised ({kind}); "
+            "take those of 16 or 32 bits"
         )
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{file}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")

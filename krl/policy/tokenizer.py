@@ -321,7 +321,7 @@ class HuggingFaceTokenizer:
 
 
 def _end_ids(own: int | None, tokenizer: pathlib.Path) -> tuple[int, ...]:
-    """The tokenizer's own end token, then those of generation_config.json beside it, or else of config.json; each once."""
+    """The tokenizer's own end token, then those of generation_config.json beside it, or else of config.json."""
     named: list[int] = []
     for name in ("generation_config.json", "config.json"):
         file = tokenizer.with_name(name)

@@ -74,8 +74,7 @@ def generate(
     are data: changing them does not recompile.
 
     Args:
-        config: the policy's sizes.
-        params: the policy's parameters.
+        config, params: the policy's sizes and parameters.
         prompts: M prompts, padded on the left; every prompt has at least one token.
         counts: [M] int32 >= 0, rollouts of each prompt.
         key: a typed PRNG key, consumed.
@@ -125,8 +124,8 @@ def generate(
     )  # fmt: skip
     if not num_rollouts:
         return _nothing(options, counts)
-    given = Settings(jnp.asarray(temperature), stop_table)
-    return _generate(config, options, watch, given, params, prompts, counts, key, first_sample, expected_tokens)
+    asked = prompts, counts, key, first_sample, expected_tokens
+    return _generate(config, options, watch, Settings(jnp.asarray(temperature), stop_table), params, *asked)
 
 
 def _nothing(options: Options, counts: jax.Array) -> Rollouts:

@@ -1,9 +1,9 @@
 """What ends a response: end tokens, and strings.
 
-A string that is no single token ends a response with the token with which the decoded text first holds it. Which token that
-is depends on the tokens before it, so the sampler needs a memory of them: a table, made here, with a row for each beginning of a
-string that the text may end with (the automaton of Aho and Corasick, Communications of the ACM 18(6), 1975, over bytes),
-and a column for each token. Following it costs a gather a token and never leaves the device.
+A string that is no single token ends a response with the token with which the decoded text first holds it. Which token
+that is depends on the tokens before it, so the sampler needs a memory of them: a table, made here, with a row for each
+beginning of a string that the text may end with (the automaton of Aho and Corasick, Communications of the ACM 18(6),
+1975, over bytes), and a column for each token. Following it costs a gather a token and never leaves the device.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Ends:
     table: np.ndarray | None  # [states, V] int16 or int32, see `make_table`; None without strings
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a response up to the first stop string, which is part of it; what its last token has beyond is left out."""
+        """The text of a response up to the end of the first stop string; what its last token has beyond is left out."""
         text = self.tokenizer.decode(ids)
         ends = [text.find(string) + len(string) for string in self.strings if string in text]
         return text[: min(ends)] if ends else text
@@ -42,8 +42,8 @@ def find_ends(tokenizer: Tokenizer, stop: Sequence[str], vocab_size: int) -> End
 
     Args:
         tokenizer: of the run.
-        stop: texts; one that is a special or added token is an end token, and one whose token adds to the text, or that is no
-            token, is a stop string.
+        stop: texts; one that is a special or added token is an end token, and one whose token adds to the text, or that
+            is no token, is a stop string.
         vocab_size: V of the model, at least the tokenizer's.
 
     Raises:
@@ -55,8 +55,8 @@ def find_ends(tokenizer: Tokenizer, stop: Sequence[str], vocab_size: int) -> End
     for text, number in named.items():
         if number is not None and number >= vocab_size:
             raise ValueError(
-                f"config.sample.stop has {text!r}, which is token {number}, and the model's vocab_size is {vocab_size}: "
-                "no response can hold it; remove it"
+                f"config.sample.stop has {text!r}, which is token {number}, and the model's vocab_size is "
+                f"{vocab_size}: no response can hold it; remove it"
             )
     tokens = [number for number in named.values() if number is not None]
     strings = tuple(text for text, number in named.items() if number is None or tokenizer.decode([number]))
@@ -100,14 +100,14 @@ def make_table(tokenizer: Tokenizer, strings: Sequence[str], vocab_size: int) ->
         vocab_size: V.
 
     Returns:
-        [states, V] int16, or int32 where that is too small. A response begins in state 0, and is in the last state once its
-        decoded text holds one of the strings.
+        [states, V] int16, or int32 where that is too small. A response begins in state 0, and is in the last state once
+        its decoded text holds one of the strings.
     """
     step = _automaton([string.encode() for string in strings])
     found = len(step) - 1
     first, later, stays = _symbols(tokenizer, vocab_size)
     inside = _follow(step, np.arange(len(step)), later)
-    # What a tokenizer puts in front of a text, it takes from the front when it decodes: so the first token is another case.
+    # What a tokenizer puts in front of a text, it takes from there when it decodes: so the first token is another case.
     begin = np.where(stays, -1, _follow(step, np.zeros(1, int), first)[0])
     table = 1 + np.concatenate([begin[None], inside])
     assert table.shape == (found + 2, vocab_size)
@@ -115,7 +115,7 @@ def make_table(tokenizer: Tokenizer, strings: Sequence[str], vocab_size: int) ->
 
 
 def _automaton(strings: list[bytes]) -> np.ndarray:
-    """[states, 512], the state after each symbol: text is in state 0 at first, and in the last one once it holds a string.
+    """[states, 512], the state after each symbol: a text is in state 0 at first, in the last once it holds a string.
 
     A state is the longest beginning of a string that the text ends with, and what stands open of a run of byte tokens.
     """
@@ -155,7 +155,7 @@ def _automaton(strings: list[bytes]) -> np.ndarray:
 
 
 def _run_after(run: tuple[int, ...], byte: int) -> tuple[int, ...]:
-    """What stands open of a run of bytes in UTF-8 after one more: (bytes that follow, the least and the most of the next)."""
+    """What is open of a run of UTF-8 after one more byte: (bytes that follow, the least and the most of the next)."""
     if run == _BAD_RUN:
         return run
     if run:
@@ -226,7 +226,7 @@ _BYTES_OF_LETTERS = _letters()
 
 
 def _decodes_runs_together(tokenizer: Tokenizer) -> bool:
-    """Whether byte tokens side by side are one text or none, as in `tokenizers`; sentencepiece looks at each character."""
+    """Whether byte tokens side by side are one text or none, as in `tokenizers`; sentencepiece looks at each alone."""
     ids = {tokenizer.token(number): number for number in range(tokenizer.vocab_size)}
     pair = [ids[name] for name in ("<0xFF>", "<0x41>") if name in ids]
     return len(pair) == 2 and tokenizer.decode(pair) == 2 * _UNKNOWN

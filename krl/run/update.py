@@ -14,7 +14,7 @@ from krl import policy
 from krl.learn import AVERAGES, KL_ESTIMATORS, SURROGATES, policy_loss
 from krl.masked import divide, masked_sum
 from krl.run.pack import pack
-from krl.sharding import batch_devices, constrain
+from krl.sharding import batch_devices, constrain, named_sharding
 from krl.types import Prompts, Rollouts, TrainState
 
 KEPT = 16  # programs of a kind that a process keeps for later runs of the same config, as in a notebook
@@ -31,7 +31,7 @@ def make_optimizer(
     weight_decay: float,
     grad_clip: float,
 ) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm, which skips and counts non-finite gradients; for equal values the same object.
+    """AdamW behind a clip of the global norm, which skips and counts non-finite gradients; one object for equal values.
 
     Args:
         learning_rate: reached after a linear rise over warmup_steps updates.
@@ -113,16 +113,17 @@ def abstract_state(config: policy.PolicyConfig, optimizer: optax.GradientTransfo
         config, optimizer: as for `init_state`.
         params: a tree of jax.ShapeDtypeStruct with shardings.
     """
-    leaves, structure = jax.tree.flatten(params)
-    return _abstract_state(config, optimizer, structure, *leaves)
+    shapes = jax.eval_shape(functools.partial(_start, config, optimizer), params)
+    whole = named_sharding(jax.tree.leaves(params)[0].sharding.mesh)
 
+    def at(leaf, sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-@functools.lru_cache(KEPT)
-def _abstract_state(config, optimizer, structure, *leaves) -> TrainState:
-    start, params = functools.partial(_start, config, optimizer), jax.tree.unflatten(structure, leaves)
-    placed = jax.jit(start).lower(params).compile().output_shardings
-    shapes = jax.eval_shape(start, params)
-    return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), shapes, placed)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer, lambda leaf, param: at(leaf, param.sharding), shapes.opt_state, params,
+        transform_non_params=lambda leaf: at(leaf, whole),
+    )  # fmt: skip
+    return TrainState(params=params, opt_state=opt_state)
 
 
 def _start(config: policy.PolicyConfig, optimizer: optax.GradientTransformation, params: dict) -> TrainState:
