@@ -501,6 +501,7 @@ def take_steps(config, parts: setup.Setup, plain: Seen | None = None) -> Seen:
     with (
         jax.set_mesh(mesh),
         mock.patch.multiple(script, **starts),
+        spy_on_sampler(seen),
         parts.verifiers if config.verify.workers else contextlib.nullcontext(),
     ):
         _, learner, reference = script.start_or_continue(config, parts, optimizer, nothing, {}, lambda: False)
