@@ -27,6 +27,7 @@ from krl.sharding import named_sharding
 SETUP_SECONDS = 3600  # that the others wait while process 0 prepares data and tokenizer
 SILENCE_SECONDS = 30  # after which a process that says nothing is taken for dead, and all end
 BEAT_SECONDS = 1.0  # between two signs of life
+LEAVE_SECONDS = 20  # most that process 0 waits for the others before it ends
 ENDED_BY_ANOTHER = 76  # exit code of a process that ends because another one has
 STOPPED = 75  # exit code of a run that a signal stopped: it was saved, and the same command continues it
 _GO_ON = "the same command continues from the last checkpoint"
@@ -134,7 +135,7 @@ def _listen(client, over: threading.Event, heard: dict[str, Sign]) -> None:
         except jax.errors.JaxRuntimeError:
             _leave(f"process 0, which the others meet at, is gone; {_GO_ON}", ENDED_BY_ANOTHER)
         if "krl/ended" in said:
-            _leave(said["krl/ended"], ENDED_BY_ANOTHER)
+            _leave(said["krl/ended"], ENDED_BY_ANOTHER, client)
         for name, last in heard.items():
             number = int(said.get(name, 0))
             if number != last.said:
@@ -145,13 +146,23 @@ def _listen(client, over: threading.Event, heard: dict[str, Sign]) -> None:
 
 
 def _leave(reason: str, code: int, client=None) -> None:
-    """End this process at once; with a client, after the others were told why."""
+    """End this process at once; with a client, after the others were told why, and process 0, which answers them, last."""
     print(f"krl: {reason}", file=sys.stderr, flush=True)
     if client is not None:
+        end = time.monotonic() + LEAVE_SECONDS
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client.key_value_set("krl/ended", reason, allow_overwrite=True)
-            time.sleep(3 * BEAT_SECONDS)  # process 0 answers the others until they know
+            client.key_value_set(f"krl/left/{jax.process_index()}", reason, allow_overwrite=True)
+            if code != ENDED_BY_ANOTHER:
+                time.sleep(3 * BEAT_SECONDS)  # else a collective fails in the others before they know why
+            while is_first() and time.monotonic() < end and _still_here(client):
+                time.sleep(BEAT_SECONDS / 4)
     os._exit(code)
+
+
+def _still_here(client) -> bool:
+    """Whether a process has not heard yet that it is to leave."""
+    return len(client.key_value_dir_get("krl/left/")) < jax.process_count()
 
 
 def is_first() -> bool:
