@@ -271,9 +271,8 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     )  # fmt: skip
 
     def generate(params, *others, expected_tokens=None, **options):
-        others, expected_tokens = jax.device_put(
-            (others, expected_tokens), named_sharding(layout)
-        )  # keys know their mesh
+        if layout != parts.mesh:  # keys know the mesh that they were made on, and no program takes those of another one
+            others, expected_tokens = jax.device_put((others, expected_tokens), named_sharding(layout))
         with jax.set_mesh(layout):
             return generate_here(params, *others, expected_tokens=expected_tokens, **options)
 

@@ -18,7 +18,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _UNKNOWN = "\ufffd"  # what bytes are decoded to that are no character
 _RUN = 256  # symbols from here on are bytes that are decoded together with the byte tokens beside them, or not at all
 _NO_RUN: tuple[int, ...] = ()
-_BAD_RUN = (-1,)
+_BAD_RUN: tuple[int, ...] = (-1,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +141,8 @@ def _automaton(strings: list[bytes]) -> np.ndarray:
         beginning = after(beginning, byte)
         return None if beginning is None else (beginning, then)
 
-    number: dict = {(b"", _NO_RUN): 0}
-    rows, states = [], [(b"", _NO_RUN)]
+    states, rows = [(b"", _NO_RUN)], []
+    number: dict[tuple[bytes, tuple[int, ...]] | None, int] = {states[0]: 0}
     for state in states:  # which grows
         row = [follow(state, symbol) for symbol in range(2 * _RUN)]
         for then in row:

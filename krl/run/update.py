@@ -17,7 +17,7 @@ from krl.run.pack import pack
 from krl.sharding import batch_devices, constrain, named_sharding
 from krl.types import Prompts, Rollouts, TrainState
 
-KEPT = 16  # programs of a kind that a process keeps for later runs of the same config, as in a notebook
+KEPT = 16  # programs that a process keeps for later runs of the same config, as in a notebook
 
 
 @functools.lru_cache(KEPT)
