@@ -711,8 +711,9 @@ GRADIENTS = {
     "loss.surrogate": tuple(learn.SURROGATES), "loss.kl_estimator": tuple(learn.KL_ESTIMATORS), "loss.entropy_coefficient": (0.0, 0.1),
     "loss.importance_cap": (0.0, 2.0), "loss.overlong_tokens": (0, 2), "loss.mask_truncated": (False, True),
 }  # fmt: skip
+# In `make test` every average once; `make slow` has every two settings together.
 LOSSES = [
-    *cycled("loss.average", 3 * tuple(learn.AVERAGES), pairwise(GRADIENTS)),
+    *cycled("loss.average", learn.AVERAGES, pairwise(GRADIENTS)),
     *slow(pairwise({"loss.average": tuple(learn.AVERAGES)} | GRADIENTS)),
 ]
 
@@ -726,6 +727,7 @@ def test_surrogates_averages_and_penalties_go_together(changes, plain):
         assert ("importance_mean" in metrics) == (changes["loss.importance_cap"] > 0)
 
 
+@pytest.mark.slow
 def test_rollouts_do_not_depend_on_slots_whatever_limits_them(plain):
     limits = {"sample.top_k": 5, "sample.top_p": 0.8, "sample.min_p": 0.1, "sample.temperature": 0.7, "steps": 1}
     few, many = (take_steps(make_config(limits | {"sample.slots": slots}), plain.parts, plain) for slots in (4, 16))
@@ -734,14 +736,12 @@ def test_rollouts_do_not_depend_on_slots_whatever_limits_them(plain):
 
 
 MESHES = [
-    ((1, 2), ("data", "model"), (2, 1)),
-    *(pytest.param(*mesh, marks=pytest.mark.slow) for mesh in [
-        ((2, 2), ("data", "fsdp"), (4, 1)), ((4, 1), ("fsdp", "model"), (2, 2)), ((2,), ("data",), (2,)), ((1, 2), ("data", "model"), ()),
-        ((2, 1, 1), ("data", "fsdp", "model"), (1, 1, 2)),
-    ]),
+    ((1, 2), ("data", "model"), (2, 1)), ((2, 2), ("data", "fsdp"), (4, 1)), ((4, 1), ("fsdp", "model"), (2, 2)), ((2,), ("data",), (2,)),
+    ((1, 2), ("data", "model"), ()), ((2, 1, 1), ("data", "fsdp", "model"), (1, 1, 2)),
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "axes", "decode"), MESHES)
 def test_meshes_to_train_and_to_decode_change_nothing(shape, axes, decode, plain):
     changes = {"mesh.shape": shape, "mesh.axis_names": axes, "mesh.decode": decode}
