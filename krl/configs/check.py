@@ -108,8 +108,7 @@ def check(
     for key in ("eval.top_p", "sample.top_p"):
         need(0 < flatten(config)[key] <= 1, key, "above 0 and at most 1")
     need(config.sample.temperature >= _COLDEST, "sample.temperature", f"at least {_COLDEST}; sample.top_k=1 is coldest")
-    warm = config.eval.temperature == 0 or config.eval.temperature >= _COLDEST
-    need(warm, "eval.temperature", f"0 or at least {_COLDEST}")
+    need(not 0 < config.eval.temperature < _COLDEST, "eval.temperature", f"0 or at least {_COLDEST}")
     for key in ("optim.beta1", "optim.beta2"):
         need(flatten(config)[key] < 1, key, "below 1: at 1 a moment never moves, and its correction divides by zero")
     need(config.policy.dtype in ("float32", "bfloat16"), "policy.dtype", "'float32' or 'bfloat16'")
