@@ -363,7 +363,7 @@ RUNS = {
         "data.test_split": lambda run: run.parts.test.tasks.prompts[0] == "0+8",
         "data.template": lambda run: run.prompt().endswith("user\n0+7\nassistant\n"),
         "data.template_arguments": lambda run: run.prompt().startswith("third"),
-        "sample.stop": lambda run: {len(LETTERS & set(text[:-1])) for text in run.texts} == {0} and LETTERS & set("".join(run.texts)),
+        "sample.stop": lambda run: LETTERS & set("".join(map(str, run.texts))) and not any(LETTERS & set(str(text)[:-1]) for text in run.texts),
         "data.max_prompt_tokens": lambda run: run.parts.train.tokens.shape[1] == 24,
         "policy.path": lambda run: (run.policy.vocab_size, run.policy.mlp_size) == (320, 32),
         "tokenizer.path": lambda run: "other" in (run.workdir / "policy/tokenizer_config.json").read_text(),
