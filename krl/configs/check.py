@@ -154,7 +154,8 @@ def _check_sizes(config: ConfigDict, need: Callable[[bool, str, str], None]) -> 
     for key, usual in flatten(default.get_config()).items():
         value = flatten(config)[key]
         if type(usual) is float:
-            need(abs(value) <= _LARGEST, key, f"a finite number, at most {_LARGEST:g}")
+            need(abs(value) < math.inf, key, "a finite number")  # nan is not less than anything
+            need(abs(value) <= _LARGEST, key, f"at most {_LARGEST:g}")
         if type(usual) is int:
             most = _LAST_SEED if key == "seed" else _LAST
             need(value <= most, key, f"at most {most}")
