@@ -180,6 +180,11 @@ def test_equality_that_follows_the_gold_answer(gold, given, equal):
         ("<think>\\boxed{41}</think> So \\boxed{42}", "42"),
         ("\\boxed{41}</think><answer>42</answer>", "42"),
         ("<think>\\boxed{41}</think> no idea", None),
+        ("\u25c1think\u25b7\\boxed{41}\u25c1/think\u25b7 no idea", None),
+        ("[THINK]\\boxed{41}[/THINK] no idea", None),
+        ("[THINK]\\boxed{41}", None),
+        ("<seed:think>\\boxed{41}</seed:think> \\boxed{42}", "42"),
+        ("<think >\\boxed{41}", None),
         ("<think>\\boxed{41}", None),
         ("<reasoning>\n\\boxed{3}\n</reasoning>\n<answer>\n42\n</answer>", "42"),
         ("The answer is:\n$$\n42\n$$\nDone.", "42"),
@@ -265,7 +270,7 @@ def test_no_text_hangs(in_thread):
         "(" * 300, "{" * 300, "\\frac{" * 80, "\\sqrt{" * 60 + "2" + "}" * 60, "1" * 5000, "0." + "3" * 300,
         "\\boxed{" * 20_000, "#### " * 20_000, "answer is " * 20_000, "answer:" + " " * 50_000, "1,2," * 90 + "1",
         "5 " + "cm " * 120 + "!", "5" + "\\text{ cm}" * 30 + "!", "abcdefghijklmn!",
-        "\\pm" * 99, "-" * 390, "{" * 9 + "}" * 390, "," * 399,
+        "1.1" * 100, "\\pm" * 99, "-" * 390, "{" * 9 + "}" * 390, "," * 399,
     ]  # fmt: skip
     slowest = {}
 
@@ -286,6 +291,13 @@ def test_no_text_hangs(in_thread):
         score_all()
     assert len(slowest) == len(texts)
     assert max(slowest.values()) < 1.9, slowest
+
+
+def test_keys_of_long_answers_are_cheap():
+    text = "1," * 50_000 + "1"
+    begin = time.process_time()
+    assert answer_key(f"\\boxed{{{text}}}") == text
+    assert time.process_time() - begin < 0.5
 
 
 def test_find_reward(tmp_path, monkeypatch):

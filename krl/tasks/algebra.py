@@ -13,6 +13,7 @@ from fractions import Fraction
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig
+from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy
 from latex2sympy2_extended.logic import And
 from math_verify import LatexExtractionConfig, parse, verify
 from math_verify.errors import TimeoutException
@@ -45,12 +46,13 @@ _TOWER = re.compile(r"[\d)}]\^(?:\{[^{}]*[\^!]|[^{}^]{1,9}\^)|\^\{[^{}]*\^\{[^{}
 _FACTORIAL = re.compile(r"(?<!\d)(\d++)!|[)}!]!")
 _ENDLESS = re.compile(r"\\(?:int|sum|prod|lim|Gamma)(?![a-zA-Z])|\\exp\W*\\exp|\^\{[^{}]*\d{5}")
 _COMMAND = re.compile(r"\\(?:begin|end)\{\w*\}|\\[a-zA-Z]+")
+_TWO_POINTS = re.compile(r"\.\d*+\.")
 _SIGNS = re.compile(r"[-+]{4}")
 _LETTER = re.compile(r"[a-zA-Z]")
 _CHOOSE = re.compile(r"binom|choose")
 _LONG_OR_POWER = re.compile(r"\d{5}|\^")
-# What the parser gets wrong: it adds the numbers of 2(3) like those of 1 1/2, and drops the prime of y'.
-_PRODUCT = re.compile(r"(?<![_^\d.{])(\d++(?:\.\d++)?)\(")
+# What the parser gets wrong: it drops the prime of y'. Mixed numbers are written as fractions, see `_product`.
+_MIXED = re.compile(r"(?<![\d.])(\d++)\\frac\{(\d++)\}\{(\d++)\}")
 _PRIMES = re.compile(r"([a-zA-Z])('+)")
 
 # Equal at some points does not mean equal for these: they are flat, or have kinks and jumps.
@@ -92,11 +94,30 @@ def _seconds() -> int | None:
     return SYMBOLIC_SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
+def _product(self, factors, position=0):
+    """Factors without a sign between them, multiplied: the library adds the numbers of (2)(3) like those of 1 1/2."""
+    left = self.convert_postfix(factors[position])
+    if position == len(factors) - 1:
+        return left
+    right = self.convert_postfix_list(factors, position + 1)
+    if isinstance(left, list):
+        return sympy.Derivative(right, *left)
+    if isinstance(left, sympy.MatrixBase) or isinstance(right, sympy.MatrixBase):
+        return self.mat_mul_flat(left, right)
+    if not (isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr)):
+        raise ValueError("a product of what are no expressions")
+    return self.mul_flat(left, right)
+
+
+_Latex2Sympy.convert_postfix_list = _product
+
+
 @functools.lru_cache(maxsize=4096)
 def _parsed(form: str, seconds: int | None) -> list:
     """What the parser makes of a form; empty where it makes nothing."""
     form = _PRIMES.sub(lambda match: f"{match[1]}_{{{len(match[2])}prime}}", form)
-    form = _PRODUCT.sub(r"\1\\cdot(", form)
+    form = _MIXED.sub(lambda m: f"(\\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}})", form)
+    form = form.replace("\\pi(", "\\pi\\cdot(")
     return parse(f"${form}$", extraction_config=_LATEX, parsing_timeout=seconds)
 
 
@@ -269,7 +290,10 @@ def _is_zero(expression, point=None) -> bool | None:
     """Whether a constant, or an expression at a point, is 0 to many digits of its terms; None if it has no value."""
     if expression.is_Rational:
         return bool(expression == 0)
-    value = expression.evalf(2, subs=point, maxn=_digits(expression))
+    digits = _digits(expression, point)
+    if digits > MAX_DIGITS:
+        return False
+    value = expression.evalf(2, subs=point, maxn=digits)
     if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
         return None
     return all(_zero_to_its_digits(part) for part in value.as_real_imag())
@@ -280,17 +304,22 @@ def _zero_to_its_digits(value) -> bool:
     return bool(value == 0) or (isinstance(value, sympy.Float) and value._prec == 1)
 
 
-def _digits(expression) -> int:
+def _digits(expression, point=None) -> int:
     """Enough to tell apart what the numbers and exponents in an expression can tell apart."""
-    digits = 100.0
-    for number in expression.atoms(sympy.Rational):
-        digits += 0.31 * (int(number.p).bit_length() + int(number.q).bit_length())
+    numbers = sum(
+        int(number.p).bit_length() + int(number.q).bit_length() for number in expression.atoms(sympy.Rational)
+    )
+    # sin(x) and x - x^3/6 differ at a small x by its fifth power
+    digits = 100 + 0.31 * numbers * (10 if expression.atoms(sympy.Function) else 1)
     for power in expression.atoms(sympy.Pow, sympy.exp):
         base, exponent = power.as_base_exp()
         if exponent.is_number and base.is_number:
             size = math.log10(2 + abs(int(base))) if base.is_Rational else 1
             digits += size * abs(int(sympy.N(exponent, 15, maxn=20)))
-    return min(int(digits), MAX_DIGITS)
+    for function in expression.atoms(sympy.tanh, sympy.coth, sympy.sinh, sympy.cosh, sympy.exp):
+        size = sympy.Abs(function.args[0]).evalf(15, subs=point, maxn=20)
+        digits += 2 * float(size) if size.is_number else 0
+    return int(min(digits, 10 * MAX_DIGITS))
 
 
 def _tame(form: str) -> bool:
@@ -299,7 +328,7 @@ def _tame(form: str) -> bool:
     for letter in form:
         depth += (letter in "([{") - (letter in ")]}")
         deepest = max(deepest, abs(depth))
-    if deepest > MAX_DEPTH or any(odd.search(form) for odd in (_TOWER, _ENDLESS, _SIGNS)):
+    if deepest > MAX_DEPTH or any(odd.search(form) for odd in (_TOWER, _ENDLESS, _SIGNS, _TWO_POINTS)):
         return False
     letters = len(_LETTER.findall(_COMMAND.sub("", form)))
     if letters > (MAX_LETTERS if "!" not in form else MAX_LETTERS // 4):

@@ -2,8 +2,14 @@
 
 import re
 
-_THOUGHT_BEGINS = re.compile(r"<(?:think(?:ing)?|thought|reasoning)>|<\|begin_of_thought\|>", re.IGNORECASE)
-_THOUGHT_ENDS = re.compile(r"</(?:think(?:ing)?|thought|reasoning)>|<\|end_of_thought\|>", re.IGNORECASE)
+_THOUGHT_BEGINS = re.compile(
+    r"[<\u25c1](?:seed:)?(?:think(?:ing)?|thought|reasoning)\s*+[>\u25b7]|\[THINK\]|<\|begin_of_thought\|>",
+    re.IGNORECASE,
+)
+_THOUGHT_ENDS = re.compile(
+    r"[<\u25c1]/(?:seed:)?(?:think(?:ing)?|thought|reasoning)\s*+[>\u25b7]|\[/THINK\]|<\|end_of_thought\|>",
+    re.IGNORECASE,
+)
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _BOX_OR_BRACE = re.compile(r"(?<!\\)\\++f?box(?:ed)?\s*+\{|\\.|[{}]", re.DOTALL)
 _MARK = re.compile(

@@ -5,7 +5,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from krl.tasks.units import UPRIGHT, remove_units
+from krl.tasks.units import FUNCTIONS, UPRIGHT, remove_units
 
 # Longer texts are compared as text only. The longest answers of MATH and OlympiadBench have 250 characters.
 MAX_CHARACTERS = 400
@@ -76,6 +76,7 @@ _REPEATING = re.compile(
     r"(?<![\d.])(\d*+)\.(\d*+)(?:\\(?:overline|bar)\s?(?:\{(\d+)\}|(\d))|\((\d++)\)"
     r"|\\dot\s?\{?(\d)\}?(?:(\d*+)\\dot\s?\{?(\d)\}?)?)"
 )
+_IN_WORDS = re.compile(rf"(?<![\d.])(\d*+\.)(\d) ?({UPRIGHT}\{{ ?)?(?:repeating|recurring)(?![a-zA-Z])(?(3) ?\}})")
 _GOING_ON = re.compile(rf"(?<![\d.])(\d*+)\.(\d++) ?{_DOTS}")
 _PRIMES = re.compile(r"\^ ?(?:\{ ?((?:\\prime ?)++)\}|(\\prime)(?![a-zA-Z]))")
 _DEGREES_AND_MINUTES = re.compile(
@@ -83,7 +84,7 @@ _DEGREES_AND_MINUTES = re.compile(
 )
 _UNDERSCORES = re.compile(r"(?<![\w.])\d{1,3}(?:_\d{3})++(?![\w{])")
 _TIMES_OF_TEN = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_NUMBER_WORD = re.compile(rf"(?<=\d) ?({UPRIGHT}\{{ ?)?({'|'.join(_TIMES_OF_TEN)})(?![a-zA-Z])")
+_NUMBER_WORD = re.compile(rf"(?<=[\d}}]) ?({UPRIGHT}\{{ ?)?({'|'.join(_TIMES_OF_TEN)})(?![a-zA-Z])")
 
 
 def _repeating(match: re.Match[str]) -> str:
@@ -134,7 +135,10 @@ _BEFORE_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\?\$|\\[()](?![a-zA-Z])", ""),
         (r"\\(?:SI|qty) ?\{([^{}]*)\} ?\{[^{}]*\}", r"\1"),
         (rf"{UPRIGHT}\{{ ?\}}", ""),
+        (rf"{UPRIGHT}\{{ ?({FUNCTIONS}) ?\}}", r"\\\1 "),
         (r"(?<![\s.,;:\\])[\s.,;:]++$", ""),
+        (r"\\not ?=", r"\\neq "),
+        (r"\\not ?\\in(?![a-zA-Z])", r"\\notin "),
         (r"^ ?(?:\\approx(?![a-zA-Z])|=)", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
@@ -165,6 +169,7 @@ _AFTER_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\^ ?\( ?([-+]? ?\d++) ?\)", r"^{\1}"),
         (r"(?<=\d) (?=\d{3}(?!\d))", ""),  # 1 234 567
         (r"(?<=\d) (\d++)/(\d++)$", r"\\frac{\1}{\2}"),  # the mixed number 1 4/5
+        (r"\^ ?([-+]) ?(\d++|[a-zA-Z])(?![\w.^(\\{!])", r"^{\1\2}"),
         (r"\\frac ?(\d) ?(?=[\d{])", r"\\frac{\1}"),
         (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
         (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
@@ -198,6 +203,7 @@ def normal_form(text: str) -> str:
     text = " ".join(_from_unicode(text).split()).strip("*` ")
     text = _DISPLAY.sub("", text)
     text = _PRIMES.sub(lambda match: "'" * match[0].count("p"), text)
+    text = _IN_WORDS.sub(r"\1(\2)", text)
     for pattern, number in ((_REPEATING, _repeating), (_GOING_ON, _going_on), (_DEGREES_AND_MINUTES, _degrees)):
         text = pattern.sub(number, text)
     text = _UNDERSCORES.sub(lambda match: match[0].replace("_", ""), text)

@@ -20,13 +20,34 @@ _SURE = re.compile(
     r"[kMGT]?Hz|[kMG]?eV|[kMG]J|[kMG]W|[kMG]Pa|atm|[mk]?mol|rad|dB|ergs?|dyn|[kM]pc|usd|eur|"
     r"USD|EUR|GBP|JPY|INR|CNY|RMB|CAD|AUD|CHF|KRW|yen"
 )
-_MAYBE = re.compile(r"[fpnµmcdhkMGT]?(?:m|g|s|A|K|N|Pa|J|W|C|V|F|S|T|H|L|l|B|bar|pc|M|eV|Hz)|[hduDGR]|AU|ly|in|pts|Hg")
+_MAYBE = re.compile(
+    r"(?!d[^mLlB]|c[^mLl]|h[^PL]|G[mgsTM]|k[TM]$|mM|pV|fg)[fpnµmcdhkMGT]?(?:m|g|s|A|K|N|Pa|J|W|C|V|F|S|T|H|L|l|B|bar|pc|M|eV|Hz)|[hduDGR]|AU|ly|in|pts|Hg"
+)
 _SMALL_WORDS = re.compile(r"of|an?|the|in|to|on|for|at|by|each|all")
 _LETTERS = set("mgshdAKNJWCVFSTHLlBMGuDbRk")  # upright, and units alone
+# Words that change what a number is worth: functions, Greek letters, numbers, signs and comparisons.
+FUNCTIONS = r"(?:arc)?(?:sinh?|cosh?|tanh?|coth?|csc)|ln|log|lg|exp|max|gcd|det|dim|ker|arg"
+_NO_NAME = re.compile(
+    rf"(?:{FUNCTIONS}|arsinh|arcosh|artanh|arcsec|sqrt|root|lcm|sgn|erf|lim|sup|inf|infinity|infinite|"
+    r"alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|(?:var)?theta|iota|kappa|lambda|mu|nu|xi|pi|rho|sigma|tau|"
+    r"upsilon|(?:var)?phi|chi|omega|"
+    r"or|and|plus|minus|times|over|divided|multiplied|choose|mod|modulo|point|not|no|isn|half|halves|quarters?|"
+    r"(?:third|four?th|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|hundredth|thousandth|millionth|"
+    r"billionth|dozen|hundred|thousand|million|billion|trillion|lakh|crore)s?|"
+    r"factorial|power|negative|positive|below|above|under|more|less|fewer|least|most|greater|smaller|except|without|"
+    r"remainder|base|is|wrong|false|incorrect|impossible|unless|repeating|recurring|maybe|perhaps|"
+    r"zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|(?:thir|four|fif|six|seven|eigh|nine)teen|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty)",
+    re.IGNORECASE,
+)
+_RAISED = re.compile(r"squared|cubed", re.IGNORECASE)
+_LENGTH = re.compile(
+    r"[mck]?m|in|ft|yd|mi|units?|inch(?:es)?|foot|feet|yards?|miles?|(?:centi|milli|kilo)?met(?:er|re)s?", re.IGNORECASE
+)
 # What has a meaning of its own: the time of day, an era, i and e.
 _NO_UNIT = re.compile(r"(?:[ap]\.?\s?m\b.*|noon|midnight|BCE?|AD|CE|[ie])\.?")
 _NOT_LETTERS = re.compile(rf"{_COMMANDS}|{_POWER}|(?<=[a-zA-Z])-?\d(?![\d.])")
-_PLAIN = re.compile(r"(?!\s*-)[a-zA-Z\s.,'~/*(){}_\-]*")
+_PLAIN = re.compile(r"(?!\s*-)[a-zA-Z\s.'~/*(){}_\-]*+,?\s*")
 _NAME = re.compile(r"[a-zA-Z]+")
 
 _ONE_UNIT = rf"{UPRIGHT}\{{[^{{}}]*\}}(?:{_POWER})?"
@@ -68,6 +89,7 @@ def _unit(text: str, begin: int) -> tuple[int, str]:
     position, depth = begin, 0
     parts: list[str] = []
     kinds: set[str] = set()
+    after_symbol, name = False, ""
     while token := _TOKEN.match(text, position):
         kind = token.lastgroup or ""
         if kind == "bracket":
@@ -76,9 +98,16 @@ def _unit(text: str, begin: int) -> tuple[int, str]:
             depth += 1 if token[0] == "(" else -1
         if kind == "word":
             glued = position == begin
-            kind = _kind_of_word(token["word"], glued, after_bracket=text[begin - 1] == ")", within=bool(kinds))
+            kind = _kind_of_word(token["word"], glued, after_bracket=text[begin - 1], within=bool(kinds))
+            if _NO_NAME.fullmatch(token["word"]) or (_RAISED.fullmatch(token["word"]) and not _LENGTH.fullmatch(name)):
+                kind = "other"
         elif kind == "upright":
-            kind = "sure" if _names_a_unit(token[3] or "") else "other"
+            kind = "sure" if _names_a_unit(token[3] or "", name) else "other"
+        elif kind == "power" and token[0] in "23" and not after_symbol:  # m2, but not \text{ times }2 and \cdot2
+            kind = "other"
+        if names := _NAME.findall(token["word"] or token[3] or ""):
+            name = names[-1]
+        after_symbol = bool(names) and token[0].endswith((name, name + "}")) and _is_symbol(name)
         if kind in ("fraction", "symbol"):
             kind = "sure"
         if kind == "other" or (kind in ("power", "between") and not kinds and token[0] not in ("/", "per")):
@@ -93,18 +122,29 @@ def _unit(text: str, begin: int) -> tuple[int, str]:
     return position, "sure" if "sure" in kinds else "maybe"
 
 
-def _kind_of_word(word: str, glued: bool, after_bracket: bool, within: bool) -> str:
-    if _SURE.fullmatch(word) or (len(word) > 3 and not glued and (within or not after_bracket)):
+def _kind_of_word(word: str, glued: bool, after_bracket: str, within: bool) -> str:
+    if _SURE.fullmatch(word) or (len(word) > 3 and not glued and (within or after_bracket != ")")):
         return "sure"
+    if glued and after_bracket == "}" and len(word) > 1:  # the mg of \frac{1}{2}mg
+        return "other"
     if _MAYBE.fullmatch(word):
         return "maybe" if len(word) == 1 or glued else "sure"
     return "small" if within and _SMALL_WORDS.fullmatch(word) else "other"
 
 
-def _names_a_unit(upright: str) -> bool:
+def _is_symbol(name: str) -> bool:
+    return bool(_SURE.fullmatch(name) or _MAYBE.fullmatch(name))
+
+
+def _names_a_unit(upright: str, before: str = "") -> bool:
     """Whether upright letters are a unit, or any words behind a value, and not a number or a formula."""
     rest = _NOT_LETTERS.sub(" ", upright)
     names = _NAME.findall(rest)
-    if not _PLAIN.fullmatch(rest) or _NO_UNIT.fullmatch(upright.strip()):
+    if not _PLAIN.fullmatch(rest) or _NO_UNIT.fullmatch(upright.strip()) or any(map(_NO_NAME.fullmatch, names)):
+        return False
+    if any(
+        _RAISED.fullmatch(name) and not _LENGTH.fullmatch(last)
+        for last, name in zip([before, *names], names, strict=False)
+    ):
         return False
     return (bool(names) or rest != upright) and (any(len(name) > 1 for name in names) or _LETTERS.issuperset(names))

@@ -128,7 +128,9 @@ def answer_key(text: str, *, last_number: bool = False) -> str | None:
     ('1/2', '1/2', '1,3')
     """
     given = extract_answer(text, last_number=last_number)
-    return None if given is None else _key(normal_form(given))
+    if given is None or len(given) > MAX_CHARACTERS:
+        return given
+    return _key(normal_form(given))
 
 
 def _golds(answer: Answer) -> list[str]:
@@ -189,6 +191,8 @@ def _key(form: str) -> str:
 _MATRIX = re.compile(r"\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}")
 _EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|(?<=[a-zA-Z])\\in(?![a-zA-Z])")
 _INDEX = re.compile(r"_\{?\\?\w+\}?|\([^()]*\)|\{[^{}]*\}")
+_CONSTANT = re.compile(r"(?:[\d\s.+\-*/^{}()!%]|\\(?:sqrt|frac|cdot|times|pi|div|binom|ln|log)(?![a-zA-Z]))*+")
+_DIGIT = re.compile(r"\d|\\pi")
 _OPERATOR = re.compile(r"[-+*/^\d]")
 _LETTER = re.compile(r"[a-zA-Z]")
 _COMMAND = re.compile(r"\\[a-zA-Z]+")
@@ -201,7 +205,10 @@ _CHOICE_FIRST = re.compile(
     r"(?:([A-Ja-j])$|[(\[]([A-Ja-j])[)\]]|([A-J])(?:[.:)](?![a-zA-Z])))",
     re.IGNORECASE,
 )
-_CHOICE_AGAIN = re.compile(r"[(\[][A-J][)\]]|(?<![A-Za-z\\])[A-J](?: ?[.:),]|$)|\b(?:or|and) [A-J]\b")
+_CHOICE_AGAIN = re.compile(
+    r"(?<![A-Za-z])[(\[][A-Ja-j][)\]]|(?<![A-Za-z\\])[A-J](?: ?[.:),]|$)|\b(?:or|and) (?:[A-J]\b|[a-j]$)|[ /][a-j](?:[.:)] |$)|"
+    r"\b(?:is|can|could|would) ?n[o'\u2019]t\b|\b(?:wrong|incorrect|eliminated|is false)\b"
+)
 _LOWER_UNIT = re.compile(r"[a-z]{1,2}")
 
 _DECIMAL = r"(?:\d++(?:\.\d*+)?|\.\d++)"
@@ -240,7 +247,7 @@ def _same_text(gold: str, given: str) -> bool:
         return False
     form = normal_form(gold)
     if choice := _CHOICE.fullmatch(form):
-        alone = _CHOICE.fullmatch(normal_form(given))
+        alone = _CHOICE.fullmatch(normal_form(_WRAPPED.sub(r"\1", given)))
         return (alone[1] if alone else _chosen(given)) == choice[1]
     if _same(form, normal_form(given)):
         return True
@@ -372,12 +379,48 @@ def _same_parts(gold: str, given: str) -> bool | None:
             return pairs[0][0] == pairs[1][0] and _same_in_any_order(*inside)
         same_brackets = pairs[0][::2] == pairs[1][::2] or len(inside[0]) > 2
         return same_brackets and len(inside[0]) == len(inside[1]) and all(map(_same, *inside))
+    if r"\approx" in gold or r"\approx" in given:
+        exact = _not_approximated(gold), _not_approximated(given)
+        return None not in exact and _same(*exact)
     sides = [_EQUALS.split(text, maxsplit=1) for text in (gold, given)]
     if len(sides[0]) == len(sides[1]):
         return _same(sides[0][1], sides[1][1]) if len(sides[0]) == 2 and sides[0][0] == sides[1][0] else None
-    left = sides[len(sides[1]) == 2][0]  # of the one that is an equation: x in x = 5, but not x + y in x + y = 5
+    left, right = sides[len(sides[1]) == 2]
+    if _is_constant(left) and not (_same(left, right) or _same(right, left)):  # 2 = 3 is neither
+        return False
+    # of the one that is an equation: x in x = 5, but not x + y in x + y = 5
     names_or_value = not _OPERATOR.search(_INDEX.sub("", left)) or not _LETTER.search(left)
     return names_or_value and _same(sides[0][-1], sides[1][-1])
+
+
+def _not_approximated(form: str) -> str | None:
+    """The exact part of "exact = decimal", both joined by \\approx; None where its digits are others."""
+    exact, *decimals = form.split(r"\approx")
+    if not decimals or (len(decimals) == 1 and "=" not in exact and not _is_constant(exact)):
+        return form.replace(r"\approx", "=")  # of a name
+    value = _constant(_EQUALS.split(exact)[-1])
+    for text in decimals:
+        decimal = _number(_without_unit(text))
+        if value is None or decimal is None or "." not in text:
+            return None
+        unit = Fraction(1, 10 ** len(text.partition(".")[2]))
+        error = abs(value) - abs(decimal)
+        if value * decimal <= 0 or not (abs(error) <= unit / 2 or 0 <= error < unit):  # rounded or cut off
+            return None
+    return exact
+
+
+def _is_constant(form: str) -> bool:
+    return bool(_CONSTANT.fullmatch(form) and _DIGIT.search(form))
+
+
+def _constant(form: str) -> Fraction | None:
+    number = _number(form)
+    if number is not None or not _is_constant(form):
+        return number
+    from krl.tasks.algebra import constant
+
+    return constant(form)
 
 
 def _same_symbolic(gold: str, given: str) -> bool:
