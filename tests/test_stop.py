@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +150,47 @@ def test_the_ends_of_a_run(tmp_path):
         find_ends(tokenizer, ("<|im_end|>",), 200)
     with pytest.raises(ValueError, match="empty text"):
         find_ends(tokenizer, ("",), 300)
+
+
+def test_long_stop_strings_are_found_in_no_time_and_longer_ones_refused(tmp_path):
+    """Four texts that are each other's beginnings as far as may be; trying every ending of each took minutes."""
+    tokenizer = load_tokenizer(of_bytes(tmp_path))
+    strings = tuple("a" * 480 + end for end in "bcde")
+    begun = time.perf_counter()
+    table = find_ends(tokenizer, strings, tokenizer.vocab_size).table
+    assert time.perf_counter() - begun < 10
+    a, b, x = (tokenizer.encode(letter)[0] for letter in "abx")
+    assert by_table(table, [x, *[a] * 500, b, x]) == 502
+    assert by_table(table, [*[a] * 479, b]) == by_table(table, [*[a] * 300, x, *[a] * 300, b]) == 0
+    with pytest.raises(ValueError, match=r"config.sample.stop has 2001 bytes of stop strings, and may have 2000"):
+        find_ends(tokenizer, ("é" * 1000, "a"), tokenizer.vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("7<|im_end|>\n", r"'7<\|im_end\|>\\n', which no response can hold.*name '<\|im_end\|>' alone"),
+        ("a\ud800", r"'a\\ud800', with half a character"),
+    ],
+)
+def test_stop_strings_that_no_text_holds_are_refused(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        find_ends(load_tokenizer(of_bytes(tmp_path)), ("7", text), 300)
+
+
+def test_a_tokenizer_whose_tokens_change_with_their_neighbours_takes_no_stop_strings(tmp_path):
+    """The white space that "</w>" stands for is there only if more follows."""
+    names = ["<unk>", "</s>", *"abcdefgh", *(f"{letter}</w>" for letter in "abcdefgh")]
+    plain = tokenizers.Tokenizer(
+        models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[], unk_token="<unk>")
+    )
+    plain.decoder = decoders.BPEDecoder("</w>")
+    plain.add_special_tokens(["<unk>", "</s>"])
+    tokenizer = load_tokenizer(write(tmp_path, tokenizer=plain, tokenizer_config={"eos_token": "</s>"}))
+    assert tokenizer.decode([names.index("a</w>"), names.index("b</w>")]) == "a b"
+    with pytest.raises(ValueError, match="a token's text depends on the tokens beside it"):
+        find_ends(tokenizer, ("a b",), len(names))
+    assert find_ends(tokenizer, (), len(names)).eos_ids == tokenizer.eos_ids
 
 
 def test_the_text_of_a_response_ends_with_the_first_string_to_end(tmp_path):

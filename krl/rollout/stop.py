@@ -7,6 +7,7 @@ beginning of a string that the text may end with (the automaton of Aho and Coras
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -17,6 +18,7 @@ from krl.policy.tokenizer import Tokenizer
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _UNKNOWN = "\ufffd"  # what bytes are decoded to that are no character
 _RUN = 256  # symbols from here on are bytes that are decoded together with the byte tokens beside them, or not at all
+_MOST_BYTES = 2000  # of all stop strings: the table has a row for each
 _NO_RUN: tuple[int, ...] = ()
 _BAD_RUN: tuple[int, ...] = (-1,)
 
@@ -47,8 +49,12 @@ def find_ends(tokenizer: Tokenizer, stop: Sequence[str], vocab_size: int) -> End
         vocab_size: V of the model, at least the tokenizer's.
 
     Raises:
-        ValueError: a text is empty, or is a token for which the model has no row.
+        ValueError: a text is empty or too long, is a token for which the model has no row or holds one that adds nothing
+            to a text, or the tokenizer is one whose tokens' texts depend on their neighbours.
     """
+    for text in stop:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"config.sample.stop has {text!r}, with half a character (a lone surrogate); remove it")
     named = {text: tokenizer.added_id(text) for text in stop}
     if "" in named:
         raise ValueError("config.sample.stop has an empty text, which every response holds; remove it")
@@ -60,8 +66,26 @@ def find_ends(tokenizer: Tokenizer, stop: Sequence[str], vocab_size: int) -> End
             )
     tokens = [number for number in named.values() if number is not None]
     strings = tuple(text for text, number in named.items() if number is None or tokenizer.decode([number]))
+    _check_strings(tokenizer, strings)
     table = make_table(tokenizer, strings, vocab_size) if strings else None
     return Ends(tokenizer, tuple(dict.fromkeys([*tokenizer.eos_ids, *tokens])), strings, table)
+
+
+def _check_strings(tokenizer: Tokenizer, strings: Sequence[str]) -> None:
+    """Refuse strings that make too large a table, and those that no response can hold."""
+    size = sum(len(string.encode()) for string in strings)
+    if size > _MOST_BYTES:
+        raise ValueError(
+            f"config.sample.stop has {size} bytes of stop strings, and may have {_MOST_BYTES} in all; shorten or remove some"
+        )
+    for number in range(tokenizer.vocab_size) if strings else ():
+        token = tokenizer.token(number)
+        inside = next((string for string in strings if token and token in string), None)
+        if inside is not None and tokenizer.added_id(token) == number and not tokenizer.decode([number]):
+            raise ValueError(
+                f"config.sample.stop has {inside!r}, which no response can hold: the special token {token!r} in it adds "
+                f"nothing to a text; name {token!r} alone"
+            )
 
 
 def describe_ends(ends: Ends) -> str:
@@ -102,10 +126,14 @@ def make_table(tokenizer: Tokenizer, strings: Sequence[str], vocab_size: int) ->
     Returns:
         [states, V] int16, or int32 where that is too small. A response begins in state 0, and is in the last state once
         its decoded text holds one of the strings.
+
+    Raises:
+        ValueError: what the tokenizer's tokens add to a text depends on the tokens beside them.
     """
     step = _automaton([string.encode() for string in strings])
     found = len(step) - 1
     first, later, stays = _symbols(tokenizer, vocab_size)
+    _check_symbols(tokenizer, first, later, stays)
     inside = _follow(step, np.arange(len(step)), later)
     # What a tokenizer puts in front of a text, it takes from there when it decodes: so the first token is another case.
     begin = np.where(stays, -1, _follow(step, np.zeros(1, int), first)[0])
@@ -119,30 +147,23 @@ def _automaton(strings: list[bytes]) -> np.ndarray:
 
     A state is the longest beginning of a string that the text ends with, and what stands open of a run of byte tokens.
     """
-    beginnings = {string[:size] for string in strings for size in range(len(string))}
-    endings = tuple(strings)
-
-    def after(beginning: bytes, byte: int) -> bytes | None:
-        text = beginning + bytes([byte])
-        if text.endswith(endings):
-            return None
-        return next(text[cut:] for cut in range(len(text) + 1) if text[cut:] in beginnings)
+    after = _beginnings(strings).tolist()
 
     def follow(state, symbol):
         beginning, run = state
         byte = symbol % _RUN
         if symbol < _RUN:  # a run that is no text by now never will be, and has cut off what was before
             then = _NO_RUN
-            beginning = b"" if run else beginning
+            beginning = 0 if run else beginning
         else:
             then = _run_after(run, byte)
             if then == _BAD_RUN:
-                return b"", then
-        beginning = after(beginning, byte)
-        return None if beginning is None else (beginning, then)
+                return 0, then
+        beginning = after[beginning][byte]
+        return None if beginning < 0 else (beginning, then)
 
-    states, rows = [(b"", _NO_RUN)], []
-    number: dict[tuple[bytes, tuple[int, ...]] | None, int] = {states[0]: 0}
+    states, rows = [(0, _NO_RUN)], []
+    number: dict[tuple[int, tuple[int, ...]] | None, int] = {states[0]: 0}
     for state in states:  # which grows
         row = [follow(state, symbol) for symbol in range(2 * _RUN)]
         for then in row:
@@ -151,7 +172,36 @@ def _automaton(strings: list[bytes]) -> np.ndarray:
                 states.append(then)
         rows.append(row)
     number[None] = len(states)
-    return np.array([[number[then] for then in row] for row in rows] + [[len(states)] * 2 * _RUN])
+    return np.array([[number[then] for then in row] for row in rows] + [[len(states)] * 2 * _RUN], np.int32)
+
+
+def _beginnings(strings: list[bytes]) -> np.ndarray:
+    """[beginnings, 256], the longest beginning of a string that a text ends with after one more byte.
+
+    0 is the empty one; -1 says that the text holds a string. A text whose byte does not lengthen its beginning goes on
+    as from the next shorter one that it ends with, whose row is made before: the failure links of Aho and Corasick.
+    """
+    longer: list[dict[int, int]] = [{}]  # of each beginning: the one with a byte more
+    whole = set()
+    for string in strings:
+        place = 0
+        for byte in string:
+            if byte not in longer[place]:
+                longer[place][byte] = len(longer)
+                longer.append({})
+            place = longer[place][byte]
+        whole.add(place)
+    after = np.zeros((len(longer), 256), int)
+    shorter = [0] * len(longer)
+    order = [0]
+    for place in order:  # which grows, from short ones to long ones
+        after[place] = after[shorter[place]]
+        for byte, more in longer[place].items():
+            shorter[more] = int(after[place, byte])
+            found = more in whole or shorter[more] < 0
+            after[place, byte] = -1 if found else more
+            order += [] if found else [more]
+    return after
 
 
 def _run_after(run: tuple[int, ...], byte: int) -> tuple[int, ...]:
@@ -203,6 +253,24 @@ def _symbols(tokenizer: Tokenizer, vocab_size: int) -> tuple[list[np.ndarray], l
         )
     nothing = [np.zeros(0, int)] * (vocab_size - len(ids))
     return first + nothing, later + nothing, stays
+
+
+def _check_symbols(tokenizer: Tokenizer, first: list[np.ndarray], later: list[np.ndarray], stays: np.ndarray) -> None:
+    """Refuse a tokenizer whose texts are not those of its tokens one after another; _UNKNOWN does not count."""
+    rng = np.random.default_rng(0)
+    for ids in rng.integers(0, tokenizer.vocab_size, (100, 8)).tolist():
+        begun = next((place for place, number in enumerate(ids) if not stays[number]), len(ids))
+        symbols = [symbol for number in ids[begun : begun + 1] for symbol in first[number]]
+        symbols += [symbol for number in ids[begun + 1 :] for symbol in later[number]]
+        text = ""
+        for together, run in itertools.groupby(symbols, lambda symbol: symbol >= _RUN):
+            part = bytes(symbol % _RUN for symbol in run).decode(errors="replace")
+            text += "" if together and _UNKNOWN in part else part
+        if text.replace(_UNKNOWN, "") != tokenizer.decode(ids).replace(_UNKNOWN, ""):
+            raise ValueError(
+                "config.sample.stop has strings, and with this tokenizer a token's text depends on the tokens beside it "
+                f"(as in {tokenizer.decode(ids)!r}); name special tokens instead"
+            )
 
 
 def _bytes_of(token: str, text: str, *, together: bool) -> np.ndarray:
