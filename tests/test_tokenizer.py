@@ -9,6 +9,7 @@ import pytest
 import sentencepiece
 from tokenizers import processors
 
+from krl.policy import tokenizer as tokenizer_module
 from krl.policy.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -164,6 +165,17 @@ def test_no_template_doubles_the_first_token(begun):
     assert tokenizer.encode_prompt("<bos>") == tokenizer.encode_prompt("") == [begin]
 
 
+def test_no_template_doubles_a_part_of_what_stands_in_front(tmp_path):
+    plain = byte_level(["<mask>", "<bos>", "<end>"])
+    front = [plain.token_to_id("<mask>"), plain.token_to_id("<bos>")]
+    special = list(zip(("<mask>", "<bos>"), front, strict=True))
+    plain.post_processor = processors.TemplateProcessing(single="<mask> <bos> $A", special_tokens=special)
+    write(tmp_path, tokenizer=plain, tokenizer_config={"bos_token": "<bos>", "eos_token": "<end>"})
+    tokenizer = load_tokenizer(tmp_path)
+    for begun in ("", "<bos>", "<bos><bos>", "<mask><bos>", "<mask>"):
+        assert tokenizer.encode_prompt(begun + "1+<bos>1") == [*front, *tokenizer.encode("1+<bos>1")]
+
+
 def test_template_arguments_are_the_templates_own(begun):
     tokenizer, begin = begun
     ask = [{"role": "user", "content": "1"}]
@@ -172,9 +184,31 @@ def test_template_arguments_are_the_templates_own(begun):
     assert find_template("chat", {"think": False, "system_prompt": "be"})(tokenizer, "1") == [
         begin, *tokenizer.encode("be[1]()/")
     ]  # fmt: skip
-    for name in ("thinking", "thin", "max_length", "tokenize"):
-        with pytest.raises(ValueError, match=f"(no variable '{name}'; take it out of config.data.template_arg|fails)"):
+    for name in ("thinking", "thin", "quiet", "m", "role", "system"):  # a text, a loop's, an attribute
+        with pytest.raises(ValueError, match=f"no variable '{name}'; take it out of config.data.template_arg") as error:
             tokenizer.encode_chat(ask, **{name: False})
+        assert ("system_prompt is the system message" in str(error.value)) == (name == "system")
+    for name in ("messages", "self", "tokenize", "add_generation_prompt", "conversation", "max_length"):
+        with pytest.raises(
+            ValueError, match=f"template_arguments has '{name}', which krl gives the chat template itself"
+        ):
+            find_template("chat", {name: False})(tokenizer, "1")
+
+
+@pytest.mark.parametrize(
+    ("template", "looked_up"),
+    [
+        ("{# think #}think{{ 'think' }}{% for think in messages %}{{ think.think }}{% endfor %}", False),
+        ("{% if think is not defined %}{% set think = true %}{% endif %}{{ think }}", True),
+        ("{% set think = think | default(true) %}", True),
+        ("{% macro say(think) %}{{ think }}{% endmacro %}{{ say(1) }}", False),
+        ("{%- generation -%}{{ 'think' }}{% break %}{%- endgeneration -%}", False),
+        ("{% generation %}{{ think }}{% endgeneration %}", True),
+        ("{% strange %}{{ think }}", True),  # cannot be parsed: the word counts
+    ],
+)
+def test_a_variable_is_one_that_the_template_looks_up(template, looked_up):
+    assert tokenizer_module._looks_up(template, "think") == looked_up
 
 
 def test_a_message_that_the_template_leaves_out_is_told(begun):

@@ -4,6 +4,9 @@ Nothing here uses the network or runs code that comes with a checkpoint.
 """
 
 import contextlib
+import functools
+import inspect
+import itertools
 import json
 import os
 import pathlib
@@ -49,7 +52,7 @@ class Tokenizer(Protocol):
         A text that already begins with that gets no second one.
         """
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], **arguments: object) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], /, **arguments: object) -> list[int]:
         """Token ids of {"role", "content"} messages in the chat template, up to where the reply begins.
 
         Args:
@@ -161,7 +164,7 @@ class SentencePieceTokenizer:
             text = text.removeprefix(name)
         return [ident] * (begun or self._add_bos) + self.encode(text)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], **arguments: object) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], /, **arguments: object) -> list[int]:
         """Refused: a sentencepiece model has no chat template.
 
         Raises:
@@ -218,6 +221,8 @@ class HuggingFaceTokenizer:
         except Exception as error:  # the libraries raise many unrelated types
             raise ValueError(f"cannot read the tokenizer {file}: {_first_line(error)}") from None
         self._path = path
+        parameters = inspect.signature(self._tokenizer.apply_chat_template).parameters
+        self._not_variables = {"self", "messages", *parameters} - {"tools", "documents", "kwargs"}
         self._whole: set[tuple[str, ...]] = set()  # roles of chats that the chat template takes whole
         self.eos_ids: tuple[int, ...] = _end_ids(self._tokenizer.eos_token_id, file)
         pad = self._tokenizer.pad_token_id
@@ -247,9 +252,12 @@ class HuggingFaceTokenizer:
         A template that writes that token itself, as on many model cards, does not get a second one.
         """
         ids = self.encode(text)
-        return self._once(ids) if ids[: len(self._front)] == self._front else self._front + ids
+        if not self._front:
+            return self._once(ids)
+        # A template may write all of what stands in front or a part, as <bos> of [gMASK] <bos>.
+        return self._front + list(itertools.dropwhile(self._front.__contains__, ids))
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], **arguments: object) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], /, **arguments: object) -> list[int]:
         """Token ids of {"role", "content"} messages in the chat template, up to where the reply begins.
 
         Raises:
@@ -260,14 +268,14 @@ class HuggingFaceTokenizer:
                 f"the tokenizer in {self._path} has no chat template; add chat_template.jinja, or chat_template in "
                 "tokenizer_config.json, or use a template without chat"
             )
+        own = arguments.keys() & self._not_variables
+        if own:
+            raise ValueError(
+                f"config.data.template_arguments has {min(own)!r}, which krl gives the chat template itself; take it out"
+            )
         text = self._render(messages, arguments)
-        template = self._tokenizer.get_chat_template()
-        for name in arguments:
-            if not re.search(rf"\b{re.escape(name)}\b", template):
-                raise ValueError(
-                    f"the chat template in {self._path} has no variable {name!r}; take it out of "
-                    "config.data.template_arguments"
-                )
+        if arguments:
+            self._check_variables(arguments)
         roles = tuple(message["role"] for message in messages)
         if roles not in self._whole:  # a message is left out if the text is the same whatever it says
             for i, message in enumerate(messages):
@@ -279,6 +287,17 @@ class HuggingFaceTokenizer:
                     )
             self._whole.add(roles)
         return self._once(self.encode(text))
+
+    def _check_variables(self, names: Iterable[str]) -> None:
+        """Refuse names that the chat template never looks up: they would have no effect."""
+        source = self._tokenizer.get_chat_template()
+        for name in names:
+            if not _looks_up(source, name):
+                instead = "; system_prompt is the system message" if name == "system" else ""
+                raise ValueError(
+                    f"the chat template in {self._path} has no variable {name!r}; take it out of "
+                    f"config.data.template_arguments{instead}"
+                )
 
     def _render(self, messages: Sequence[Mapping[str, str]], arguments: Mapping[str, object]) -> str:
         """The text of a chat in the chat template."""
@@ -318,6 +337,20 @@ class HuggingFaceTokenizer:
             return None
         added, behind = set(self._tokenizer.get_added_vocab().values()), rendered.rpartition(_REPLY)[2]
         return next((number for number in self.encode(behind) if number in added), None)
+
+
+@functools.lru_cache
+def _looks_up(source: str, name: str) -> bool:
+    """Whether a chat template takes a variable's value from outside; a text, a comment or a loop may have its name."""
+    import jinja2.meta  # which only chat templates need
+
+    # `transformers` has a block of its own, which marks replies and changes no text.
+    plain = re.sub(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}", r"{%\1 if true \2%}{%\1 endif \2%}", source)
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
+    try:
+        return name in jinja2.meta.find_undeclared_variables(environment.parse(plain))
+    except jinja2.TemplateError:  # it has blocks that only `transformers` knows
+        return re.search(rf"\b{re.escape(name)}\b", source) is not None
 
 
 def _end_ids(own: int | None, tokenizer: pathlib.Path) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ class Encoder(Protocol):
     def encode_prompt(self, text: str) -> list[int]:
         """Token ids of a text that begins a sequence."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], **arguments: object) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], /, **arguments: object) -> list[int]:
         """Token ids of {"role", "content"} messages, up to where the reply begins; arguments are the template's."""
 
 
