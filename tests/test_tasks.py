@@ -13,6 +13,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from krl.configs import default
@@ -377,6 +379,14 @@ def test_a_column_may_have_several_kinds_and_whole_numbers_any_size(tmp_path):
     assert tasks.rows[0]["n"] == 7 * (10**5000 - 1) // 9
 
 
+def test_further_fields_may_have_whole_numbers_of_any_size(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        f'{{"question": "1", "answer": 1, "n": -1{"0" * 5000}, "l": [1{"0" * 5000}, "a"]}}\n'
+    )
+    fields = load(tmp_path / "a.jsonl", fields=["n", "l"]).fields
+    assert fields == {"n": ("-1" + "0" * 5000,), "l": (f"[1{'0' * 5000}, 'a']",)}
+
+
 def test_numbers_have_the_digits_that_stand_in_the_file(tmp_path):
     written = {
         "0.1": "0.1", "2.50": "2.50", "142.0": "142", "1e22": "1" + 22 * "0", "6.02E23": "602" + 21 * "0", "1e-7": "1e-7",
@@ -447,6 +457,25 @@ def test_columns_are_read_as_datasets_yields_them(tmp_path):
         assert [row["single"] for row in tasks.rows] == columns["single"]
         assert [row.get("mixed") for row in tasks.rows] == columns.get("mixed", [None, None])
         assert load(tmp_path / name, answer_field="day", limit=1).answers == ("2024-05-01",)
+
+
+def test_columns_that_datasets_has_no_type_for_and_two_of_one_name(tmp_path):
+    file = tmp_path / "a.parquet"
+    columns = {
+        "question": pyarrow.array(["1", "2"]),
+        "answer": pyarrow.array([0.1, 2.0], pyarrow.float32()),
+        "sizes": pyarrow.array([[("a", 1), ("b", 2)], None], pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    tasks = load(file)
+    assert tasks.answers == ("0.1", "2")
+    assert tasks.rows == ({"sizes": {"a": 1, "b": 2}}, {"sizes": None})
+    twice = pyarrow.Table.from_arrays([*columns.values(), columns["answer"]], [*columns, "answer"])
+    pyarrow.parquet.write_table(twice, file)
+    with pytest.raises(
+        ValueError, match=r"^data file .*a\.parquet has two columns named 'answer'; rename or remove one$"
+    ):
+        load(file)
 
 
 @pytest.fixture
@@ -522,10 +551,32 @@ def test_directories_with_splits(tmp_path):
     inside = make("inside", "train/a.jsonl", "train/b.jsonl", "test/a.jsonl", "other/a.jsonl")
     assert names(inside, "train") == ["a.jsonl", "b.jsonl"]
     assert find_files(inside, split="test") == [tmp_path / "inside" / "test" / "a.jsonl"]
+    words = {
+        "train": ("Train.jsonl", "training.jsonl", "my-TRAIN.json"),
+        "test": ("Test.jsonl", "testing.jsonl", "my TEST.json"),
+    }
+    words |= {"dev": ("Dev.jsonl", "development.jsonl"), "eval": ("EVAL.jsonl", "evaluation.jsonl")}
+    for split, files in words.items():
+        for number, file in enumerate(files):
+            assert names(make(f"words{number}", *(some[number % len(some)] for some in words.values())), split) == [
+                file
+            ]
+    shards = make("shards", "Train-00000-of-00001.parquet", "x-Testing-00000-of-00001.parquet")
+    assert names(shards, "train") == ["Train-00000-of-00001.parquet"]
+    assert names(shards, "test") == ["x-Testing-00000-of-00001.parquet"]
+    folders = make("folders", "Training/a.jsonl", "Testing/b.jsonl")
+    assert (names(folders, "train"), names(folders, "test")) == (["a.jsonl"], ["b.jsonl"])
+    assert names(folders, "testing") == ["b.jsonl"]
     data = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict(train=data, test=data.select([3])).save_to_disk(str(tmp_path / "saved"))
     assert load(tmp_path / "saved", split="test").prompts == ("3?",)
     assert load(tmp_path / "saved").prompts == tuple(row["question"] for row in ROWS)
+    for state in ("{}", "[]", '{"_data_files": null}', '{"_data_files": [{}]}'):
+        (tmp_path / "saved" / "train" / "state.json").write_text(state)
+        with pytest.raises(
+            ValueError, match=r"state\.json does not list _data_files, .*; name the data files instead$"
+        ):
+            load(tmp_path / "saved" / "train")
 
 
 def test_the_test_split_of_a_directory_is_held_out(tmp_path):
@@ -552,6 +603,8 @@ def test_the_identity_of_tasks_is_that_of_all_that_decides_rewards():
             TaskSet(("a",), ("1",), rows=rows), Letters(), template="raw", max_prompt_tokens=3
         ).identity()
 
+    large = [identity(({"n": [{"m": 10**5000 + i}]},)) for i in (0, 1)]  # which Python refuses to write
+    assert large[0] != large[1]
     assert identity(()) == identity(({},))
     assert identity(()) != identity(({"tests": ["1"]},)) != identity(({"tests": ["2"]},))
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from krl.tasks.fields import Chat, find_field, further_texts, plain_answer, plain_pair, plain_prompt, plain_row
-from krl.tasks.files import read_rows
+from krl.tasks.files import read_rows, spell_numbers
 from krl.tasks.templates import Encoder, find_template
 from krl.tasks.verify import Answer
 
@@ -63,7 +63,11 @@ class EncodedTasks:
         """The number of tasks and a digest of their tokens, questions, answers and rows; padding does not count."""
         digest = hashlib.blake2b(json.dumps([self.tasks.prompts, self.tasks.answers]).encode(), digest_size=6)
         if any(self.tasks.rows):  # rewards may depend on them
-            digest.update(json.dumps(self.tasks.rows, default=str).encode())
+            try:
+                rows = json.dumps(self.tasks.rows, default=str)
+            except ValueError:  # whole numbers of more than 4300 digits
+                rows = json.dumps(spell_numbers(self.tasks.rows), default=str)
+            digest.update(rows.encode())
         digest.update(self.mask.sum(axis=1).astype(np.int64).tobytes())
         digest.update(self.tokens[self.mask].astype(np.int64).tobytes())
         return f"{len(self)} with digest {digest.hexdigest()}"

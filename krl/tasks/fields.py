@@ -4,7 +4,7 @@ import datetime
 import decimal
 from collections.abc import Collection, Sequence
 
-from krl.tasks.files import Literal
+from krl.tasks.files import Literal, spell_numbers
 from krl.tasks.verify import Answer
 
 Chat = tuple[dict[str, str], ...]  # {"role", "content"} messages, in their order
@@ -58,12 +58,19 @@ def further_texts(rows: Sequence[dict], names: Sequence[str], source: str) -> di
                 value = _inside(row, name)
             except KeyError:
                 value, missing = None, missing + 1
-            values.append("" if value is None else str(value))
+            values.append("" if value is None else _as_written(value))
         if missing == len(rows):
             columns = dict.fromkeys(inner for row in rows for inner in field_names(row))
             raise ValueError(f"{source} has no field {name!r}; its fields are {list(columns)}")
         texts[name] = tuple(values)
     return texts
+
+
+def _as_written(value: object) -> str:
+    try:
+        return str(value)
+    except ValueError:  # whole numbers of more than 4300 digits
+        return str(spell_numbers(value))
 
 
 def _inside(value: object, name: str) -> object:

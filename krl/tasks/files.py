@@ -1,5 +1,6 @@
 """Files and hub data sets to rows: one reader of JSON, and one way of decoding what Arrow and `datasets` hold."""
 
+import contextlib
 import decimal
 import glob
 import gzip
@@ -20,6 +21,7 @@ Rows = Iterator[tuple[dict, str]]  # each row as Python values, and the words th
 _KINDS = (".jsonl", ".json", ".parquet", ".arrow")
 _OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside data, no rows
 _SPLITS = ("train", "test", "validation", "valid", "val", "dev", "eval")  # what the words in files' names may mean
+_MEANT = {"training": "train", "testing": "test", "development": "dev", "evaluation": "eval"}
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -135,7 +137,7 @@ def _splits(folder: pathlib.Path, subset: str, asked: str) -> dict[str, list[pat
     if subset and (folder / subset).is_dir():
         return _splits(folder / subset, "", asked)
     if (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file():  # by Dataset.save_to_disk
-        return {"": [folder / one["filename"] for one in _settings(folder / "state.json")["_data_files"]]}
+        return {"": _saved_files(folder)}
     inside = sorted(one for one in folder.iterdir() if not one.name.startswith((".", "_")))
     files = [one for one in inside if one.is_file() and _kind(one) in _KINDS and one.name not in _OF_DATASETS]
     folders = [one for one in inside if one.is_dir()]
@@ -145,9 +147,21 @@ def _splits(folder: pathlib.Path, subset: str, asked: str) -> dict[str, list[pat
     for file in files:
         splits.setdefault(_split_of(file, asked), []).append(file)
     for inner in folders if not files else ():
-        if inner.name in (asked, *_SPLITS):
-            splits[inner.name] = [file for some in _splits(inner, "", asked).values() for file in some]
+        split = _meant_split(inner.name, asked)
+        if split in (asked, *_SPLITS):
+            splits.setdefault(split, []).extend(file for some in _splits(inner, "", asked).values() for file in some)
     return {name: found for name, found in splits.items() if found}
+
+
+def _saved_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of one split that Dataset.save_to_disk wrote."""
+    file = folder / "state.json"
+    try:
+        return [folder / one["filename"] for one in _settings(file)["_data_files"]]
+    except (KeyError, TypeError):
+        raise ValueError(
+            f"{file} does not list _data_files, as Dataset.save_to_disk writes them; name the data files instead"
+        ) from None
 
 
 def _split_of(file: pathlib.Path, asked: str) -> str:
@@ -155,9 +169,21 @@ def _split_of(file: pathlib.Path, asked: str) -> str:
     stem = file.name.removesuffix(".gz").removesuffix(_kind(file))
     shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}", stem)
     if shard:  # as the hub and `datasets` name them
-        return asked if shard[1].endswith(f"-{asked}") else "" if shard[1] == "data" else shard[1]
-    word = re.search(rf"(?<![^-_.])({re.escape(asked)}|{'|'.join(_SPLITS)})(?![^-_.])", stem)
-    return word[1] if word else ""
+        last = _meant_split(shard[1].rpartition("-")[2], asked)
+        if last == asked or shard[1].lower().endswith(f"-{asked.lower()}"):
+            return asked
+        return "" if shard[1] == "data" else _meant_split(shard[1], asked)
+    words = "|".join((re.escape(asked), *_SPLITS, *_MEANT))
+    word = re.search(rf"(?<![^-_.\s])({words})(?![^-_.\s])", stem, re.IGNORECASE)
+    return _meant_split(word[1], asked) if word else ""
+
+
+def _meant_split(word: str, asked: str) -> str:
+    """The split that a word means, in whatever case; other words stay as they are."""
+    small = word.lower()
+    if asked.lower() == small:
+        return asked
+    return _MEANT.get(small, small if small in _SPLITS else word)
 
 
 def _kind(file: pathlib.Path) -> str:
@@ -248,6 +274,24 @@ def _whole(digits: str) -> int:
     return int(digits) if len(digits) < 4000 else int(decimal.Decimal(digits))
 
 
+class _Spelled(str):
+    """A whole number as text, which looks like one in a list, too."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+def spell_numbers(value: Any) -> Any:
+    """A value in which whole numbers that Python refuses to write, of more than 4300 digits, are texts."""
+    if isinstance(value, dict):
+        return {name: spell_numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [spell_numbers(inner) for inner in value]
+    if isinstance(value, int) and value.bit_length() > 13000:  # 3914 digits or more
+        return _Spelled(f"{decimal.Decimal(value):f}")
+    return value
+
+
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=Literal, parse_int=_whole)
 
 
@@ -275,8 +319,7 @@ def _unreadable(file: pathlib.Path, number: int, error: Exception) -> ValueError
 
 def _read_arrow(file: pathlib.Path, kind: str) -> Rows:
     """The rows of a .parquet file, or of an .arrow file in either of Arrow's formats."""
-    import datasets  # slow to import, and JSON does without
-    import pyarrow.ipc
+    import pyarrow.ipc  # slow to import, and JSON does without
     import pyarrow.parquet
 
     source = f"data file {file}"
@@ -290,13 +333,28 @@ def _read_arrow(file: pathlib.Path, kind: str) -> Rows:
             else:
                 stream = _open_arrow(opened, pyarrow.ipc)
                 schema, batches = stream.schema, stream
+            twice = next((name for name in schema.names if schema.names.count(name) > 1), None)
+            if twice is not None:
+                raise _RowError(f"{source} has two columns named {twice!r}; rename or remove one")
             tables = (pyarrow.Table.from_batches([batch], schema) for batch in batches)
-            yield from _decode(tables, datasets.Features.from_arrow_schema(schema), source)
+            yield from _decode(tables, _features(schema), source)
     except _RowError:
         raise
     except Exception as error:  # the libraries raise many unrelated types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot read {source} as {kind}: {reason}; see that it is what its name says") from None
+
+
+def _features(schema) -> dict:
+    """What `datasets` takes the columns of an Arrow schema for; columns of types that it lacks (map) are left out."""
+    import datasets
+    import pyarrow
+
+    features: dict = {}
+    for field in schema:
+        with contextlib.suppress(ValueError, TypeError):
+            features |= datasets.Features.from_arrow_schema(pyarrow.schema([field], schema.metadata))
+    return features
 
 
 def _open_arrow(opened, ipc):
@@ -324,20 +382,20 @@ def _read_hub(name: str, subset: str, split: str, source: str) -> Rows:
 
 
 class _RowError(ValueError):
-    """A row that is wrong; says which."""
+    """A row or a column that is wrong; says which."""
 
 
 def _decode(tables: Iterable, features, source: str) -> Rows:
     """Rows of Arrow tables as `datasets` yields them, many times faster than one by one.
 
     Its type Json is decoded by the reader of JSON, which keeps all digits, and numbers of 16 or 32 bits are the shortest
-    ones that they stand for. Images and sounds stay as they are stored: no field of a task can be one.
+    ones that they stand for. A map is a dict. Images and sounds stay as they are stored: no field of a task can be one.
     """
     stored = [name for name, feature in features.items() if re.search(r"Json\(|float(16|32)", repr(feature))]
     number = 0
     for table in tables:
         try:
-            rows = table.to_pylist()
+            rows = table.to_pylist(maps_as_pydicts="strict")
         except UnicodeDecodeError:
             first = number + _first_unreadable(table)
             raise _RowError(f"row {first} of {source} is not UTF-8; mend or remove it") from None
