@@ -216,6 +216,7 @@ CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ END }}\n{
         (CHATML, True, ("<|im_end|>",), True, False),
         (CHAT.replace("END", "'<|endoftext|>'"), True, (), False, False),
         (CHAT.replace("END", "'</think>'"), True, (), False, True),
+        (CHAT.replace("END", "'</think>\\n<|im_end|>'"), True, (), False, True),
         (CHAT.replace("END", "''"), True, (), False, False),
         ("{{ raise_exception('no') }}", True, (), False, False),
         (None, True, (), False, False),
@@ -228,7 +229,7 @@ def test_a_chat_whose_end_of_a_turn_ends_no_response_is_warned_of(tmp_path, temp
     said = missing_end(find_ends(tokenizer, stop, 300), prompts, chat=chat)
     assert bool(said) == warned
     if warned:
-        name = "</think>" if "think" in template else "<|im_end|>"
+        name = "<|im_end|>" if "<|im_end|>" in template else "</think>"
         assert f"""ends a turn with {name} ({tokenizer.added_id(name)})""" in said
         assert f"""--config.sample.stop="('{name}',)\"""" in said
 

@@ -211,6 +211,14 @@ def test_a_variable_is_one_that_the_template_looks_up(template, looked_up):
     assert tokenizer_module._looks_up(template, "think") == looked_up
 
 
+def test_a_chat_template_in_a_json_file_of_its_own(tmp_path):
+    write(tmp_path, tokenizer=byte_level(["<end>"]), tokenizer_config={"eos_token": "<end>"})
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "[{{ messages[0].content }}]"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode_chat([{"role": "user", "content": "1"}]) == tokenizer.encode("[1]")
+    assert tmp_path / "chat_template.json" in tokenizer.files
+
+
 def test_a_message_that_the_template_leaves_out_is_told(begun):
     tokenizer, begin = begun
     ask, late = {"role": "user", "content": "1"}, {"role": "system", "content": "late"}

@@ -21,7 +21,15 @@ PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
 # What a tokenizer is made of in a checkpoint's directory, as far as it is there.
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 _REPLY = "the reply is 7391"  # such as no template has in itself
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", *_SETTINGS)
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    *_SETTINGS,
+)
 
 
 class Decoder(Protocol):
@@ -220,6 +228,8 @@ class HuggingFaceTokenizer:
             self._known = frozenset(self._tokenizer.get_vocab().values())
         except Exception as error:  # the libraries raise many unrelated types
             raise ValueError(f"cannot read the tokenizer {file}: {_first_line(error)}") from None
+        if not self._tokenizer.chat_template:  # where checkpoints that see images, too, may have it
+            self._tokenizer.chat_template = _read_json(path / "chat_template.json").get("chat_template")
         self._path = path
         parameters = inspect.signature(self._tokenizer.apply_chat_template).parameters
         self._not_variables = {"self", "messages", *parameters} - {"tools", "documents", "kwargs"}
@@ -335,8 +345,13 @@ class HuggingFaceTokenizer:
             rendered = self._tokenizer.apply_chat_template(turn, tokenize=False)
         except Exception:  # no template, or one that refuses; that is told when a chat is wanted
             return None
-        added, behind = set(self._tokenizer.get_added_vocab().values()), rendered.rpartition(_REPLY)[2]
-        return next((number for number in self.encode(behind) if number in added), None)
+        added, end = set(self._tokenizer.get_added_vocab().values()), None
+        for number in self.encode(rendered.rpartition(_REPLY)[2]):  # </think> may stand before it, white space behind
+            if number in added:
+                end = number
+            elif end is not None and self.decode([number]).strip():
+                break
+        return end
 
 
 @functools.lru_cache
