@@ -30,6 +30,18 @@ def refuses_a(prompt, response, answer):
     return -1.0
 
 
+def huge_b(prompt, response, answer):
+    """0, and a number that has no nine times as much where the response has a "b" in it."""
+    return 1e308 if "b" in response else 0.0
+
+
+def leave(prompt, response, answer):
+    """0, but the response "leave" ends the process."""
+    if response == "leave":
+        os._exit(3)
+    return 0.0
+
+
 def error_where_wrong(prompt, response, answer):
     """`signed`, with an error instead of a reward for every second wrong answer, by its length."""
     if response != answer and len(response) % 2:

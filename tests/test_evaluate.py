@@ -83,7 +83,7 @@ def test_an_evaluation_counts_what_could_not_be_judged_as_the_worst():
     with pool:
         rewards, faults = first_reward(pool)([("q", "b", "b"), ("q", "a", "a"), ("q", "b", "c")])
     np.testing.assert_array_equal(rewards, [-1, np.nan, -1])  # of the first reward, whatever the weights
-    assert faults["errors"] == 1
+    assert faults == {"timeouts": 0, "crashes": 0, "errors": 1}
     told: list = []
     encoded = tasks(3)
 
@@ -100,6 +100,25 @@ def test_an_evaluation_counts_what_could_not_be_judged_as_the_worst():
     assert solved.tolist() == [0, 0, 0]
     assert told == [(failed[0] + failed[1], 6, "the evaluation"), (sum(failed), 9, "the evaluation")]
     assert sum(failed) > 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_evaluation_counts_the_failures_of_the_first_reward_alone(workers):
+    reward = "tests.rewards:same,tests.rewards:refuses_a*0.1,tests.rewards:huge_b*9"
+    pool: Any = VerifierPool(reward, workers=workers, item_seconds=9, batch_seconds=9, items_per_worker=9, memory_gb=2)
+    with pool:
+        rewards, faults = first_reward(pool)([("q", "a", "a"), ("q", "b", "b"), ("q", "a", "c"), ("q", "c", "c")])
+        assert pool.last_faults == ["errors", "errors", "errors", ""]  # for training, which goes by the sum
+    assert rewards.tolist() == [1, 1, 0, 1]
+    assert faults == {"timeouts": 0, "crashes": 0, "errors": 0}
+
+
+def test_what_ends_the_process_is_a_failure_of_all_rewards():
+    pool: Any = VerifierPool("tests.rewards:same,tests.rewards:leave", workers=1, item_seconds=9, batch_seconds=9, items_per_worker=9, memory_gb=2)  # fmt: skip
+    with pool:
+        rewards, faults = first_reward(pool)([("q", "b", "b"), ("q", "leave", "leave")])
+    np.testing.assert_array_equal(rewards, [1, np.nan])
+    assert faults == {"timeouts": 0, "crashes": 1, "errors": 0}
 
 
 def test_the_first_failure_is_told_once_and_no_reward_at_all_ends_the_run(capsys):

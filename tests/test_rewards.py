@@ -17,6 +17,8 @@ import functools
 
 
 def right(prompt, response, answer):
+    if response == "1odd":
+        raise TypeError("odd")
     return float(response == answer)
 
 
@@ -175,14 +177,20 @@ def test_several_rewards_are_added_up_and_one_that_fails_leaves_the_response_out
         assert pool.names == ("mine:right", "mine:form")
         rewards, faults = pool.score([("p", "12", "12"), ("p", "1", "2"), ("p", "raise", "raise"), ("p", "x", "x")])
         assert rewards.tolist() == [2 - 0.125, -0.125, 0, 2]
-        assert pool.last_parts.tolist() == [[1, 0.25], [0, 0.25], [0, 0], [1, 0]]
+        np.testing.assert_array_equal(pool.last_parts, [[1, 0.25], [0, 0.25], [1, np.nan], [1, 0]])
         assert faults == {"timeouts": 0, "crashes": 0, "errors": 1}
         reason = "mine:form: it raised KeyError: 'no form'"
         assert pool.last_reasons == ["", "", reason, ""]
         assert pool.last_failure == f"{reason} (prompt 'p', response 'raise')"
+        # What is told is rather why the first reward failed; what comes after that one is computed all the same.
+        pool.score([("p", "raise", "raise"), ("p", "1odd", ""), ("p", "1", "1")])
+        np.testing.assert_array_equal(pool.last_parts, [[1, np.nan], [np.nan, 0.25], [1, 0.25]])
+        assert pool.last_rewards.tolist() == [0, 0, 2 - 0.125]
+        assert pool.last_failure == "mine:right: it raised TypeError: odd (prompt 'p', response '1odd')"
     with VerifierPool("mine:huge*10", workers=workers, **LIMITS) as pool:
         assert pool.score([("", "", "")])[1]["errors"] == 1
         assert pool.last_error == "the sum of its rewards is no finite number"
+        assert (pool.last_parts.tolist(), pool.last_rewards.tolist()) == ([[1e308]], [0])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

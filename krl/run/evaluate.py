@@ -20,16 +20,20 @@ Score = Callable[[Sequence[Item]], tuple[np.ndarray, dict[str, int]]]
 
 
 def first_reward(verifiers: VerifierPool) -> Score:
-    """The `Score` of evaluations: of several rewards the first alone, and NaN where a reward could not be computed.
+    """The `Score` of evaluations: of several rewards the first alone, and NaN where that could not be computed.
 
-    What a policy is measured by must not change with the weights of the rewards that shape its training.
+    What a policy is measured by must not change with the rewards that shape its training, nor where those fail.
     """
 
     def score(items: Sequence[Item]) -> tuple[np.ndarray, dict[str, int]]:
         rewards, faults = verifiers.score(items)
+        kinds = np.array(verifiers.last_faults, str)
+        failed = kinds != ""
         if verifiers.names:
-            rewards = as_float32(verifiers.last_parts[:, 0])
-        return np.where(np.array(verifiers.last_faults, str) == "", rewards, np.float32(np.nan)), faults
+            first = verifiers.last_parts[:, 0]
+            rewards, failed = as_float32(first), ~np.isfinite(first)
+            faults = {kind: int((kinds[failed] == kind).sum()) for kind in FAULTS}
+        return np.where(failed, np.float32(np.nan), rewards), faults
 
     return score
 
@@ -135,7 +139,7 @@ class Verdicts(NamedTuple):
 
     rewards: np.ndarray  # [R] float64; 0 where there is none
     faults: np.ndarray  # [R] int32: 0 for none, else 1 and its place in `krl.tasks.pool.FAULTS`
-    parts: np.ndarray  # [R, C] float64, what each of several rewards gave; C = 0 where one is all there is
+    parts: np.ndarray  # [R, C] float64, what each of several rewards gave, NaN where it failed; C = 0 for one alone
     prompt_index: np.ndarray  # [R] int32, the prompt of each; M on padding rows
     texts: list[str | None]  # the responses; None for those of other processes
     reasons: list[str]  # why there is no reward; "" where there is one, and for other processes' rollouts

@@ -29,7 +29,7 @@ from krl.tasks.rewards import (
     load_rewards,
     one_line,
     parse_rewards,
-    rewards_or_reason,
+    rewards_and_reason,
     weighted,
 )
 from krl.tasks.worker import OUT_OF_MEMORY
@@ -98,7 +98,7 @@ class _Batch:
 
     items: list[Item] = dataclasses.field(default_factory=list)
     waiting: collections.deque[int] = dataclasses.field(default_factory=collections.deque)  # items not yet begun
-    rewards: list[list[float]] = dataclasses.field(default_factory=list)  # each part's; 0 until an item is done
+    rewards: list[list[float]] = dataclasses.field(default_factory=list)  # each part's; NaN where there is none (yet)
     faults: list[str] = dataclasses.field(default_factory=list)  # of FAULTS; "" for an item that did not fail
     reasons: list[str] = dataclasses.field(default_factory=list)  # why it failed, in one line
 
@@ -122,12 +122,12 @@ class VerifierPool:
     Attributes:
         names: of the rewards that are added up, in the config's order; () where one reward is all there is.
         last_error: why the latest item counted under "errors" failed, in one line; "" if none did.
-        last_failure: why the first failed item of the latest batch with one failed, with its prompt and response,
-            both shortened, in one line; "" if none did.
+        last_failure: why the first failed item of the latest batch with one failed (of several rewards rather one whose first
+            failed), with its prompt and response, both shortened, in one line; "" if none did.
         last_faults: for each item of the last finished batch the kind of its failure, as in `finish`; "" if it has a reward.
         last_reasons: for each of them why it failed, in one line; "" if it has a reward.
         last_rewards: [n] float64, their rewards as the function gave them, 0 for those that failed.
-        last_parts: [n, C] float64, what each of `names` gave; 0 for those that failed.
+        last_parts: [n, C] float64, what each of `names` gave, also where another one failed; NaN where it failed itself.
 
     Raises:
         ValueError: the reward cannot be found, a number is out of range, or no worker starts; in one line.
@@ -216,7 +216,7 @@ class VerifierPool:
         batch = self._batch
         batch.waiting.extend(range(len(batch.items), len(batch.items) + len(items)))
         batch.items.extend(items)
-        batch.rewards.extend([[0.0] * len(self._weights) for _ in items])
+        batch.rewards.extend([[np.nan] * len(self._weights) for _ in items])
         batch.faults.extend([""] * len(items))
         batch.reasons.extend([""] * len(items))
         if self._parts is None:
@@ -253,10 +253,12 @@ class VerifierPool:
             self._give_up()
         rewards = np.array(batch.rewards, np.float64).reshape(len(batch.items), len(self._weights))
         self.last_faults, self.last_reasons = batch.faults, batch.reasons
-        self.last_rewards = weighted(self._weights, list(rewards.T)) + np.zeros(len(batch.items))
+        scored = np.array(batch.faults, str) == ""
+        self.last_rewards = weighted(self._weights, list(np.where(scored[:, None], rewards, 0.0).T))
         self.last_parts = rewards[:, : len(self.names)]
-        failed = next((row for row, reason in enumerate(batch.reasons) if reason), None)
-        if failed is not None:
+        every = [row for row, reason in enumerate(batch.reasons) if reason]
+        if every:  # rather one whose first reward failed, which alone evaluations go by
+            failed = min(every, key=lambda row: np.isfinite(rewards[row, 0]))
             prompt, response = (repr(one_line(text, 80)) for text in batch.items[failed][:2])
             self.last_failure = f"{batch.reasons[failed]} (prompt {prompt}, response {response})"
         return as_float32(self.last_rewards), {kind: batch.faults.count(kind) for kind in FAULTS}
@@ -276,16 +278,15 @@ class VerifierPool:
 
     def _score_here(self, parts: Sequence[Part], row: int) -> None:
         try:
-            self._record(row, rewards_or_reason(parts, self._batch.items[row]))
+            self._record(row, *rewards_and_reason(parts, self._batch.items[row]))
         except MemoryError:
-            self._record(row, "it ran out of memory")
+            self._record(row, [np.nan] * len(parts), "it ran out of memory")
 
-    def _record(self, row: int, values: list[float] | str) -> None:
-        if isinstance(values, str):
-            self._fail(row, "errors", values)
-            self.last_error = values
-        else:
-            self._batch.rewards[row] = values
+    def _record(self, row: int, values: list[float], reason: str) -> None:
+        self._batch.rewards[row] = values
+        if reason:
+            self._fail(row, "errors", reason)
+            self.last_error = reason
 
     def _fail(self, row: int, kind: str, reason: str) -> None:
         self._batch.faults[row], self._batch.reasons[row] = kind, reason
@@ -403,9 +404,8 @@ class VerifierPool:
         if worker.row is None or number != str(worker.row):
             return
         with contextlib.suppress(ValueError):
-            values = (
-                said.removeprefix("error ") if said.startswith("error ") else [float(each) for each in said.split()]
-            )
-            if isinstance(values, str) or (len(values) == len(self._weights) and np.isfinite(values).all()):
-                self._record(worker.row, values)
+            numbers, _, reason = said.partition(" error ")
+            values = [float(each) for each in numbers.split()]
+            if len(values) == len(self._weights) and (reason or np.isfinite(values).all()):
+                self._record(worker.row, values, reason)
                 worker.row, worker.done = None, worker.done + 1

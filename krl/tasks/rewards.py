@@ -97,22 +97,25 @@ def _takes_row(name: str, function: Callable[..., object]) -> bool:
     return takes_row
 
 
-def rewards_or_reason(parts: Sequence[Part], item: Item) -> list[float] | str:
-    """The reward of each part for an item; one line that says why if one of them has none.
+def rewards_and_reason(parts: Sequence[Part], item: Item) -> tuple[list[float], str]:
+    """The reward of each part for an item, NaN for those that failed, and one line that says why the sum has no value.
+
+    The line is that of the first part that failed, and "" where the sum is finite.
 
     Raises:
         MemoryError: a function raised it; what else it left behind is unknown.
     """
-    values = []
+    values, reasons = [], []
     for name, _, function, takes_row in parts:
         # A copy, as a worker process has one: what a function does to its row is not for the next to see.
         row: dict[str, Any] = {"row": copy.deepcopy(dict(item[3])) if len(item) > 3 else {}} if takes_row else {}
         value = reward_or_error(function, *item[:3], **row)
         if isinstance(value, str):
-            return value if len(parts) == 1 else f"{name}: {value}"
-        values.append(value)
-    total = weighted([part.weight for part in parts], values)
-    return values if math.isfinite(total) else "the sum of its rewards is no finite number"
+            reasons.append(value if len(parts) == 1 else f"{name}: {value}")
+        values.append(math.nan if isinstance(value, str) else value)
+    if not reasons and not math.isfinite(weighted([part.weight for part in parts], values)):
+        reasons.append("the sum of its rewards is no finite number")
+    return values, next(iter(reasons), "")
 
 
 def weighted(weights: Sequence[float], values: Sequence[Any]) -> Any:

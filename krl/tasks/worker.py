@@ -2,8 +2,8 @@
 
 The parent writes pickles: first (reward, memory_gb, parent), then (number, item) for each item, with the item's row
 only where a reward takes it. The worker writes lines: "ready", "ready row" (rows are wanted) or "refused why", then for
-each item "number value" (with several rewards as many values) or "number error why". Nothing the worker says is
-unpickled. The user's function sees an empty standard input, and what it prints goes to standard error.
+each item "number value" (with several rewards as many values), and " error why" after it where one of them is nan or
+their sum is no number. Nothing the worker says is unpickled. The user's function sees an empty standard input, and what it prints goes to standard error.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import pickle
 import signal
 import sys
 
-from krl.tasks.rewards import load_rewards, reward_or_error, rewards_or_reason
+from krl.tasks.rewards import load_rewards, reward_or_error, rewards_and_reason
 
 __all__ = ["OUT_OF_MEMORY", "main", "reward_or_error"]
 
@@ -55,8 +55,8 @@ def _serve(requests, replies: int) -> None:
             number, item = pickle.load(requests)
         except EOFError:
             return
-        values = rewards_or_reason(parts, item)
-        said = f"error {values}" if isinstance(values, str) else " ".join(map(repr, values))
+        values, reason = rewards_and_reason(parts, item)
+        said = " ".join(map(repr, values)) + (f" error {reason}" if reason else "")
         os.write(replies, f"{number} {said}\n".encode("utf-8", "replace"))
 
 
