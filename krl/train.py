@@ -46,6 +46,7 @@ from krl.run.metrics import (
     profile,
     progress,
     read_rows,
+    short,
     status_line,
     step_metrics,
 )
@@ -173,7 +174,7 @@ def take_steps(
             metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
             log.write(0, metrics)
             newest = metrics["eval/accuracy"]
-            show(0, f"accuracy {newest:.3f}")
+            show(0, f"accuracy {short(newest)}")
         if config.steps == 0:
             checkpoints.save(0, saved(learner), about | {"step": 0})
         while step < config.steps and not should_stop():
@@ -431,12 +432,14 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
 
     # ---------------------------------------------------------------- what the step showed
     shown = step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages, scored)
-    metrics = {k: float(v) for k, v in (shown | learnt | drawn.info).items()}
+    has_reward = (said.faults == 0) & (said.prompt_index < config.prompts_per_step)
+    metrics = {"reward_mean": mean_of(said.rewards, has_reward)}
+    metrics |= {k: float(v) for k, v in (shown | learnt | drawn.info).items()}
     seconds = sum(clock.seconds.values())
     metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
     metrics |= {f"verifier/{kind}": int((said.faults == 1 + number).sum()) for number, kind in enumerate(FAULTS)}
     several = dict(zip(run.rewards, said.parts.T, strict=True))
-    metrics |= {f"reward/{name}": mean_of(values, said.faults == 0) for name, values in several.items()}
+    metrics |= {f"reward/{name}": mean_of(values, has_reward) for name, values in several.items()}
     metrics |= {
         "discount": float(belief.discount), "discount_mixed": float(belief.discount_mixed),
         "seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds,

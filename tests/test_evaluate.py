@@ -113,6 +113,20 @@ def test_an_evaluation_counts_the_failures_of_the_first_reward_alone(workers):
     assert faults == {"timeouts": 0, "crashes": 0, "errors": 0}
 
 
+def test_an_evaluation_averages_rewards_of_any_size():
+    encoded = tasks(3)
+    sizes = np.array([1e308, 1e308, 0.7 + 0.2 + 0.1] * 3)  # the last is 1 but for its last digit
+    pool: Any = SimpleNamespace(names=(), last_rewards=sizes[:6], last_faults=[""] * 6)
+    pool.score = lambda items: (None, {"errors": 0})
+    assert first_reward(pool)([])[0].tolist() == sizes[:6].tolist()
+    got, solved = evaluate(
+        make_sampler([], 9), functools.partial(score_rollouts, TOKENIZER, lambda items: (sizes, {"errors": 0})), {},
+        encoded, jax.random.key(0), samples=3, num_rollouts=9, place=lambda x: x,
+    )  # fmt: skip
+    assert got["accuracy"] == pytest.approx(1e308 / 1.5)
+    assert solved.tolist() == [3, 3, 3]
+
+
 def test_what_ends_the_process_is_a_failure_of_all_rewards():
     pool: Any = VerifierPool("tests.rewards:same,tests.rewards:leave", workers=1, item_seconds=9, batch_seconds=9, items_per_worker=9, memory_gb=2)  # fmt: skip
     with pool:

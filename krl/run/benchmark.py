@@ -14,6 +14,7 @@ import numpy as np
 from krl.policy.tokenizer import Decoder
 from krl.run.estimates import summarize
 from krl.run.evaluate import Score, as_failures, decode_rollouts, make_items, sample_tasks, score_apart
+from krl.run.metrics import mean_of, short
 from krl.run.processes import is_first, sum_over_processes
 from krl.tasks import EncodedTasks
 from krl.types import Prompts, Rollouts
@@ -103,7 +104,8 @@ def evaluate_set(
             _append(file, batch)
             rows += [_measure(row) for row in batch]
             faults.update(failed)
-            report(len(rows) // samples, f"mean reward {as_failures(_grid(rows, 'reward', float)).mean():.3f}")
+            until_now = as_failures(_grid(rows, "reward", float))
+            report(len(rows) // samples, f"mean reward {short(mean_of(until_now, np.isfinite(until_now)))}")
     return _summary(rows, samples) | {"faults": dict(faults)} if is_first() else {}
 
 

@@ -12,6 +12,8 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
+from krl.tasks.rewards import as_float32
+
 SOLVED = 1.0  # the reward from which a response counts as solved
 NUM_RESAMPLES = 10_000  # of a bootstrap interval
 
@@ -43,7 +45,7 @@ def summarize(
     if rewards.ndim != 2 or not rewards.size or len(set(shapes)) > 1:
         raise ValueError(f"rewards, lengths, finished and keys must all be [D, k] with D, k >= 1, got {shapes}")
     num_tasks, samples = rewards.shape
-    solved = rewards >= SOLVED
+    solved = as_float32(np.asarray(rewards)) >= SOLVED
     sizes = sorted({2**i for i in range(samples.bit_length())} | {samples})
     by_task = {f"avg@{samples}": rewards.mean(axis=1, dtype=np.float64)}
     by_task |= {f"pass@{size}": pass_at(size, solved.sum(axis=1), samples) for size in sizes}

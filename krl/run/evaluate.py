@@ -9,13 +9,14 @@ import numpy as np
 
 from krl.policy.tokenizer import Decoder
 from krl.run.estimates import SOLVED
+from krl.run.metrics import mean_of
 from krl.run.processes import first_text, say, sum_over_processes, to_host
 from krl.tasks import Answer, EncodedTasks
 from krl.tasks.pool import FAULTS, VerifierPool
 from krl.tasks.rewards import Item, Row, as_float32
 from krl.types import Prompts, Rollouts
 
-# n items -> rewards [n] float32, and how often the verifiers failed, by kind.
+# n items -> rewards [n] float64 or float32, and how often the verifiers failed, by kind.
 Score = Callable[[Sequence[Item]], tuple[np.ndarray, dict[str, int]]]
 
 
@@ -26,14 +27,12 @@ def first_reward(verifiers: VerifierPool) -> Score:
     """
 
     def score(items: Sequence[Item]) -> tuple[np.ndarray, dict[str, int]]:
-        rewards, faults = verifiers.score(items)
+        _, faults = verifiers.score(items)
         kinds = np.array(verifiers.last_faults, str)
-        failed = kinds != ""
-        if verifiers.names:
-            first = verifiers.last_parts[:, 0]
-            rewards, failed = as_float32(first), ~np.isfinite(first)
-            faults = {kind: int((kinds[failed] == kind).sum()) for kind in FAULTS}
-        return np.where(failed, np.float32(np.nan), rewards), faults
+        if not verifiers.names:
+            return np.where(kinds == "", verifiers.last_rewards, np.nan), faults
+        first = verifiers.last_parts[:, 0].copy()
+        return first, {kind: int((kinds[np.isnan(first)] == kind).sum()) for kind in FAULTS}
 
     return score
 
@@ -109,12 +108,14 @@ def score_rollouts(
         rows: the other fields of the M rows of the data; () where there are none.
 
     Returns:
-        (rewards [R] float32, 0 on padding rows; how often the verifiers failed, by kind).
+        (rewards [R] as `score` has them, 0 on padding rows; how often the verifiers failed, by kind).
     """
     index, real = np.asarray(rollouts.prompt_index), np.flatnonzero(rollouts.mask)
-    texts, rewards = decode_rollouts(tokenizer, rollouts), np.zeros(len(index), np.float32)
+    texts = decode_rollouts(tokenizer, rollouts)
     items = make_items(prompts, answers, rows, index[real].tolist(), [texts[row] for row in real])
-    rewards[real], faults = score_apart(score, items)
+    found, faults = score_apart(score, items)
+    rewards = np.zeros(len(index), found.dtype)
+    rewards[real] = found
     return rewards, faults
 
 
@@ -128,8 +129,10 @@ def make_items(
 
 def score_apart(score: Score, items: Sequence[Item]) -> tuple[np.ndarray, dict[str, int]]:
     """What `score` finds of items that all processes have, of which each has its share verified."""
-    mine, rewards = slice(jax.process_index(), None, jax.process_count()), np.zeros(len(items), np.float32)
-    rewards[mine], faults = score(items[mine])
+    mine = slice(jax.process_index(), None, jax.process_count())
+    found, faults = score(items[mine])
+    rewards = np.zeros(len(items), found.dtype)
+    rewards[mine] = found
     counts = sum_over_processes(np.array(list(faults.values()), np.int32))
     return sum_over_processes(rewards), dict(zip(faults, counts.tolist(), strict=True))
 
@@ -281,7 +284,7 @@ def evaluate(
     """Sample every task a few times and average.
 
     Args:
-        score: (rollouts, questions, gold answers, rows) -> (rewards [R] float32, NaN for none; verifier faults by
+        score: (rollouts, questions, gold answers, rows) -> (rewards [R], NaN for none; verifier faults by
             kind), such as `score_rollouts` with its tokenizer and verifiers bound.
         sample, params, encoded, key, samples, num_rollouts, place: as for `sample_tasks`.
         hear: told after each batch how many rewards until then could not be computed, of how many; see `FaultWatch`.
@@ -305,9 +308,10 @@ def evaluate(
         finished.append(rollouts.finished)
         faults += sum(failed.values())
         hear(faults, samples * sum(map(len, rewards)), "the evaluation")
-    solved = (np.concatenate(rewards) >= SOLVED).sum(axis=1)
+    every = as_failures(np.concatenate(rewards).astype(np.float64))
+    solved = (as_float32(np.concatenate(rewards)) >= SOLVED).sum(axis=1)  # 0.7 + 0.2 + 0.1, which is below 1, too
     metrics = {
-        "accuracy": float(as_failures(np.concatenate(rewards)).mean(dtype=np.float64)),
+        "accuracy": mean_of(every, np.isfinite(every)),
         "pass_at_k": float((solved > 0).mean()),
         "response_length": float(np.concatenate(lengths).mean()),
         "truncation_rate": float((~np.concatenate(finished)).mean()),

@@ -49,7 +49,7 @@ def step_metrics(
         scored: [R] bool, the rollouts that have a reward.
 
     Returns:
-        float32 scalars by name; `reward_mean` is NaN where no rollout has a reward.
+        float32 scalars by name.
     """
     num_prompts = counts.shape[0]
     index = jnp.where(rollouts.mask, rollouts.prompt_index, num_prompts)
@@ -61,7 +61,6 @@ def step_metrics(
     tokens = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
     share = lambda which: divide(which.sum(dtype=jnp.float32), jnp.float32(num_prompts))  # noqa: E731
     return {
-        "reward_mean": jnp.where(scored.any(), divide(*masked_sum(rewards, scored)), jnp.nan),
         "effective_ratio_rollouts": divide(*masked_sum(advantages != 0, rollouts.mask)),
         "effective_ratio_prompts": share(mixed),
         "prompts_all_solved": share(~mixed & (given > 0) & (wins > 0)),
@@ -93,8 +92,17 @@ def gini(counts: jax.Array) -> jax.Array:
 
 
 def mean_of(values: np.ndarray, mask: np.ndarray) -> float:
-    """The mean of the values under a mask, on the host; NaN if there are none."""
-    return float(values[mask].mean()) if mask.any() else math.nan
+    """The mean of the finite float64 under a mask, on the host, whatever their size; NaN if there are none.
+
+    >>> mean_of(np.array([1e308, 1.5e308, 7.0]), np.array([True, True, False]))
+    1.25e+308
+    """
+    kept = values[mask]
+    if not kept.size:
+        return math.nan
+    largest = np.abs(kept).max()
+    unit = 2.0 ** max(0, math.frexp(largest)[1] - 900)  # 1 for most; a power of two changes no digit
+    return unit * float((kept / unit).mean().clip(-largest / unit, largest / unit))
 
 
 class CompileCounter:
@@ -328,12 +336,21 @@ def read_rows(path: pathlib.Path) -> list[dict]:
     return rows
 
 
+def short(mean: float) -> str:
+    """A mean reward with three decimals, or with three digits and an exponent where it is large.
+
+    >>> short(0.5), short(-2e300)
+    ('0.500', '-2e+300')
+    """
+    return f"{mean:.3f}" if abs(mean) < 1e9 else f"{mean:.3g}"
+
+
 def status_line(metrics: dict[str, float], accuracy: float | None) -> str:
     """A step in one line: what it showed, the share of its rollouts without a reward, and the newest accuracy."""
-    text = f"reward {metrics['reward_mean']:.3f}  effective {metrics['effective_ratio_rollouts']:.2f}  max count {metrics['count_max']:.0f}"
+    text = f"reward {short(metrics['reward_mean'])}  effective {metrics['effective_ratio_rollouts']:.2f}  max count {metrics['count_max']:.0f}"
     failed = sum(metrics.get(f"verifier/{kind}", 0) for kind in FAULTS)
     text += f"  no reward {100 * failed / metrics['rollouts']:.3g}%" if failed else ""
-    text += "" if accuracy is None else f"  accuracy {accuracy:.3f}"
+    text += "" if accuracy is None else f"  accuracy {short(accuracy)}"
     if metrics.get("seconds/behind", 0.0) > 0.2 * metrics["seconds/step"]:
         text += f"  waited {metrics['seconds/behind']:.1f} s for process {metrics['slowest_process']}"
     return text
