@@ -418,7 +418,7 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
     rollouts, rewards, said = drawn.rollouts, drawn.rewards, drawn.verdicts
     heard = rollouts.replace(mask=drawn.scored)  # a rollout without a reward teaches nothing
     with clock.phase("update"):
-        compared = learn.fit_float32(said.rewards, said.prompt_index, said.faults == 0)
+        compared = learn.fit_float32(said.rewards, said.prompt_index, said.faults == 0, summed=len(run.rewards) > 1)
         advantages = run.advantages(run.place(compared), heard)
         state, learnt = run.update_policy(state, prompts, heard, advantages, shuffle_key)
         outcomes = jnp.clip(rewards, 0.0, 1.0)  # beliefs are about shares of success

@@ -176,6 +176,16 @@ def test_rewards_that_float32_cannot_tell_apart_are_moved_and_the_others_stay():
     assert fit_float32(np.zeros(0), np.zeros(0, int), np.zeros(0, bool)).shape == (0,)
 
 
+@pytest.mark.parametrize("rewards", [[1e16, 1e16 + 2], [1e20, 1e20 + 1e5], [-1e300, -1e300 * (1 + 2**-52)]])
+def test_whole_rewards_that_float64_tells_apart_differ(rewards):
+    rewards, index, scored = np.array(rewards), np.zeros(2, int), np.ones(2, bool)
+    got = group_advantages(jnp.asarray(fit_float32(rewards, index, scored)), jnp.asarray(index), jnp.asarray(scored), 1)
+    half = 0.5**0.5 * np.sign(rewards[1] - rewards[0])
+    np.testing.assert_allclose(got, [-half, half], rtol=1e-5)
+    summed = fit_float32(rewards, index, scored, summed=True)  # where it may be an error of rounding
+    assert summed[0] == summed[1]
+
+
 def test_advantages_refuse_other_shapes():
     with pytest.raises(ValueError, match=r"\[R\]"):
         group_advantages(jnp.ones(3), jnp.zeros(2, int), jnp.ones(3, bool), 1)

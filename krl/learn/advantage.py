@@ -103,16 +103,19 @@ def _above_the_worst(rewards: jax.Array, index: jax.Array, num_prompts: int) -> 
     return rewards / unit[index] - worst[index], unit
 
 
-def fit_float32(rewards: np.ndarray, prompt_index: np.ndarray, mask: np.ndarray) -> np.ndarray:
+def fit_float32(rewards: np.ndarray, prompt_index: np.ndarray, mask: np.ndarray, *, summed: bool = False) -> np.ndarray:
     """Rewards as float32 from which the advantages are right, also where float32 cannot hold what differs; on the host.
 
     A group that float32 holds well enough is as it is. One of 1e9 and 1e9 + 1, which would be equal, is moved to have
-    its middle at 0, and one that reaches beyond float32 is scaled down besides: advantages are about differences.
+    its middle at 0, and one that reaches beyond float32 is scaled down besides: advantages are about differences. What
+    differs in the last digits of float64 alone, as 0.1 + 0.2 and 0.3 do, was meant to be equal; whole numbers that were
+    not added up are what they are.
 
     Args:
         rewards: [R] float64, finite.
         prompt_index: [R] int32, the group of each; any value outside the mask.
         mask: [R] bool, False on rows without a reward.
+        summed: whether each is the sum of several.
 
     Returns:
         [R] float32, 0 outside the mask.
@@ -134,6 +137,9 @@ def fit_float32(rewards: np.ndarray, prompt_index: np.ndarray, mask: np.ndarray)
     np.minimum.at(worst, group, rewards / 2)
     np.maximum.at(error, group, rounded)
     noise = 16 * np.finfo(np.float64).eps * np.maximum(np.abs(best), np.abs(worst))  # of sums that should be equal
+    if not summed:
+        broken = np.bincount(group, rewards != np.trunc(rewards), size)
+        noise = np.where(broken > 0, noise, 0.0)
     moved = (error / 2 > ROUNDED * (best - worst)) & (best - worst > noise)
     unit = np.maximum((best - worst) / LARGEST, 1.0)
     differences = (rewards - (best + worst)[group]) / unit[group]
