@@ -272,10 +272,12 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     )  # fmt: skip
 
     def generate(params, *others, expected_tokens=None, **options):
-        if layout != parts.mesh:  # keys know the mesh that they were made on, and no program takes those of another one
+        elsewhere = layout != parts.mesh  # arrays know the mesh that they were made on, and programs take those of one
+        if elsewhere:
             others, expected_tokens = jax.device_put((others, expected_tokens), named_sharding(layout))
         with jax.set_mesh(layout):
-            return generate_here(params, *others, expected_tokens=expected_tokens, **options)
+            rollouts = generate_here(params, *others, expected_tokens=expected_tokens, **options)
+        return jax.device_put(rollouts, named_sharding(parts.mesh)) if elsewhere else rollouts
 
     sample = functools.partial(
         generate, temperature=config.sample.temperature, top_k=config.sample.top_k, top_p=config.sample.top_p,
