@@ -358,6 +358,18 @@ def test_words_that_change_a_value_are_no_units(given, gold, equal):
 
 
 OTHERS = [
+    ("B\uff0e12", "B", True),
+    ("C\uff1a12", "B", False),
+    ("\\textcolor{red}{5}", "5", True),
+    ("\\textcolor{red}{6}", "5", False),
+    ("\\color{red}5", "5", True),
+    ("\\boldsymbol{5}", "5", True),
+    ("\\bm{x+1}", "x+1", True),
+    ("5\\ {\\rm m/s}", "5", True),
+    ("5{}^\\circ C", "5", True),
+    ("CAD 5", "5", True),
+    ("5 ppm", "5", True),
+    ("5 Wb", "5", True),
     ("5 \\approx 6", "5", False),
     ("5 \\approx 6", "6", False),
     ("2=3", "3", False),

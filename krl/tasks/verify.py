@@ -257,6 +257,7 @@ def _same_text(gold: str, given: str) -> bool:
 
 def _chosen(text: str) -> str | None:
     """The one choice that an answer begins with: B, (b), B. 12 or \\text{(B)} 12, but not A or B."""
+    text = text.replace("\uff0e", ".").replace("\uff1a", ":")  # full width
     text = _WRAPPED.sub(r"\1", text).replace("$", "").replace("*", "").replace("\\", " ")
     text = " ".join(text.split()).rstrip(" .,;")
     first = _CHOICE_FIRST.match(text)
@@ -381,7 +382,7 @@ def _same_parts(gold: str, given: str) -> bool | None:
         return same_brackets and len(inside[0]) == len(inside[1]) and all(map(_same, *inside))
     if r"\approx" in gold or r"\approx" in given:
         exact = _not_approximated(gold), _not_approximated(given)
-        return None not in exact and _same(*exact)
+        return exact[0] is not None and exact[1] is not None and _same(exact[0], exact[1])
     sides = [_EQUALS.split(text, maxsplit=1) for text in (gold, given)]
     if len(sides[0]) == len(sides[1]):
         return _same(sides[0][1], sides[1][1]) if len(sides[0]) == 2 and sides[0][0] == sides[1][0] else None
