@@ -21,7 +21,9 @@ _SURE = re.compile(
     r"USD|EUR|GBP|JPY|INR|CNY|RMB|CAD|AUD|CHF|KRW|yen"
 )
 _MAYBE = re.compile(
-    r"(?!d[^mLlB]|c[^mLl]|h[^PL]|G[mgsTM]|k[TM]$|mM|pV|fg)[fpnµmcdhkMGT]?(?:m|g|s|A|K|N|Pa|J|W|C|V|F|S|T|H|L|l|B|bar|pc|M|eV|Hz)|[hduDGR]|AU|ly|in|pts|Hg|pp[mb]|Wb|Bq|Sv"
+    r"(?!d[^mLlB]|c[^mLl]|h[^PL]|G[mgsTM]|k[TM]$|mM|pV|fg)"
+    r"(?:[fpnµmcdhkMGT]?(?:m|g|s|A|K|N|Pa|J|W|C|V|F|S|T|H|L|l|B|bar|pc|M|eV|Hz)|"
+    r"[hduDGR]|AU|ly|in|pts|Hg|pp[mb]|Wb|Bq|Sv)"
 )
 _SMALL_WORDS = re.compile(r"of|an?|the|in|to|on|for|at|by|each|all")
 _LETTERS = set("mgshdAKNJWCVFSTHLlBMGuDbRk")  # upright, and units alone

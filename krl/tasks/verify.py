@@ -206,7 +206,8 @@ _CHOICE_FIRST = re.compile(
     re.IGNORECASE,
 )
 _CHOICE_AGAIN = re.compile(
-    r"(?<![A-Za-z])[(\[][A-Ja-j][)\]]|(?<![A-Za-z\\])[A-J](?: ?[.:),]|$)|\b(?:or|and) (?:[A-J]\b|[a-j]$)|[ /][a-j](?:[.:)] |$)|"
+    r"(?<![A-Za-z])[(\[][A-Ja-j][)\]]|(?<![A-Za-z\\])[A-J](?: ?[.:),]|$)|"
+    r"\b(?:or|and) (?:[A-J]\b|[a-j]$)|[ /][a-j](?:[.:)] |$)|"
     r"\b(?:is|can|could|would) ?n[o'\u2019]t\b|\b(?:wrong|incorrect|eliminated|is false)\b"
 )
 _LOWER_UNIT = re.compile(r"[a-z]{1,2}")
