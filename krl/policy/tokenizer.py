@@ -281,7 +281,8 @@ class HuggingFaceTokenizer:
         own = arguments.keys() & self._not_variables
         if own:
             raise ValueError(
-                f"config.data.template_arguments has {min(own)!r}, which krl gives the chat template itself; take it out"
+                f"config.data.template_arguments has {min(own)!r}, which krl gives the chat template itself; "
+                "take it out"
             )
         text = self._render(messages, arguments)
         if arguments:

@@ -49,8 +49,8 @@ def find_ends(tokenizer: Tokenizer, stop: Sequence[str], vocab_size: int) -> End
         vocab_size: V of the model, at least the tokenizer's.
 
     Raises:
-        ValueError: a text is empty or too long, is a token for which the model has no row or holds one that adds nothing
-            to a text, or the tokenizer is one whose tokens' texts depend on their neighbours.
+        ValueError: a text is empty or too long, is a token for which the model has no row or holds one that adds
+            nothing to a text, or the tokenizer is one whose tokens' texts depend on their neighbours.
     """
     for text in stop:
         if any("\ud800" <= letter <= "\udfff" for letter in text):
@@ -76,15 +76,16 @@ def _check_strings(tokenizer: Tokenizer, strings: Sequence[str]) -> None:
     size = sum(len(string.encode()) for string in strings)
     if size > _MOST_BYTES:
         raise ValueError(
-            f"config.sample.stop has {size} bytes of stop strings, and may have {_MOST_BYTES} in all; shorten or remove some"
+            f"config.sample.stop has {size} bytes of stop strings, and may have {_MOST_BYTES} in all; "
+            "shorten or remove some"
         )
     for number in range(tokenizer.vocab_size) if strings else ():
         token = tokenizer.token(number)
         inside = next((string for string in strings if token and token in string), None)
         if inside is not None and tokenizer.added_id(token) == number and not tokenizer.decode([number]):
             raise ValueError(
-                f"config.sample.stop has {inside!r}, which no response can hold: the special token {token!r} in it adds "
-                f"nothing to a text; name {token!r} alone"
+                f"config.sample.stop has {inside!r}, which no response can hold: the special token {token!r} in it "
+                f"adds nothing to a text; name {token!r} alone"
             )
 
 
@@ -268,8 +269,8 @@ def _check_symbols(tokenizer: Tokenizer, first: list[np.ndarray], later: list[np
             text += "" if together and _UNKNOWN in part else part
         if text.replace(_UNKNOWN, "") != tokenizer.decode(ids).replace(_UNKNOWN, ""):
             raise ValueError(
-                "config.sample.stop has strings, and with this tokenizer a token's text depends on the tokens beside it "
-                f"(as in {tokenizer.decode(ids)!r}); name special tokens instead"
+                "config.sample.stop has strings, and with this tokenizer a token's text depends on the tokens beside "
+                f"it (as in {tokenizer.decode(ids)!r}); name special tokens instead"
             )
 
 
