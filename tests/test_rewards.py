@@ -75,6 +75,58 @@ def needs(prompt, response, answer, *, level):
 
 async def later(prompt, response, answer):
     return 1.0
+
+
+class Later:
+    async def __call__(self, prompt, response, answer):
+        return 1.0
+
+
+later_object, later_partial = Later(), functools.partial(Later())
+
+
+async def stream(prompt, response, answer):
+    yield 1.0
+
+
+def by_position(prompt, response, answer, row, /):
+    return float(row["weight"])
+
+
+@functools.wraps(keyword)
+def adapter(prompt, response, answer):
+    return keyword(prompt, response, answer, row={"weight": 8})
+
+
+@functools.wraps(keyword)
+def passes_on(*args, **others):
+    return keyword(*args, **others)
+
+
+@functools.wraps(last)
+def passes_on_words(prompt, response, answer, **others):
+    return last(prompt, response, answer, **others)
+
+
+@functools.wraps(by_position)
+def passes_on_places(*args):
+    return by_position(*args)
+
+
+@functools.wraps(keyword)
+def loses_row(*args):
+    return keyword(*args)
+
+
+class Unlike:
+    def __init__(self, response):
+        self.response = response
+
+
+def addresses(prompt, response, answer):
+    if response == "raise":
+        raise ValueError(f"no use for {object.__repr__(Unlike(response))}")
+    return Unlike(response)
 """
 LIMITS = {"item_seconds": 10, "batch_seconds": 20, "items_per_worker": 1000, "memory_gb": 2}
 
@@ -113,6 +165,10 @@ def test_a_list_of_rewards_has_names_and_weights():
         ("mine:more", "missing a required argument: 'extra_info'"),
         ("mine:needs", "missing a required .*argument: 'level'"),
         ("mine:later", "must return a number"),
+        ("mine:later_object", "must return a number"),
+        ("mine:later_partial", "must return a number"),
+        ("mine:stream", "must return a number"),
+        ("mine:loses_row", "unexpected keyword argument 'row'|missing a required .*argument: 'row'"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("workers", [0, 1])
@@ -131,13 +187,13 @@ def test_what_float_takes_is_a_reward_and_text_is_not():
 
     for value, number in (
         (np.array(1.0), 1), (np.array([[0.5]]), 0.5), (jnp.float32(1), 1), (jnp.array([2.0]), 2), (jnp.bfloat16(0.5), 0.5), (np.int8(-3), -3),
-        (np.bool_(True), 1), (True, 1), (decimal.Decimal("0.25"), 0.25), (fractions.Fraction(1, 8), 0.125), (Index(), 3), (10**300, 1e300),
+        (np.bool_(True), 1), (True, 1), (np.ma.array([2.0]), 2), (decimal.Decimal("0.25"), 0.25), (fractions.Fraction(1, 8), 0.125), (Index(), 3), (10**300, 1e300),
         (np.float64(1e300), 1e300), (5e-324, 5e-324),
     ):  # fmt: skip
         assert as_number(value) == number
         assert isinstance(as_number(value), float)
     for value in (
-        "1.0", b"1.0", bytearray(b"1"), memoryview(b"1"), np.str_("1.0"), np.array("1.0"), np.array(["1"]), np.bytes_(b"1"), None, 1j,
+        np.ma.masked, np.ma.array([1.0], mask=[True]), "1.0", b"1.0", bytearray(b"1"), memoryview(b"1"), np.str_("1.0"), np.array("1.0"), np.array(["1"]), np.bytes_(b"1"), None, 1j,
         np.complex64(1), np.array(1j), float("nan"), float("inf"), -np.inf, np.array(np.nan), decimal.Decimal("sNaN"),
         decimal.Decimal("1e400"), 10**400, [1.0], (1.0,), {}, np.ones(2), np.zeros(0), jnp.ones(2), object(), float, np.float64,
     ):  # fmt: skip
@@ -207,6 +263,24 @@ def test_a_function_with_a_row_gets_a_copy_of_it(workers):
 def test_who_gets_a_row():
     takes = {name: load_rewards(f"mine:{name}")[0].takes_row for name in ("fourth", "last", "keyword", "others", "right", "judge", "partial")}  # fmt: skip
     assert takes == {"fourth": True, "last": True, "keyword": True, "others": False, "right": False, "judge": False, "partial": True}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "reward"),
+    [("by_position", 3), ("adapter", 8), ("passes_on", 3), ("passes_on_words", 3), ("passes_on_places", 3)],
+)
+def test_a_row_is_given_as_the_function_can_be_called(name, reward):
+    with VerifierPool(f"mine:{name}", workers=0, **LIMITS) as pool:
+        assert pool.score([("", "", "", {"weight": 3})])[0].tolist() == [reward]
+        assert pool.last_reasons == [""]
+
+
+def test_reasons_have_no_addresses():
+    with VerifierPool("mine:addresses", workers=0, **LIMITS) as pool:
+        pool.score([("", "raise", ""), ("", "1", "")])
+    assert pool.last_reasons == [
+        "it raised ValueError: no use for <mine.Unlike object>", "it returned <mine.Unlike object>, not a finite number",
+    ]  # fmt: skip
 
 
 def test_rows_are_sent_only_to_functions_that_take_them():

@@ -5,8 +5,10 @@ function takes (prompt, response, answer); one with a parameter `row` also gets 
 """
 
 import copy
+import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,29 +74,50 @@ def load_rewards(text: str) -> tuple[Part, ...]:
     parts = []
     for name, weight in parse_rewards(text).items():
         function = find_reward(name)
-        parts.append(Part(name, weight, function, _takes_row(name, function)))
+        parts.append(Part(name, weight, *_form(name, function)))
     return tuple(parts)
 
 
-def _takes_row(name: str, function: Callable[..., object]) -> bool:
-    """Whether a function wants the row; refuses one that its signature shows to be of another form."""
-    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+def _form(name: str, function: Callable[..., object]) -> tuple[Callable[..., object], bool]:
+    """A function as `Part` has it, and whether it wants the row; refuses one that its signature shows to be of another form."""
+    if _never_returns_a_number(function):
         raise ValueError(f"reward {name!r} must return a number; an async function or a generator returns none")
     try:
-        signature = inspect.signature(function)
+        own = signature = inspect.signature(function, follow_wrapped=False)
+        if any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in own.parameters.values()):
+            signature = inspect.signature(function)  # a wrapper that passes on what it gets, to the function it wraps
     except (TypeError, ValueError):  # some that are written in C have none
-        return False
+        return function, False
     parameters = signature.parameters.values()
     positional = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     takes_row = "row" in positional[3:] or "row" in [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
-    try:
-        signature.bind("", "", "", **({"row": {}} if takes_row else {}))
-    except TypeError as error:
+    error = _misfit(own, signature, **({"row": {}} if takes_row else {}))
+    if error and positional[3:4] == ["row"] and not _misfit(own, signature, {}):
+        return lambda prompt, response, answer, row: function(prompt, response, answer, row), True
+    if error:
         raise ValueError(
             f"reward {name!r}: its parameters are {one_line(str(signature))}, and {error} when it is called with a "
             "prompt, a response and an answer; write it as (prompt, response, answer) or (prompt, response, answer, row)"
-        ) from None
-    return takes_row
+        )
+    return function, takes_row
+
+
+def _misfit(own: inspect.Signature, signature: inspect.Signature, *more: Row, **row: Row) -> str:
+    """Why a prompt, a response, an answer and more cannot be given to both signatures; "" if they can."""
+    try:
+        signature.bind("", "", "", *more, **row)
+        own.bind("", "", "", *more, **row)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def _never_returns_a_number(function: Callable[..., object]) -> bool:
+    """Whether a function, or the call of an object, is async or a generator."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    return any(is_kind(each) for is_kind in kinds for each in (function, type(function).__call__))
 
 
 def rewards_and_reason(parts: Sequence[Part], item: Item) -> tuple[list[float], str]:
@@ -142,7 +165,7 @@ def reward_or_error(
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number that `float` takes, also in an array of one entry; None for anything else, and for text.
+    """A finite number that `float` takes, also in an array of one entry; None for anything else, text and masked entries.
 
     >>> import decimal
     >>> [as_number(value) for value in (True, decimal.Decimal("0.5"), "1.0", None, 1j, float("nan"))]
@@ -152,7 +175,8 @@ def as_number(value: Any) -> float | None:
         # Arrays of NumPy, JAX and PyTorch, whatever their number of axes.
         plain = value.item() if hasattr(value, "item") else value
         is_number = hasattr(type(plain), "__float__") or hasattr(type(plain), "__index__")
-        number = float(plain) if is_number and not isinstance(plain, str | bytes) else math.nan
+        is_number = is_number and not isinstance(plain, str | bytes) and not np.ma.is_masked(value)
+        number = float(plain) if is_number else math.nan
     except MemoryError:
         raise
     except Exception:
@@ -169,7 +193,7 @@ def as_float32(rewards: np.ndarray) -> np.ndarray:
 def _shown(show: Callable[[Any], str], value: Any) -> str:
     """What `str` or `repr` makes of a user's value, which may fail too."""
     try:
-        return show(value)
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", show(value))  # addresses, which would make every reason another one
     except Exception:
         return f"a {type(value).__name__}"
 
