@@ -127,7 +127,7 @@ class VerifierPool:
         last_faults: for each item of the last finished batch the kind of its failure, as in `finish`; "" if it has a reward.
         last_reasons: for each of them why it failed, in one line; "" if it has a reward.
         last_rewards: [n] float64, their rewards as the function gave them, 0 for those that failed.
-        last_parts: [n, C] float64, what each of `names` gave, also where another one failed; NaN where it failed itself.
+        last_parts: [n, C] float64, what each of `names` gave, also where another one failed; NaN where it failed.
 
     Raises:
         ValueError: the reward cannot be found, a number is out of range, or no worker starts; in one line.

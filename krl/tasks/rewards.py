@@ -79,7 +79,7 @@ def load_rewards(text: str) -> tuple[Part, ...]:
 
 
 def _form(name: str, function: Callable[..., object]) -> tuple[Callable[..., object], bool]:
-    """A function as `Part` has it, and whether it wants the row; refuses one that its signature shows to be of another form."""
+    """A function as `Part` has it, and whether it wants the row; refuses one whose signature is of another form."""
     if _never_returns_a_number(function):
         raise ValueError(f"reward {name!r} must return a number; an async function or a generator returns none")
     try:
@@ -165,7 +165,7 @@ def reward_or_error(
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number that `float` takes, also in an array of one entry; None for anything else, text and masked entries.
+    """A finite number that `float` takes, also in an array of one entry; None for all else, text and masked entries.
 
     >>> import decimal
     >>> [as_number(value) for value in (True, decimal.Decimal("0.5"), "1.0", None, 1j, float("nan"))]
