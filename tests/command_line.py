@@ -17,7 +17,7 @@ TINY = {
     "steps": 4, "prompts_per_step": 4, "alloc.budget": 16, "alloc.n_max": 8, "arithmetic.addition": 1,
     "arithmetic.multiplication": 0, "arithmetic.num_warm": 40, "arithmetic.num_train": 12, "arithmetic.num_test": 6,
     "policy.embed_size": 16, "policy.num_heads": 2, "policy.num_kv_heads": 1, "policy.head_size": 4,
-    "policy.mlp_size": 32, "policy.unroll": 1, "sft.steps": 150, "sft.batch_size": 32,
+    "policy.mlp_size": 32, "policy.unroll": 1, "sft.steps": 300, "sft.batch_size": 32,
     "sft.learning_rate": 1e-2, "optim.micro_tokens": 64,
     "eval.every": 2, "eval.samples": 2, "checkpoint.every": 2, "data.max_prompt_tokens": 8,
     "sample.max_new_tokens": 4,
