@@ -398,7 +398,7 @@ RUNS = {
         "alloc.n_min": lambda run: min(run.rows("groups")[1]["counts"]) == 3,
         "alloc.n_max": lambda run: max(run.rows("groups")[1]["counts"]) == 5,
         "operators.num_warm": lambda run: len(run.parts.pairs[0]) == 7,
-        "sft.learning_rate": lambda run: np.array_equal(run.begun["embedding"], run.plain.begun["embedding"]),
+        "sft.learning_rate": lambda run: tuned(run) == 0,
     }),
     "sums": Trial({
         "data.source": "arithmetic", "arithmetic.addition": 1, "arithmetic.subtraction": 1, "arithmetic.multiplication": 1,
