@@ -274,7 +274,10 @@ def test_a_run_decodes_in_another_layout_than_it_learns_in(tmp_path, capsys):
 
 
 def test_updates_that_are_not_finite_stop_the_run(tmp_path):
-    bad = run(tmp_path / "work", **{"optim.learning_rate": 1e30, "max_bad_updates": 2, "steps": 50})
+    bad = run(
+        tmp_path / "work",
+        **{"optim.learning_rate": 1e38, "max_bad_updates": 2, "steps": 9, "data.reward": "tests.rewards:nth"},
+    )
     assert bad.returncode != 0
     assert "not finite" in bad.stderr
     assert "config.optim.learning_rate" in bad.stderr
@@ -283,7 +286,7 @@ def test_updates_that_are_not_finite_stop_the_run(tmp_path):
 
 def test_a_fine_tuning_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"lower config.sft.learning_rate"):
-        run_here(tmp_path / "work", **{"sft.learning_rate": 1e30, "max_bad_updates": 2, "sft.steps": 20})
+        run_here(tmp_path / "work", **{"sft.learning_rate": 1e38, "max_bad_updates": 2, "sft.steps": 20})
 
 
 @pytest.mark.parametrize(
