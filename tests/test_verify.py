@@ -69,7 +69,7 @@ EQUALITIES = [
     ("$(3,2),(-3,2)$", "(-3,2), (3,2)", True), ("$(3,2),(-3,2)$", "(2,3), (-3,2)", False),
     ("5, 100", "5100", False), ("$5$,$100$", "100, 5", True), ("5, 100", "100 and 5", True),
     ("(5, 100)", "(5,100)", True),
-    ("1,2,2", "1,1,2", False), ("1,2", "1,2,3", False), ("(2,4)", "(4,2)", False),
+    ("1,2,2", "1,1,2", False), ("1,2", "1,2,3", False), ("1,2", "x\\in\\{2,1\\}", True), ("1,2", "x\\in\\{1,3\\}", False), ("(2,4)", "(4,2)", False),
     ("(-1, 0.5)", "(-1, \\frac12)", True),
     ("(1,2)", "[1,2]", False), ("(1,2]", "(1,2)", False), ("[2,7]", "x \\in [2,7]", True),
     ("x \\in [-2,7]", "-2 \\le x \\leqslant 7", True), ("(3,4]", "3<x\\le 4", True),
@@ -109,6 +109,7 @@ SIZES = [
     ("10^{-400}", "0", False),
     ("\\frac{1}{2006!}", "\\frac{1}{2004!}", False), ("\\frac{1}{2006!}", "\\frac{1}{2006 \\cdot 2005!}", True),
     ("1-\\frac{1}{2^{2020}}", "1-\\frac{1}{2^{2019}}", False), ("1-\\frac{1}{2^{2020}}", "1", False),
+    ("(-1)^{101}", "-1", True), ("(-1)^{101}", "1", False), ("2(-1)^{1000}", "2", True),
     ("1-2^{-2020}", "\\frac{2^{2020}-1}{2^{2020}}", True), ("2^{2020}", "2^{2020}+1", False), ("2^{2020}",
     "4^{1010}", True),
     ("10^{400}", "10^{401}", False), ("1000!", "1000!+1", False), ("\\frac{1001!}{1000!}", "1001", True),
@@ -134,6 +135,22 @@ SIZES = [
     ("\\sqrt2", "1.41421", True), ("\\sqrt2", "1.41422", False), ("\\sqrt2", "1.4142", False), ("\\frac{22}{7}",
     "\\pi", False),
 ]  # fmt: skip
+
+
+LABELLED = ["(C) 45", "\\textbf{(C)}\\ 45^\\circ", "C. 45", "\\text{(C) }45", "C: $45^\\circ$", "(C) \\frac{90}{2}"]
+
+
+@pytest.mark.parametrize("gold", LABELLED)
+def test_a_choice_with_its_value_is_said_by_either(gold):
+    right = ["C", "(C)", "45", "\\text{(C)}", *LABELLED]
+    wrong = ["D", "46", "(D) 45", "(C) 46", "D. 45", "C. -45", "(C) 45 (D) 46"]
+    taken = [given for given in right + wrong if math_reward(f"\\boxed{{{given}}}", gold)]
+    assert taken == right
+
+
+@pytest.mark.parametrize("given", LABELLED)
+def test_a_value_after_its_choice(given):
+    assert [math_reward(f"\\boxed{{{given}}}", gold) for gold in ("45", "C", "46", "D")] == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(("gold", "given", "equal"), SIZES)
@@ -196,6 +213,8 @@ def test_equality_that_follows_the_gold_answer(gold, given, equal):
         ("#### Step 1\nadd\nThe answer is 42.", "42"),
         ("The answer is 41.\n#### 42", "42"),
         ("#### **42**", "42"),
+        ("####\n42\nDone.", "42"),
+        ("The answer is:\n\\begin{align*}\n42\n\\end{align*}\nDone.", "42"),
         ("**Final Answer**: 42", "42"),
         ("**Answer**\n42", "42"),
         ("__Answer__: 42", "42"),

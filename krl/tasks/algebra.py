@@ -41,7 +41,7 @@ _LATEX = [
         )
     )
 ]
-_POWER = re.compile(r"(?:(?<!\d)(\d++)|(.))\^[-+({\s]*(\d+)")
+_POWER = re.compile(r"(?:(?<!\d)(\d++)|\(-?1\)|(.))\^[-+({\s]*(\d+)")
 _TOWER = re.compile(r"[\d)}]\^(?:\{[^{}]*[\^!]|[^{}^]{1,9}\^)|\^\{[^{}]*\^\{[^{}]*\^")
 _FACTORIAL = re.compile(r"(?<!\d)(\d++)!|[)}!]!")
 _ENDLESS = re.compile(r"\\(?:int|sum|prod|lim|Gamma)(?![a-zA-Z])|\\exp\W*\\exp|\^\{[^{}]*\d{5}")

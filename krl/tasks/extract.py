@@ -18,6 +18,7 @@ _MARK = re.compile(
     r"|(?<![a-zA-Z])answers?[*_]*+\s*+(?:is|are|[:=\uff1a])[*_]*+(?:\s*+(?:therefore|thus|simply)\b,?)?\s*+[:=\uff1a]?",
     re.IGNORECASE | re.MULTILINE,
 )
+_DISPLAY = re.compile(r"\$\$|\\\[|\\begin\{((?:equation|align|gather|displaymath)\*?)\}")
 _DECORATION = re.compile(r"[*_\s]*")
 _SENTENCE = re.compile(r"((?:\$[^$\n]*\$|\{[^{}\n]*\}|.)*?)(?:\.(?=\s|$)|$)", re.MULTILINE)
 _BOLD_END = re.compile(r"\*\*([^*\n]+)\*\*[\s.!]*+\Z")
@@ -34,7 +35,7 @@ def extract_answer(text: str, *, last_number: bool = False) -> str | None:
     1. The last `<answer>...</answer>` that is not empty, or an `<answer>` that nothing closes up to the end. If
        there is one of the marks below in it, that mark's answer.
     2. The last balanced \\boxed{...} or \\fbox{...} that is not empty; of nested ones the innermost.
-    3. The last of: the rest of the line after "####"; the sentence after "answer is", "answer:" or the like; what
+    3. The last of: the rest of the line after "####", or the line after it; the sentence after "answer is", "answer:" or the like; what
        follows a heading or a line of nothing but "Final answer". Where displayed mathematics ($$ or \\[) follows the
        words or the heading, that is the answer, over several lines too; else it is the first line that is not empty.
     4. Bold text with which the whole text ends.
@@ -99,7 +100,7 @@ def _last_boxed(text: str) -> str | None:
 def _last_mark(text: str) -> str | None:
     end = len(text)
     for match in reversed(list(_MARK.finditer(text))):
-        found = (_line if match[1] else _displayed_or_sentence)(text, match.end(), end)
+        found = (match[1] and _line(text, match.end(), end)) or _displayed_or_sentence(text, match.end(), end)
         if found:
             return found
         end = match.start()
@@ -114,8 +115,8 @@ def _line(text: str, begin: int, end: int) -> str:
 def _displayed_or_sentence(text: str, begin: int, end: int) -> str:
     decoration = _DECORATION.match(text, begin, end)
     begin = decoration.end() if decoration else begin
-    for left, right in (("$$", "$$"), ("\\[", "\\]")):
-        if text.startswith(left, begin, end):
-            return text[begin + 2 : end].partition(right)[0].strip()
+    if display := _DISPLAY.match(text, begin, end):
+        right = {"$$": "$$", "\\[": "\\]"}.get(display[0], f"\\end{{{display[1]}}}")
+        return text[display.end() : end].partition(right)[0].strip()
     sentence = _SENTENCE.match(text, begin, end)
     return sentence[1].strip(" *_\t") if sentence else ""

@@ -137,7 +137,7 @@ _BEFORE_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\textcolor ?\{\w*+\} ?\{([^{}]*)\}", r"{\1}"),
         (r"\\color ?\{\w*+\}", ""),
         (r"\\(?:boldsymbol|bm) ?\{([^{}]*)\}", r"{\1}"),
-        (r"\{\\rm ([^{}\\]*)\}", r"\\text{\1}"),
+        (r"\{\\rm ([^{}\\]*)\}|\\(?:rm|bf|it)(?![a-zA-Z]) ?([^{}\\]*)$", r"\\text{\1\2}"),
         (r"\{\} ?(?=\^)", ""),
         (rf"{UPRIGHT}\{{ ?\}}", ""),
         (rf"{UPRIGHT}\{{ ?({FUNCTIONS}) ?\}}", r"\\\1 "),

@@ -190,6 +190,7 @@ def _key(form: str) -> str:
 
 _MATRIX = re.compile(r"\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}")
 _EQUALS = re.compile(r"(?<![<>!:=])=(?!=)|(?<=[a-zA-Z])\\in(?![a-zA-Z])")
+_NAME_IN = re.compile(r"^[a-zA-Z]\\in(?![a-zA-Z])")
 _INDEX = re.compile(r"_\{?\\?\w+\}?|\([^()]*\)|\{[^{}]*\}")
 _CONSTANT = re.compile(r"(?:[\d\s.+\-*/^{}()!%]|\\(?:sqrt|frac|cdot|times|pi|div|binom|ln|log)(?![a-zA-Z]))*+")
 _DIGIT = re.compile(r"\d|\\pi")
@@ -204,6 +205,10 @@ _CHOICE_FIRST = re.compile(
     r"(?:(?:the )?(?:correct )?(?:option|choice|answer) )?"
     r"(?:([A-Ja-j])$|[(\[]([A-Ja-j])[)\]]|([A-J])(?:[.:)](?![a-zA-Z])))",
     re.IGNORECASE,
+)
+_LABEL = re.compile(
+    rf"^[\s$]*+(?:{UPRIGHT}\{{\s*+)?(?:[(\[][A-J][)\]]|[A-J](?:[.:)](?=[\s\\}}$])))(?:\s*+\}})?"
+    r"(?:(?:\\[ ,;:!]|\\q?quad(?![a-zA-Z])|[\s~$])++(?=[-+\d.(\\])|(?=[\d\\]))"
 )
 _CHOICE_AGAIN = re.compile(
     r"(?<![A-Za-z])[(\[][A-Ja-j][)\]]|(?<![A-Za-z\\])[A-J](?: ?[.:),]|$)|"
@@ -250,10 +255,28 @@ def _same_text(gold: str, given: str) -> bool:
     if choice := _CHOICE.fullmatch(form):
         alone = _CHOICE.fullmatch(normal_form(_WRAPPED.sub(r"\1", given)))
         return (alone[1] if alone else _chosen(given)) == choice[1]
-    if _same(form, normal_form(given)):
+    if _same(form, normal_form(given)) or _same_choice(gold, given):
         return True
     # A gold "5 m" stands for 5m too, so the response's \\text{ m} is compared as a letter.
     return "~" in form and _same(form, normal_form(_WRAPPED.sub(r" \1", given)))
+
+
+def _same_choice(gold: str, given: str) -> bool:
+    """Equality where one answer is a choice with its value, as (C) 45: all that both of them say must be the same."""
+    (letter, value), (chosen, its_value) = _choice_and_value(gold), _choice_and_value(given)
+    if not value:
+        form = normal_form(gold)
+        return bool(its_value) and _number(form) is not None and _same(form, normal_form(its_value))
+    if its_value or not chosen:
+        return chosen in (letter, None) and _same(normal_form(value), normal_form(its_value or given))
+    return chosen == letter
+
+
+def _choice_and_value(text: str) -> tuple[str | None, str]:
+    """The choice a text begins with and the value after it, empty without a digit: of B. 12, the two B and 12."""
+    chosen, label = _chosen(text), _LABEL.match(text)
+    value = text[label.end() :] if chosen and label else ""
+    return chosen, value if _DIGIT.search(value) else ""
 
 
 def _chosen(text: str) -> str | None:
@@ -442,6 +465,7 @@ def _same_lists(gold: str, given: str, gold_parts: list[str], given_parts: list[
     """A list against a list, or against a set or tuple; None where one side may still be a list in disguise."""
     if len(gold_parts) > 1 and len(given_parts) > 1:
         return _same_in_any_order(gold_parts, given_parts)
+    gold, given = _NAME_IN.sub("", gold), _NAME_IN.sub("", given)
     if len(gold_parts) > 1 and (pair := _brackets(given)):
         return _same_in_any_order(gold_parts, _list_parts(pair[1]))
     if len(given_parts) > 1 and (pair := _brackets(gold)):
