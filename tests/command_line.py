@@ -6,19 +6,23 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
+from unittest import mock
 
 import jax
 
+from krl.run import report
 from krl.run.rollouts import read_rollouts
 from krl.train import train
 
 ROOT = pathlib.Path(__file__).parent.parent
+WARM = tempfile.TemporaryDirectory(prefix="krl-sft-")  # the warm starts of all runs of this process
 TINY = {
     "steps": 4, "prompts_per_step": 4, "alloc.budget": 16, "alloc.n_max": 8, "arithmetic.addition": 1,
     "arithmetic.multiplication": 0, "arithmetic.num_warm": 40, "arithmetic.num_train": 12, "arithmetic.num_test": 6,
     "policy.embed_size": 16, "policy.num_heads": 2, "policy.num_kv_heads": 1, "policy.head_size": 4,
     "policy.mlp_size": 32, "policy.unroll": 1, "sft.steps": 300, "sft.batch_size": 32,
-    "sft.learning_rate": 1e-2, "optim.micro_tokens": 64,
+    "sft.dir": WARM.name, "sft.learning_rate": 1e-2, "optim.micro_tokens": 64,
     "eval.every": 2, "eval.samples": 2, "checkpoint.every": 2, "data.max_prompt_tokens": 8,
     "sample.max_new_tokens": 4,
 }  # fmt: skip
@@ -29,23 +33,34 @@ def command(workdir, config="arithmetic", script="train.py", **changes):
     return [sys.executable, script, "--config", f"configs/{config}.py", "--workdir", str(workdir), *keys]
 
 
-def environment(home):
-    """Nothing of the user's; as many devices as the tests have, since only then what one compiles serves the other."""
+def environment(home, drawn=False):
+    """Nothing of the user's; as many devices as the tests have, since only then what one compiles serves the other.
+
+    A library that draws is missing unless the test looks at what is `drawn`: it takes longer than the run.
+    """
     jax_has = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
-    return os.environ | jax_has | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    path = str(ROOT) if drawn else os.pathsep.join(map(str, (ROOT / "tests" / "undrawn", ROOT)))
+    return os.environ | jax_has | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
 
 
-def run(workdir, *extra, **changes):
+def run(workdir, *extra, drawn=False, **changes):
     return subprocess.run(
-        [*command(workdir, **changes), *extra], cwd=ROOT, env=environment(workdir.parent), capture_output=True, text=True, timeout=900
+        [*command(workdir, **changes), *extra], cwd=ROOT, env=environment(workdir.parent, drawn), capture_output=True,
+        text=True, timeout=900,
     )  # fmt: skip
+
+
+def undrawn():
+    """In this process a library that draws is missing as long as this lasts."""
+    return mock.patch.object(report, "missing_libraries", return_value="nobody looks at the report")
 
 
 def run_here(workdir, config="arithmetic", **changes):
     """The same run in this process, which has its programs already and starts in no time; the last row."""
     made = importlib.import_module(f"krl.configs.{config}").get_config()
     made.update_from_flattened_dict(TINY | changes)
-    return train(made, workdir)
+    with undrawn():
+        return train(made, workdir)
 
 
 def rows(workdir, name="metrics"):

@@ -1,10 +1,10 @@
 """Eight CPU devices for every test, so that sharding is real; little else is shared."""
 
 import os
+import tempfile
 
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 # Tests compile thousands of programs that run for milliseconds, so XLA is asked for quick compilations and not for quick
 # programs; with JAX 0.10 a compilation takes a fifth of the time, with 0.12 half of it. XLA_FLAGS= make test compiles as for
@@ -17,22 +17,19 @@ os.environ.setdefault("XLA_FLAGS", QUICK)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 
+# The tests of a process and the programs they start share what XLA compiled, however quickly; nothing else does.
+COMPILED = tempfile.TemporaryDirectory(prefix="krl-compiled-")
+for name, value in (
+    ("jax_compilation_cache_dir", COMPILED.name),
+    ("jax_persistent_cache_min_compile_time_secs", 0),
+    ("jax_persistent_cache_min_entry_size_bytes", -1),
+):
+    os.environ[name.upper()] = str(value)
+    jax.config.update(name, value)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def no_programs_of_other_files():
     """A process may map 65,530 pieces of memory; XLA takes some for every program and crashes when there are none left."""
     yield
     jax.clear_caches()
-
-
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """A file's tests and the programs they start share what XLA compiled; nothing outside the file does."""
-    directory = str(tmp_path_factory.mktemp("compiled"))
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = directory
-    jax.config.update("jax_compilation_cache_dir", directory)
-    compilation_cache.reset_cache()  # jax asks once whether there is one
-    yield
-    del os.environ["JAX_COMPILATION_CACHE_DIR"]
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()

@@ -20,7 +20,7 @@ from krl.configs import default
 from krl.configs.check import check, flatten
 from krl.configs.flags import define_flags, parse_flags
 from krl.run.setup import NAMES
-from tests.command_line import ROOT, TINY, environment, rows
+from tests.command_line import ROOT, TINY, environment, rows, undrawn
 
 TRAIN = krl.train.train
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -38,7 +38,7 @@ def mine():
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch, compiled):
+def here(tmp_path, monkeypatch):
     """An empty directory to run a page in, with small policies and few steps; rules and priors that a page adds go away again."""
 
     def train(config, workdir):
@@ -48,7 +48,8 @@ def here(tmp_path, monkeypatch, compiled):
         config.update_from_flattened_dict(shorter)
         config.data.max_prompt_tokens = min(config.data.max_prompt_tokens, 16)
         config.sample.max_new_tokens = min(config.sample.max_new_tokens, 16)
-        return TRAIN(config, workdir)
+        with undrawn():
+            return TRAIN(config, workdir)
 
     rules, pilots, priors = dict(budget.RULES), set(budget.PILOT_RULES), dict(budget.PRIORS)
     monkeypatch.chdir(tmp_path)
@@ -92,7 +93,7 @@ def test_own_reward_on_own_data_by_a_config_file(here):
     keys = [f"--config.{key}={value}" for key, value in (TINY | {"sft.steps": 0, "eval.every": 0, "steps": 1}).items()]
     made = subprocess.run(
         [sys.executable, ROOT / "train.py", "--config", "mine.py", "--workdir", "runs/mine", *keys],
-        env=environment(here) | {"PYTHONPATH": f".:{ROOT}"}, capture_output=True, text=True, timeout=300,
+        env=environment(here) | {"PYTHONPATH": f".:{ROOT / 'tests' / 'undrawn'}:{ROOT}"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert rows(here / "runs" / "mine")[-1]["step"] == 1

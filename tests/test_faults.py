@@ -18,11 +18,10 @@ import pytest
 from krl import budget, train
 from krl.configs import arithmetic
 from krl.configs.flags import one_line_errors
+from krl.run import report
 from krl.run.metrics import MetricsLog
 from krl.run.rollouts import read_rollouts
 from tests.command_line import ROOT, command, environment, learnt, rollouts, rows, run_here
-
-pytestmark = pytest.mark.usefixtures("compiled")
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +165,7 @@ def test_responses_without_a_reward_are_left_out_told_of_and_explained(whole, tm
     total = sum(row["verifier/errors"] for row in rows(workdir)[1:])
     told = f"{total} of 64 rollouts have no reward (errors {total}) and were left out; "
     assert told in said
+    report.write([workdir], workdir)
     text = (workdir / "report.html").read_text()
     assert told in text
     assert "x it raised ValueError: no number in" in text

@@ -9,7 +9,6 @@ from krl.configs import arithmetic
 from krl.run.guard import draws_before, find_spike
 from tests.command_line import learnt, rollouts, rows, run_here
 
-pytestmark = pytest.mark.usefixtures("compiled")
 PLAIN = {"sft.steps": 0, "optim.learning_rate": 1e-9}
 
 

@@ -37,8 +37,6 @@ from krl.run.metrics import PhaseClock, read_rows
 from krl.run.processes import join_processes
 from tests import bpe
 
-pytestmark = pytest.mark.usefixtures("compiled")
-
 TINY: dict[str, Any] = {
     "steps": 2, "prompts_per_step": 4, "alloc.budget": 16, "alloc.n_max": 8, "alloc.prior_width": 32, "data.source": "operators",
     "data.reward": "tests.rewards:coin", "data.max_prompt_tokens": 8, "operators.num_operators": 3, "operators.num_warm": 20,
@@ -523,7 +521,7 @@ def check_finite(seen: Seen) -> None:
 
 
 @pytest.fixture(scope="module")
-def plain(compiled, tmp_path_factory) -> Seen:
+def plain(tmp_path_factory) -> Seen:
     """Two steps with TINY alone, and what was set up for them."""
     config = make_config({})
     parts = setup.set_up(config, tmp_path_factory.mktemp("plain"), flatten(config), FREE_KEYS)

@@ -16,7 +16,6 @@ from krl.run.update import abstract_state, init_state, make_optimizer, policy_up
 from krl.sharding import make_mesh, tree_sharding
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("compiled")
 # Everything that "model" splits comes in fours.
 CONFIG = policy.PolicyConfig(
     vocab_size=32, embed_size=8, num_layers=1, num_heads=4, num_kv_heads=4, head_size=6, mlp_size=20, unroll=1

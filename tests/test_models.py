@@ -14,9 +14,6 @@ from krl import policy
 from tests.bpe import write_qwen
 from tests.command_line import ROOT, environment, rows, run
 
-pytestmark = pytest.mark.usefixtures("compiled")
-
-
 HUGGING_FACE = {
     "data.name": "math", "data.reward": "tests.rewards:odd_letters", "data.template": "chat_boxed",
     "data.max_prompt_tokens": 160, "sample.max_new_tokens": 6, "verify.workers": 1, "policy.dtype": "float32",

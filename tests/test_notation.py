@@ -506,4 +506,4 @@ def test_long_responses_take_linear_time(inside):
     math_reward("\\boxed{x + 1}", "1 + x")  # imports
     for piece in PIECES:
         text = inside.format(piece * (12_000 // len(piece)))
-        assert seconds(extract_answer, text) + seconds(math_reward, text, "5") < 0.2, piece
+        assert min(seconds(extract_answer, text) + seconds(math_reward, text, "5") for _ in range(2)) < 0.2, piece

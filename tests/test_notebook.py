@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from krl.run.metrics import read_rows
+from tests.command_line import undrawn
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -23,7 +24,7 @@ def run_book(name, place):
     book = json.loads((FOLDER / f"{name}.ipynb").read_text())
     names = {"__name__": "__main__"}
     plt.close("all")
-    with pytest.MonkeyPatch.context() as patch, matplotlib.rc_context():
+    with pytest.MonkeyPatch.context() as patch, matplotlib.rc_context(), undrawn():
         patch.setattr(plt, "show", lambda: None)
         patch.setattr(sys, "path", list(sys.path))
         patch.chdir(place)
@@ -65,7 +66,7 @@ def test_what_is_kept_of_a_notebook(name):
     assert shown == sum("image/png" in output.get("data", ()) for output in outputs)
 
 
-def test_a_reward_and_data_of_ones_own(tmp_path, compiled):
+def test_a_reward_and_data_of_ones_own(tmp_path):
     """The policy finds the largest digit far more often than the examples, and the log has what the reward said."""
     found = run_book("own_reward_and_data", tmp_path)
     assert found["accuracy"][0] < 0.5
@@ -80,7 +81,8 @@ def test_a_reward_and_data_of_ones_own(tmp_path, compiled):
     assert all_labelled(found["figures"])
 
 
-def test_an_ablation_pairs_its_runs_by_seed(tmp_path, compiled):
+@pytest.mark.slow
+def test_an_ablation_pairs_its_runs_by_seed(tmp_path):
     found = run_book("ablation", tmp_path)
     assert {name: len(group) for name, group in found["runs"].items()} == dict.fromkeys(found["SETTINGS"], 2)
     for seed in range(2):
@@ -99,7 +101,7 @@ def test_an_ablation_pairs_its_runs_by_seed(tmp_path, compiled):
 
 
 @pytest.mark.slow
-def test_a_first_run_learns_and_spends_its_budget(tmp_path, compiled):
+def test_a_first_run_learns_and_spends_its_budget(tmp_path):
     found = run_book("quickstart", tmp_path)
     assert found["accuracy"][-1] > found["accuracy"][0] + 0.05
     assert found["counts"].sum() == 50 * 128 == len(found["rollouts"])

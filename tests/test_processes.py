@@ -21,7 +21,6 @@ from krl.run import processes
 from krl.run.evaluate import Verdicts
 from tests.command_line import ROOT, TINY, command, environment, rollouts, rows, run_here
 
-pytestmark = pytest.mark.usefixtures("compiled")
 STEPS = {"steps": 6, "mesh.shape": (2,)}
 SQUARE = {"mesh.shape": (2, 2), "mesh.axis_names": ("fsdp", "model"), "policy.num_kv_heads": 2, "steps": 4}
 
@@ -35,7 +34,7 @@ def start(workdir, count=2, script="train.py", **changes):
     return [
         subprocess.Popen(
             command(workdir, script=script, **STEPS | joined | {"distributed.process": number} | changes), cwd=ROOT, text=True,
-            env=environment(workdir.parent) | {"JAX_NUM_CPU_DEVICES": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=environment(workdir.parent, drawn=True) | {"JAX_NUM_CPU_DEVICES": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for number in range(count)
     ]  # fmt: skip

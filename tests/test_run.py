@@ -713,7 +713,9 @@ def test_the_profiler_records_the_steps_that_were_asked_for(tmp_path):
 
 def test_what_was_compiled_is_kept_below_the_users_cache_unless_jax_was_told_where(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    told = jax.config.jax_compilation_cache_dir
     try:
+        jax.config.update("jax_compilation_cache_dir", None)
         keep_compilations()
         chosen = pathlib.Path(jax.config.jax_compilation_cache_dir)
         assert chosen.parent == tmp_path / "krl" / "compiled"
@@ -721,7 +723,7 @@ def test_what_was_compiled_is_kept_below_the_users_cache_unless_jax_was_told_whe
         keep_compilations()
         assert jax.config.jax_compilation_cache_dir == "elsewhere"
     finally:
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_compilation_cache_dir", told)
 
 
 def test_the_process_that_the_others_waited_for_is_named():

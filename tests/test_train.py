@@ -24,14 +24,12 @@ from krl.run.lock import hold_workdir
 from krl.train import train
 from tests.command_line import ROOT, TINY, command, environment, files_of, learnt, rows, run, run_here
 
-pytestmark = pytest.mark.usefixtures("compiled")
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of four steps from start to end, with its warm start beside it."""
     workdir = tmp_path_factory.mktemp("run") / "work"
-    done = run(workdir, **{"sft.dir": workdir.with_name("sft")})
+    done = run(workdir, drawn=True, **{"sft.dir": workdir.with_name("sft")})
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 
