@@ -20,6 +20,7 @@ _SYMBOLS = {
     "\u00b1": r"\pm ", "\u2213": r"\mp ", "\u2208": r"\in ", "\u2205": r"\emptyset ", "\u211d": r"\mathbb{R}",
     "\u2124": r"\mathbb{Z}", "\u211a": r"\mathbb{Q}", "\u2115": r"\mathbb{N}", "\u2102": r"\mathbb{C}",
     "\u2032": "'", "\u2019": "'", "\u2033": "''", "\u2026": "...", "\u212b": r"\AA ", "\u00c5": r"\AA ",
+    "\u230a": r"\lfloor ", "\u230b": r"\rfloor ", "\u2308": r"\lceil ", "\u2309": r"\rceil ", "\u2236": ":",
     "\u2126": r"\Omega ", "\u00b5": r"\mu ", "\u3002": ".", "\u3001": ",", "\u2609": r"\odot ",
     "\u20ac": "", "\u00a3": "", "\u00a5": "", "\u20b9": "", "\u20a9": "", "\u20bd": "", "\u00a2": "",  # currencies
     "\u221b": r"\sqrt[3]", "\u221c": r"\sqrt[4]", "\u221a": r"\sqrt",
@@ -142,6 +143,8 @@ _BEFORE_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (rf"{UPRIGHT}\{{ ?\}}", ""),
         (rf"{UPRIGHT}\{{ ?({FUNCTIONS}) ?\}}", r"\\\1 "),
         (r"(?<![\s.,;:\\])[\s.,;:]++$", ""),
+        (r"(?<=\d) ?(?:a\.m|A\.?M)\b\.?", " am"),
+        (r"(?<=\d) ?(?:p\.m|P\.?M)\b\.?", " pm"),
         (r"\\not ?=", r"\\neq "),
         (r"\\not ?\\in(?![a-zA-Z])", r"\\notin "),
         (r"^ ?(?:\\approx(?![a-zA-Z])|=)", ""),
@@ -166,6 +169,7 @@ _AFTER_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (rf"{UPRIGHT}\{{([^{{}}]*)\}}", r"\1"),
         (r"(?<=\d) *+([ap])\.? ?m\b\.?", r"\1m"),
         (_ROOT, r"\\sqrt\1{\2}"),
+        (r"(?<![a-zA-Z\\])sqrt ?(\d++(?:\.\d++)?|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
         (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
         (r"(?<![a-zA-Z\\])(?:infinity|inf)(?![a-zA-Z])", r"\\infty "),
         (r"(?<=[)\]}]) ?(?:U|\\bigcup(?![a-zA-Z])) ?(?=[(\[{\\])", r"\\cup "),
@@ -176,6 +180,7 @@ _AFTER_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<=\d) (\d++)/(\d++)$", r"\\frac{\1}{\2}"),  # the mixed number 1 4/5
         (r"\^ ?([-+]) ?(\d++|[a-zA-Z])(?![\w.^(\\{!])", r"^{\1\2}"),
         (r"\\frac ?(\d) ?(?=[\d{])", r"\\frac{\1}"),
+        (rf"\\frac ?(\\(?:{'|'.join(_GREEK)})(?![a-zA-Z])|[a-zA-Z]) ?(?=[\d{{])", r"\\frac{\1}"),
         (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
         (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
         (r"(?<![\d.])\.(?=\d)", "0."),
