@@ -10,7 +10,9 @@ import tempfile
 from unittest import mock
 
 import jax
+import pytest
 
+from krl.configs.flags import one_line_errors
 from krl.run import report
 from krl.run.rollouts import read_rollouts
 from krl.train import train
@@ -55,12 +57,26 @@ def undrawn():
     return mock.patch.object(report, "missing_libraries", return_value="nobody looks at the report")
 
 
+def config_with(config="arithmetic", **changes):
+    made = importlib.import_module(f"krl.configs.{config}").get_config()
+    made.update_from_flattened_dict(
+        {key: str(value) if isinstance(value, os.PathLike) else value for key, value in (TINY | changes).items()}
+    )
+    return made
+
+
 def run_here(workdir, config="arithmetic", **changes):
     """The same run in this process, which has its programs already and starts in no time; the last row."""
-    made = importlib.import_module(f"krl.configs.{config}").get_config()
-    made.update_from_flattened_dict(TINY | changes)
     with undrawn():
-        return train(made, workdir)
+        return train(config_with(config, **changes), workdir)
+
+
+def told_by(call, *arguments, **named):
+    """The one line in which a program refuses."""
+    with pytest.raises(SystemExit) as refused, one_line_errors("krl"):
+        call(*arguments, **named)
+    assert "\n" not in refused.value.code
+    return refused.value.code.removeprefix("krl: ")
 
 
 def rows(workdir, name="metrics"):

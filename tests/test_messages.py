@@ -26,7 +26,7 @@ from krl.run import plan, report
 from krl.run.metrics import format_seconds, gini
 from krl.run.processes import join_processes
 from krl.train import train
-from tests.command_line import ROOT, TINY, environment
+from tests.command_line import ROOT, config_with, environment, told_by
 
 OWN = "arithmetic, default, gsm8k, operators, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b"
 FILES = {
@@ -148,19 +148,6 @@ def test_keys_may_stand_anywhere_and_the_last_one_counts():
     )
     with pytest.raises(AttributeError):
         found.config.colour = 1  # locked
-
-
-def told_by(call, *arguments, **named):
-    with pytest.raises(SystemExit) as refused, one_line_errors("krl"):
-        call(*arguments, **named)
-    assert "\n" not in refused.value.code
-    return refused.value.code.removeprefix("krl: ")
-
-
-def config_with(**changes):
-    config = arithmetic.get_config()
-    config.update_from_flattened_dict(TINY | changes)
-    return config
 
 
 DATA = {"data.source": "dataset", "data.prompt_field": "q", "data.answer_field": "a", "prompts_per_step": 2, "alloc.budget": 8}  # fmt: skip

@@ -12,13 +12,13 @@ import pytest
 
 from krl import policy
 from tests.bpe import write_qwen
-from tests.command_line import ROOT, environment, rows, run
+from tests.command_line import ROOT, environment, rows, run, run_here, told_by
 
 HUGGING_FACE = {
     "data.name": "math", "data.reward": "tests.rewards:odd_letters", "data.template": "chat_boxed",
     "data.max_prompt_tokens": 160, "sample.max_new_tokens": 6, "verify.workers": 1, "policy.dtype": "float32",
     "policy.remat": "dots", "sft.steps": 0, "optim.updates_per_step": 2, "optim.learning_rate": 1e-3, "eval.every": 0,
-    "steps": 3, "mesh.shape": "1,",
+    "steps": 3, "mesh.shape": (1,),
 }  # fmt: skip
 
 
@@ -58,17 +58,16 @@ def test_a_hugging_face_checkpoint_trains_and_is_exported(hugging_face, tmp_path
     assert 1e-5 < max(jax.tree.leaves(moved)) < 0.1
 
 
-def test_a_run_from_a_checkpoint_continues_without_it(hugging_face, tmp_path):
+def test_a_run_from_a_checkpoint_continues_without_it(hugging_face, tmp_path, capsys):
     keys, folder, _ = hugging_face
     shutil.copytree(folder / "work", tmp_path / "work")
     keys = keys | {"steps": 4}
     os.rename(folder / "start", folder / "moved")
     try:
-        more = run(tmp_path / "work", config="qwen2_5_math_7b", **keys)
+        run_here(tmp_path / "work", config="qwen2_5_math_7b", **keys)
     finally:
         os.rename(folder / "moved", folder / "start")
-    assert more.returncode == 0, more.stderr
-    assert "continuing from step 2" in more.stdout or "continuing from step 3" in more.stdout
+    assert "continuing from step 3" in capsys.readouterr().out
     assert len(rows(tmp_path / "work")) == 4
 
 
@@ -90,22 +89,21 @@ def test_eval_measures_a_checkpoint_on_benchmarks_and_goes_on_where_it_was_kille
     assert again.stdout.splitlines()[-8:] == first.stdout.splitlines()[-8:]
 
 
-def test_fine_tuning_alone_on_packed_pairs(hugging_face, tmp_path):
+def test_fine_tuning_alone_on_packed_pairs(hugging_face, tmp_path, capsys):
     keys, _, _ = hugging_face
     pairs = [{"prompt": f"What is {a}+1?", "completion": f"It is {a + 1}."} for a in range(40)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     sft = {"sft.steps": 40, "sft.path": tmp_path / "pairs.jsonl", "sft.row_tokens": 512, "sft.batch_size": 2}
-    done = run(tmp_path / "work", config="qwen2_5_math_7b", **keys | sft | {"steps": 0, "sft.learning_rate": 1e-2})
-    assert done.returncode == 0, done.stderr
-    losses = [float(line.split("loss ")[1]) for line in done.stdout.splitlines() if line.startswith("fine-tuning")]
+    run_here(tmp_path / "work", config="qwen2_5_math_7b", **keys | sft | {"steps": 0, "sft.learning_rate": 1e-2})
+    said = capsys.readouterr().out.splitlines()
+    losses = [float(line.split("loss ")[1]) for line in said if line.startswith("fine-tuning")]
     assert losses[-1] < losses[0]
     assert (tmp_path / "work/checkpoints/0").is_dir()
 
 
 def test_a_penalty_for_leaving_the_start_is_measured(hugging_face, tmp_path):
     keys, _, _ = hugging_face
-    done = run(tmp_path / "work", config="qwen2_5_math_7b", **keys | {"loss.kl_coefficient": 0.1, "steps": 2})
-    assert done.returncode == 0, done.stderr
+    run_here(tmp_path / "work", config="qwen2_5_math_7b", **keys | {"loss.kl_coefficient": 0.1, "steps": 2})
     assert rows(tmp_path / "work")[-1]["kl"] > 0
 
 
@@ -119,10 +117,7 @@ def test_a_penalty_for_leaving_the_start_is_measured(hugging_face, tmp_path):
     ],
 )
 def test_bad_paths_and_names_are_one_line(hugging_face, tmp_path, changes, message):
-    refused = run(tmp_path / "work", config="qwen2_5_math_7b", **hugging_face[0] | changes)
-    assert refused.returncode != 0
-    assert message in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert message in told_by(run_here, tmp_path / "work", config="qwen2_5_math_7b", **hugging_face[0] | changes)
 
 
 def test_an_unknown_benchmark_is_named_before_any_is_loaded(hugging_face, tmp_path):
@@ -139,9 +134,6 @@ def test_a_broken_checkpoint_claims_no_work_directory(hugging_face, tmp_path):
     whole = config.read_text()
     config.write_text(whole.replace('"intermediate_size": 32', '"intermediate_size": 48'))
     keys = keys | {"policy.path": tmp_path / "start", "steps": 1}
-    refused = run(tmp_path / "work", config="qwen2_5_math_7b", **keys)
-    assert refused.returncode != 0
-    assert "asks for (48, 16)" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert "asks for (48, 16)" in told_by(run_here, tmp_path / "work", config="qwen2_5_math_7b", **keys)
     config.write_text(whole)
-    assert run(tmp_path / "work", config="qwen2_5_math_7b", **keys).returncode == 0
+    assert run_here(tmp_path / "work", config="qwen2_5_math_7b", **keys)["step"] == 1
