@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,24 @@ def test_a_reward_that_always_fails_ends_all_processes_with_its_reason(tmp_path)
             "ends: train.py: the reward failed on all 16 responses of step 1: it raised KeyError: 'solution'" in output
         )
         assert "Traceback" not in output
+
+
+def test_what_a_process_says_last_is_that_it_has_left(monkeypatch):
+    """JAX aborts a process whose coordinator is gone, so process 0 may not take a process for gone that only waits."""
+    done: list = []
+    said = {"krl/left/1": ""}
+    client = SimpleNamespace(
+        key_value_set=lambda name, *_, **__: (done.append(name), said.update({name: ""})),
+        key_value_dir_get=lambda place: [name for name in said if name.startswith(place)],
+    )
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: done.append(seconds))
+    monkeypatch.setattr(processes.os, "_exit", lambda code: done.append(f"exit {code}"))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    processes._leave("no reward", 1, client)
+    assert done == ["krl/ended", 3 * processes.BEAT_SECONDS, "krl/left/0", "exit 1"]
+    done.clear()
+    processes._leave("another has ended", processes.ENDED_BY_ANOTHER, client)
+    assert done == ["krl/ended", "krl/left/0", "exit 76"]
 
 
 def test_processes_that_disagree_are_told_so(monkeypatch):

@@ -152,16 +152,17 @@ def _leave(reason: str, code: int, client=None) -> None:
         end = time.monotonic() + LEAVE_SECONDS
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             client.key_value_set("krl/ended", reason, allow_overwrite=True)
-            client.key_value_set(f"krl/left/{jax.process_index()}", reason, allow_overwrite=True)
             if code != ENDED_BY_ANOTHER:
                 time.sleep(3 * BEAT_SECONDS)  # else a collective fails in the others before they know why
+            # Said last: JAX aborts a process whose coordinator has gone, and process 0 goes when all have said this.
+            client.key_value_set(f"krl/left/{jax.process_index()}", reason, allow_overwrite=True)
             while is_first() and time.monotonic() < end and _still_here(client):
                 time.sleep(BEAT_SECONDS / 4)
     os._exit(code)
 
 
 def _still_here(client) -> bool:
-    """Whether a process has not heard yet that it is to leave."""
+    """Whether a process has not left yet."""
     return len(client.key_value_dir_get("krl/left/")) < jax.process_count()
 
 
