@@ -2,6 +2,7 @@
 
 import collections
 
+import jax
 import numpy as np
 import pytest
 
@@ -89,7 +90,10 @@ def test_what_cannot_be_is_refused():
         make_operators({"warm": 0, "train": 0, "test": 20}, seed=0, num_operators=1, digits=1)
 
 
-def test_the_config_trains(tmp_path):
+def test_the_config_trains(tmp_path, monkeypatch):
+    """Compiled as for users, not as quickly as in other tests."""
+    jax.devices()  # this process has read XLA_FLAGS by now; the one that it starts finds none
+    monkeypatch.delenv("XLA_FLAGS")
     small = {"operators.num_warm": 200, "operators.num_train": 12, "operators.num_test": 6, "data.max_prompt_tokens": 6, "sample.max_new_tokens": 5, "sft.steps": 2}  # fmt: skip
     done = run(tmp_path / "work", config="operators", steps=2, **small)
     assert done.returncode == 0, done.stderr

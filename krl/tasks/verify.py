@@ -273,7 +273,7 @@ def _same_choice(gold: str, given: str) -> bool:
 
 
 def _choice_and_value(text: str) -> tuple[str | None, str]:
-    """The choice a text begins with and the value after it, empty without a digit: of B. 12, the two B and 12."""
+    """The choice a text begins with, and the value after it, "" without a digit in it: B and 12 of B. 12."""
     chosen, label = _chosen(text), _LABEL.match(text)
     value = text[label.end() :] if chosen and label else ""
     return chosen, value if _DIGIT.search(value) else ""
