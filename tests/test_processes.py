@@ -41,7 +41,7 @@ def start(workdir, count=2, script="train.py", **changes):
     ]  # fmt: skip
 
 
-def finish(run, seconds=240):
+def finish(run, seconds=600):
     """(exit codes, outputs) of a run's processes."""
     end = time.monotonic() + seconds
     try:
@@ -52,7 +52,7 @@ def finish(run, seconds=240):
     return [process.returncode for process in run], outputs
 
 
-def wait_for(run, path, seconds=180):
+def wait_for(run, path, seconds=600):
     end = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < end:
         assert all(process.poll() is None for process in run), finish(run)
