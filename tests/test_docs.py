@@ -93,7 +93,7 @@ def test_own_reward_on_own_data_by_a_config_file(here):
     keys = [f"--config.{key}={value}" for key, value in (TINY | {"sft.steps": 0, "eval.every": 0, "steps": 1}).items()]
     made = subprocess.run(
         [sys.executable, ROOT / "train.py", "--config", "mine.py", "--workdir", "runs/mine", *keys],
-        env=environment(here) | {"PYTHONPATH": f".:{ROOT / 'tests' / 'undrawn'}:{ROOT}"}, capture_output=True, text=True, timeout=300,
+        env=environment(here) | {"PYTHONPATH": f".:{ROOT / 'tests' / 'undrawn'}:{ROOT}"}, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert rows(here / "runs" / "mine")[-1]["step"] == 1

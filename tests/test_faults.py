@@ -75,7 +75,7 @@ def test_a_run_killed_in_any_phase_continues_as_if_nothing_had_happened(whole, t
     arguments = command(workdir, **warm(whole))[2:]
     killed = subprocess.run(
         [sys.executable, "-m", "tests.killed", moment, str(number), *arguments], cwd=ROOT, env=environment(tmp_path),
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert rows(workdir)[-1]["step"] == logged
@@ -260,7 +260,7 @@ def test_other_users_cannot_write_what_a_run_leaves_whatever_the_umask(whole, tm
     workdir = tmp_path / "work"
     changes = warm(whole) | {"steps": 1, "sft.dir": str(tmp_path / "sft"), "sft.steps": 2}
     done = subprocess.run(
-        command(workdir, **changes), cwd=ROOT, env=environment(tmp_path), umask=0, capture_output=True, text=True, timeout=300
+        command(workdir, **changes), cwd=ROOT, env=environment(tmp_path), umask=0, capture_output=True, text=True, timeout=900
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     left = [workdir, *workdir.rglob("*"), *(tmp_path / "sft").rglob("*")]

@@ -45,7 +45,7 @@ def test_a_hugging_face_checkpoint_trains_and_is_exported(hugging_face, tmp_path
     assert trained[-1]["importance_mean"] == pytest.approx(1.0, abs=0.01)  # sampler and learner agree
     out = subprocess.run(
         [sys.executable, "-m", "krl.policy.hf", "export", folder / "work", tmp_path / "out"],
-        cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert "Warning" not in out.stderr
