@@ -399,13 +399,13 @@ def test_a_second_run_on_a_directory_is_refused_while_the_first_lives(tmp_path):
     with hold_workdir(tmp_path):  # what a crash leaves is taken over at once
         assert holder(tmp_path).name.startswith(f"{os.getpid()}_")
         second = hold(tmp_path, 0)
-        assert "in use by process" in second.communicate(timeout=300)[1]
+        assert "in use by process" in second.communicate(timeout=60)[1]
         with pytest.raises(
             ValueError, match=f"in use by process {os.getpid()}"
         ):  # such as another thread of a notebook
             hold_workdir(tmp_path).__enter__()
     assert list(tmp_path.iterdir()) == []
-    assert hold(tmp_path, 0).wait(timeout=300) == 0
+    assert hold(tmp_path, 0).wait(timeout=60) == 0
 
 
 def test_a_run_of_another_machine_lives_while_its_lock_changes(tmp_path, monkeypatch):
@@ -480,7 +480,7 @@ def test_of_several_that_start_at_the_same_instant_exactly_one_gets_the_director
     """New ones, and ones whose lock a killed process left."""
     for number in range(100):
         (tmp_path / f"{number:02}").mkdir()
-    done = subprocess.run([sys.executable, "-c", RACE, tmp_path], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", RACE, tmp_path], capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.returncode) == ("{1}\n", 0), done.stderr
     assert list(tmp_path.glob("*/*")) == []
 
@@ -578,7 +578,7 @@ def wait_for_ever():
 with clock.phase("verify"):
     wait_for_ever()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 77
     assert "krl: the phase verify has taken 2 s (config.stuck_seconds)" in done.stderr
     assert "in wait_for_ever" in done.stderr
