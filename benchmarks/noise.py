@@ -145,7 +145,8 @@ def measure(run: Checkpoint, rule: str, budget_size: int, batches: int, target: 
     for prompts, rollouts, rewards in draw_batches(run, rule, budget_size, batches, first=0, repeats=2):
         groups = (rollouts.prompt_index, rollouts.mask, config.prompts_per_step)
         clip = config.loss.advantage_clip or math.inf
-        advantages = learn.group_advantages(rewards, *groups, scale_by_std=config.loss.scale_by_std, clip=clip)
+        scale = {"scale_by_std": config.loss.scale == "std", "scale_by_mean": config.loss.scale == "mean"}
+        advantages = learn.group_advantages(rewards, *groups, **scale, clip=clip)
         effective.append(float((advantages != 0).mean()))
         longest = config.sample.max_new_tokens
         advantages = advantages * learn.token_weights(config.loss.average, rollouts.lengths, *groups, longest)

@@ -30,7 +30,13 @@ from krl.run.history import found, read_run, spent_to_reach, transitions
 from krl.run.metrics import format_seconds, read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
-WARM = {"steps": 0, "eval.every": 0, "alloc.rule": "uniform", "alloc.prior": "shared"}  # a run of the warm start alone
+WARM = {
+    "steps": 0,
+    "eval.every": 0,
+    "alloc.rule": "uniform",
+    "alloc.prior": "shared",
+    "alloc.n_min": 1,
+}  # a run of the warm start alone
 ROLLOUTS, TOKENS, SECONDS, ACCURACY = range(4)  # columns of a row's curve
 
 

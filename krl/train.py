@@ -312,6 +312,22 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     )  # fmt: skip
 
 
+def rewards_to_compare(scale: str, said: Verdicts, *, summed: bool) -> np.ndarray:
+    """A step's rewards as float32, [R], from which its advantages are right: see `krl.learn.fit_float32`.
+
+    Raises:
+        ValueError: a negative reward where advantages are divided by the mean one.
+    """
+    if scale != "mean":
+        return learn.fit_float32(said.rewards, said.prompt_index, said.faults == 0, summed=summed)
+    if (said.rewards[said.faults == 0] < 0).any():
+        raise ValueError(
+            f"a reward of {said.rewards[said.faults == 0].min():g}: config.loss.scale='mean' divides by the mean reward of a "
+            "prompt and needs rewards of at least 0; set it to 'std' or 'none'"
+        )
+    return as_float32(said.rewards)
+
+
 def step_advantages(
     loss: FrozenConfigDict, num_prompts: int, longest: int, rewards: jax.Array, rollouts: Rollouts
 ) -> jax.Array:
@@ -320,7 +336,7 @@ def step_advantages(
     if loss.overlong_tokens:
         rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
     values = learn.group_advantages(
-        rewards, *groups, scale_by_std=loss.scale_by_std, leave_one_out=loss.leave_one_out,
+        rewards, *groups, scale_by_std=loss.scale == "std", scale_by_mean=loss.scale == "mean", leave_one_out=loss.leave_one_out,
         clip=loss.advantage_clip or math.inf,
     )  # fmt: skip
     values = jnp.where(rollouts.finished, values, 0.0) if loss.mask_truncated else values
@@ -420,7 +436,7 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
     rollouts, rewards, said = drawn.rollouts, drawn.rewards, drawn.verdicts
     heard = rollouts.replace(mask=drawn.scored)  # a rollout without a reward teaches nothing
     with clock.phase("update"):
-        compared = learn.fit_float32(said.rewards, said.prompt_index, said.faults == 0, summed=len(run.rewards) > 1)
+        compared = rewards_to_compare(config.loss.scale, said, summed=len(run.rewards) > 1)
         advantages = run.advantages(run.place(compared), heard)
         state, learnt = run.update_policy(state, prompts, heard, advantages, shuffle_key)
         outcomes = jnp.clip(rewards, 0.0, 1.0)  # beliefs are about shares of success

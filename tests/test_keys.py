@@ -172,7 +172,7 @@ def tuned(run: Seen) -> int:
 
 
 LETTERS = set("abcdefghijklmnopqrstuvwxyz")
-PLAIN = {"loss.average": "tokens", "loss.scale_by_std": False}  # advantages are rewards less their group's mean
+PLAIN = {"loss.average": "tokens", "loss.scale": "none"}  # advantages are rewards less their group's mean
 
 # Steps of the one set-up that TINY has.
 STEPS = {
@@ -224,7 +224,7 @@ STEPS = {
         "sample.memory_gb": lambda run: same_rollouts(run) and run.slots == {1},
     }),
     "no deviation": Trial(PLAIN, {
-        "loss.scale_by_std": lambda run: np.allclose(run.advantages, run.by_group(centred, run.rewards), atol=1e-5),
+        "loss.scale": lambda run: np.allclose(run.advantages, run.by_group(centred, run.rewards), atol=1e-5),
     }),
     "the others' mean": Trial(PLAIN | {"loss.leave_one_out": True}, {
         "loss.leave_one_out": lambda run: np.allclose(

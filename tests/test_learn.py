@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from krl.learn import (
     KL_ESTIMATORS,
+    SCALES,
     SURROGATES,
     fit_float32,
     group_advantages,
@@ -29,18 +30,33 @@ def advantages_by_loops(rewards, index, mask, scale):
         rows = [j for j in range(len(rewards)) if mask[j] and index[j] == group]
         got = rewards[rows].astype(float)
         if len(rows) > 1 and got.max() != got.min():
-            out[rows] = (got - got.mean()) / ((got.std(ddof=1) + 1e-6) if scale else 1.0)
+            by = {"std": got.std(ddof=1) + 1e-6, "none": 1.0, "mean": got.mean()}[scale]
+            out[rows] = (got - got.mean()) / by
     return out
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 10_000), st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.booleans(), st.sampled_from(SCALES))
 def test_advantages_equal_loops(seed, binary, scale):
     rng = np.random.default_rng(seed)
     rewards = rng.integers(0, 2, 24).astype(np.float32) if binary else rng.random(24).astype(np.float32)
     index, mask = rng.integers(0, 6, 24), rng.random(24) < 0.8
-    got = group_advantages(jnp.array(rewards), jnp.array(index), jnp.array(mask), 6, scale_by_std=scale)
+    got = group_advantages(
+        jnp.array(rewards),
+        jnp.array(index),
+        jnp.array(mask),
+        6,
+        scale_by_std=scale == "std",
+        scale_by_mean=scale == "mean",
+    )
     np.testing.assert_allclose(got, advantages_by_loops(rewards, index, mask, scale), rtol=2e-4, atol=2e-5)
+
+
+def test_divided_by_the_mean_every_success_of_a_rare_kind_counts_more():
+    rewards = jnp.array([1.0, 0, 0, 0, 1, 1, 1, 0])
+    index, mask = jnp.repeat(jnp.arange(2), 4), jnp.ones(8, bool)
+    got = group_advantages(rewards, index, mask, 2, scale_by_mean=True)
+    np.testing.assert_allclose(got, [3, -1, -1, -1, 1 / 3, 1 / 3, 1 / 3, -1], rtol=1e-6)
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 1 / 3])

@@ -69,7 +69,7 @@ def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
 
 def check(
     config: ConfigDict, *, rules: Iterable[str], priors: Iterable[str], templates: Iterable[str],
-    sources: Iterable[str], averages: Iterable[str], surrogates: Iterable[str], kl_estimators: Iterable[str],
+    sources: Iterable[str], averages: Iterable[str], scales: Iterable[str], surrogates: Iterable[str], kl_estimators: Iterable[str],
 ) -> None:  # fmt: skip
     """Check every value and combination.
 
@@ -79,7 +79,7 @@ def check(
         priors: the names of priors besides "shared".
         templates: the names of prompt templates.
         sources: the names of known data sets.
-        averages, surrogates, kl_estimators: the names that the loss knows.
+        averages, scales, surrogates, kl_estimators: the names that the loss knows.
 
     Raises:
         ValueError: names the key, what it is, and what it must be.
@@ -112,7 +112,12 @@ def check(
     for key in ("optim.beta1", "optim.beta2"):
         need(flatten(config)[key] < 1, key, "below 1: at 1 a moment never moves, and its correction divides by zero")
     need(config.policy.dtype in ("float32", "bfloat16"), "policy.dtype", "'float32' or 'bfloat16'")
-    for key, known in (("average", averages), ("surrogate", surrogates), ("kl_estimator", kl_estimators)):
+    for key, known in (
+        ("average", averages),
+        ("scale", scales),
+        ("surrogate", surrogates),
+        ("kl_estimator", kl_estimators),
+    ):
         need(config.loss[key] in known, f"loss.{key}", f"one of {sorted(known)}")
     longest = config.sample.max_new_tokens
     need(config.loss.overlong_tokens <= longest, "loss.overlong_tokens", f"at most sample.max_new_tokens={longest}")

@@ -205,7 +205,9 @@ def _add_policy(config: ConfigDict) -> None:
 def _add_learning(config: ConfigDict) -> None:
     # Advantages and the loss.
     config.loss = ConfigDict()
-    config.loss.scale_by_std = True  # divide advantages by the standard deviation of the group's rewards
+    # What advantages are divided by: "std", the standard deviation of the group's rewards (GRPO); "none" (Dr. GRPO); or
+    # "mean", their mean (MaxRL), with which rare successes count as much as common ones.
+    config.loss.scale = "std"
     config.loss.leave_one_out = False  # baseline of a rollout: the mean reward of the group's other rollouts (RLOO)
     config.loss.advantage_clip = 0.0  # largest absolute advantage, 0 for no bound
     # Tokens before the limit T over which a response's reward falls by up to 1 (DAPO's soft penalty); 0 for no penalty.

@@ -1,11 +1,12 @@
 """From rewards to gradients: pure jnp, no model, no input or output."""
 
-from krl.learn.advantage import AVERAGES, fit_float32, group_advantages, mixed_groups, token_weights
+from krl.learn.advantage import AVERAGES, SCALES, fit_float32, group_advantages, mixed_groups, token_weights
 from krl.learn.loss import KL_ESTIMATORS, SURROGATES, overlong_penalty, policy_loss
 
 __all__ = [
     "AVERAGES",
     "KL_ESTIMATORS",
+    "SCALES",
     "SURROGATES",
     "fit_float32",
     "group_advantages",

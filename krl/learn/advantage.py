@@ -10,6 +10,7 @@ import numpy as np
 from krl.masked import divide, segment_differs, segment_moments, segment_sum
 
 ROUNDED = 1e-4  # most that float32 may round a reward, in parts of the distance between its group's best and worst
+SCALES = ("std", "none", "mean")  # what the advantages of a prompt are divided by
 LARGEST = 1e30  # most that a reward may differ from the middle of a group that is moved and scaled
 
 
@@ -35,6 +36,7 @@ def group_advantages(
     num_prompts: int,
     *,
     scale_by_std: bool = True,
+    scale_by_mean: bool = False,
     leave_one_out: bool = False,
     epsilon: float = 1e-6,
     clip: float = math.inf,
@@ -54,6 +56,8 @@ def group_advantages(
         mask: [R] bool, False on padding rows and on rollouts without a reward, which change nothing for the others.
         num_prompts: M, static.
         scale_by_std: False leaves out the division (Dr. GRPO, Liu et al., arXiv 2503.20783).
+        scale_by_mean: instead divide by the mean of the prompt's rewards, which must not be negative: of rewards of 0 and 1
+            that is the gradient of log p, in which rare successes count as much as common ones (MaxRL, arXiv 2602.02710).
         leave_one_out: compare a rollout with the mean of the others alone.
         epsilon: added to the standard deviation, in units of reward.
         clip: the largest size of an advantage.
@@ -81,7 +85,10 @@ def group_advantages(
     advantages = above - jnp.append(mean, 0.0)[index]
     if leave_one_out:
         advantages = advantages * jnp.append(divide(count, count - 1), 0.0)[index]
-    if scale_by_std:
+    if scale_by_mean:
+        reward = segment_moments(rewards / unit[index], index, num_prompts)[1]
+        advantages = divide(advantages, jnp.append(reward, 1.0)[index])
+    elif scale_by_std:
         std = jnp.sqrt(divide(squares, count - 1))
         advantages = divide(advantages, (jnp.append(std, 1.0) + epsilon / unit)[index])
     else:

@@ -39,7 +39,7 @@ from krl.tasks.pool import VerifierPool
 
 NAMES: dict[str, Iterable[str]] = {  # what a config may name
     "rules": budget.RULES, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
-    "averages": learn.AVERAGES, "surrogates": learn.SURROGATES, "kl_estimators": learn.KL_ESTIMATORS,
+    "averages": learn.AVERAGES, "scales": learn.SCALES, "surrogates": learn.SURROGATES, "kl_estimators": learn.KL_ESTIMATORS,
 }  # fmt: skip
 
 
