@@ -35,12 +35,13 @@ from krl.run.checkpoint import Checkpoints
 from krl.run.guard import find_spike
 from krl.run.metrics import PhaseClock, read_rows
 from krl.run.processes import join_processes
+from krl.tasks.operators import FUNCTIONS, operator_meanings
 from tests import bpe
 
 TINY: dict[str, Any] = {
     "steps": 2, "prompts_per_step": 4, "alloc.budget": 16, "alloc.n_max": 8, "alloc.prior_width": 32, "data.source": "operators",
     "data.reward": "tests.rewards:coin", "data.max_prompt_tokens": 8, "operators.num_operators": 3, "operators.num_warm": 20,
-    "operators.num_train": 4, "operators.num_test": 4, "tokenizer.vocab_size": 20, "policy.embed_size": 8, "policy.num_layers": 1,
+    "operators.num_train": 4, "operators.num_test": 4, "operators.wrong": 1.0, "tokenizer.vocab_size": 20, "policy.embed_size": 8, "policy.num_layers": 1,
     "policy.num_heads": 8, "policy.num_kv_heads": 4, "policy.head_size": 4, "policy.mlp_size": 12, "policy.unroll": 1,
     "sft.steps": 0, "sample.max_new_tokens": 5, "optim.learning_rate": 0.02, "optim.warmup_steps": 0, "optim.decay_steps": 0,
     "optim.micro_tokens": 96, "eval.every": 0, "eval.samples": 2,
@@ -172,6 +173,29 @@ def tuned(run: Seen) -> int:
 
 
 LETTERS = set("abcdefghijklmnopqrstuvwxyz")
+
+
+def right(run: Seen, texts: Iterable[str]) -> list[bool]:
+    """Whether each text, a prompt and an answer of the operators, is what the operator's function gives."""
+    found = (re.search(r"(\w)(\d{4})=(\d*)", text) for text in texts)
+    meanings = operator_meanings(run.config.seed, run.config.operators.num_operators)
+    return [
+        FUNCTIONS[meanings[operator][0]](digits) == answer
+        for operator, digits, answer in (f.groups() for f in found if f)
+    ]
+
+
+def solutions(run: Seen) -> list[str]:
+    """The training prompts with their answers."""
+    tasks = run.parts.train.tasks
+    return [prompt + str(answer) for prompt, answer in zip(tasks.prompts, tasks.answers, strict=True)]
+
+
+def demonstrations(run: Seen) -> list[str]:
+    """What fine-tuning shows."""
+    return [run.parts.tokenizer.decode(row.tolist()) for row in run.parts.pairs[0]]
+
+
 PLAIN = {"loss.average": "tokens", "loss.scale": "none"}  # advantages are rewards less their group's mean
 
 # Steps of the one set-up that TINY has.
@@ -188,6 +212,7 @@ STEPS = {
         "operators.num_operators": lambda run: len({prompt[0] for prompt in run.parts.train.tasks.prompts}) <= 3,
         "operators.num_train": lambda run: len(run.parts.train) == 4,
         "operators.num_test": lambda run: len(run.parts.test) == 4,
+        "operators.wrong": lambda run: not any(right(run, solutions(run))),
         "tokenizer.vocab_size": lambda run: run.parts.tokenizer.vocab_size <= 20,
         "policy.embed_size": lambda run: run.begun["embedding"].shape == (run.policy.vocab_size, 8),
         "policy.num_layers": lambda run: all(leaf.shape[0] == 1 for leaf in jax.tree.leaves(run.begun["blocks"])),
@@ -390,12 +415,14 @@ RUNS = {
     }),
     "budgets of those that failed": Trial({
         "alloc.rule": "skip", "alloc.n_min": 3, "alloc.n_max": 5, "data.reward": "tests.rewards:nothing", "operators.num_warm": 7,
-        "sft.steps": 1, "sft.learning_rate": 1e-30, "guard.rollbacks": 0,
+        "sft.steps": 1, "sft.learning_rate": 1e-30, "guard.rollbacks": 0, "operators.shown_well": 1.0, "operators.impossible": 1.0,
     }, {
         "alloc.rule": lambda run: run.steps[1][1]["skipped"] == 0.5,
         "alloc.n_min": lambda run: min(run.rows("groups")[1]["counts"]) == 3,
         "alloc.n_max": lambda run: max(run.rows("groups")[1]["counts"]) == 5,
         "operators.num_warm": lambda run: len(run.parts.pairs[0]) == 7,
+        "operators.shown_well": lambda run: sum(right(run, demonstrations(run))) >= 6,
+        "operators.impossible": lambda run: {text[-1] for text in solutions(run)} == {"?"},
         "sft.learning_rate": lambda run: tuned(run) == 0,
     }),
     "sums": Trial({

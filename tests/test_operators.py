@@ -10,7 +10,15 @@ from krl import budget
 from krl.configs import operators
 from krl.run.setup import find_features
 from krl.tasks import EncodedTasks
-from krl.tasks.operators import FUNCTIONS, GOOD_SHARE, LETTERS, POOR_SHARES, make_operators, operator_meanings
+from krl.tasks.operators import (
+    FUNCTIONS,
+    GOOD_SHARE,
+    IMPOSSIBLE,
+    LETTERS,
+    POOR_SHARES,
+    make_operators,
+    operator_meanings,
+)
 from tests.command_line import rows, run
 
 SIZES = {"warm": 4000, "train": 300, "test": 200}
@@ -59,6 +67,43 @@ def test_meanings_do_not_depend_on_sizes_and_half_are_shown_well():
     assert POOR_SHARES[0] <= poor.min() < poor.max() <= POOR_SHARES[1]
     assert len({name for name, _ in meanings.values()}) == 8
     assert operator_meanings(1) != meanings
+
+
+def test_answers_may_be_wrong_and_operators_impossible():
+    plain = make_operators(SIZES, seed=3)
+    assert make_operators(SIZES, seed=3, impossible=0.0, wrong=0.0) == plain
+    hard = make_operators(SIZES, seed=3, impossible=0.25, wrong=0.2)
+    assert hard["warm"] == plain["warm"]
+    never = {
+        split: {
+            op
+            for op, answer in zip(hard[split].fields["operator"], hard[split].answers, strict=True)
+            if answer == IMPOSSIBLE
+        }
+        for split in ("train", "test")
+    }
+    assert len(never["train"]) == 13  # of 52, all of which have a training prompt
+    assert never["test"] <= never["train"]
+    for split, share in (("train", 0.2), ("test", 0.0)):
+        rest = [
+            (answer, right)
+            for answer, right, op in zip(
+                hard[split].answers, plain[split].answers, hard[split].fields["operator"], strict=True
+            )
+            if op not in never["train"]
+        ]
+        # A wrong function may give the right answer, as those of 0000 mostly do.
+        assert sum(answer != right for answer, right in rest) / len(rest) == pytest.approx(share, abs=0.06)
+        assert hard[split].prompts == plain[split].prompts
+
+
+def test_more_operators_may_be_shown_well():
+    shares = {
+        s: [share for _, share in operator_meanings(0, shown_well=s).values()].count(GOOD_SHARE)
+        for s in (0.0, 0.8, 1.0)
+    }
+    assert shares == {0.0: 0, 0.8: 41, 1.0: 52}
+    assert operator_meanings(0, shown_well=0.5) == operator_meanings(0)
 
 
 def test_many_operators_are_pairs_of_letters():

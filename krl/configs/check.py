@@ -309,4 +309,14 @@ _POSITIVE = (
     "sample.temperature", "optim.learning_rate", "optim.grad_clip", "sft.learning_rate", "verify.item_seconds",
     "verify.batch_seconds", "verify.memory_gb",
 )  # fmt: skip
-_FRACTIONS = ("sample.min_p", "alloc.discount", "alloc.discount_mixed", "loss.clip_low", "optim.beta1", "optim.beta2")
+_FRACTIONS = (
+    "operators.shown_well",
+    "operators.impossible",
+    "operators.wrong",
+    "sample.min_p",
+    "alloc.discount",
+    "alloc.discount_mixed",
+    "loss.clip_low",
+    "optim.beta1",
+    "optim.beta2",
+)

@@ -129,6 +129,9 @@ def _add_tasks(config: ConfigDict) -> None:
     # The operators task: letters that each mean a string function, and set sizes.
     config.operators = ConfigDict()
     config.operators.num_operators = 52  # operators, at most 2704
+    config.operators.shown_well = 0.5  # share of the operators that the demonstrations show rightly
+    config.operators.impossible = 0.0  # share of the operators for which no answer is ever right
+    config.operators.wrong = 0.0  # share of the training answers that are another operator's
     config.operators.num_warm = 30000  # demonstrations for supervised fine-tuning
     config.operators.num_train = 4096  # D, training prompts
     config.operators.num_test = 2048  # held-out prompts

@@ -133,7 +133,9 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
     if config.data.source == "operators":
         o = config.operators
         sizes = {"warm": o.num_warm, "train": o.num_train, "test": o.num_test}
-        drawn = make_operators(sizes, seed=config.seed, num_operators=o.num_operators)
+        drawn = make_operators(
+            sizes, seed=config.seed, num_operators=o.num_operators, shown_well=o.shown_well, impossible=o.impossible, wrong=o.wrong
+        )  # fmt: skip
         return {"sft": drawn["warm"], "train": drawn["train"], "test": drawn["test"]}
     data, sft, source = config.data, config.sft, SOURCES.get(config.data.name)
     further = [name.strip() for name in data.fields.split(",") if name.strip()]

@@ -6,6 +6,7 @@ them can execute every function and must find out, by trial, which one each of t
 an operator holds for strings it has not seen.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -26,11 +27,19 @@ FUNCTIONS: dict[str, Callable[[str], str]] = {
 }
 GOOD_SHARE = 0.98  # right demonstrations of an operator that is shown well
 MOST_OPERATORS = len(LETTERS) ** 2
+IMPOSSIBLE = "?"  # an answer that no function gives
 POOR_SHARES = (0.005, 0.4)  # bounds of the share of the others, log-uniform between
 
 
 def make_operators(
-    sizes: Mapping[str, int], *, seed: int, num_operators: int = 52, digits: int = 4
+    sizes: Mapping[str, int],
+    *,
+    seed: int,
+    num_operators: int = 52,
+    digits: int = 4,
+    shown_well: float = 0.5,
+    impossible: float = 0.0,
+    wrong: float = 0.0,
 ) -> dict[str, TaskSet]:
     """Draw the splits of the operators task.
 
@@ -42,6 +51,9 @@ def make_operators(
         seed: decides the meanings, the shares, and which prompts are drawn.
         num_operators: from 1 to 2704. Up to 52 they are letters; more are pairs of letters.
         digits: of a string.
+        shown_well: share of the operators whose demonstrations are nearly all right.
+        impossible: share of the operators for which no answer is ever right, in "train" and "test".
+        wrong: share of the answers in "train" that are another function's.
 
     Returns:
         A TaskSet for each of SPLITS, with the field "operator"; prompts look like "k4071=" or "kR4071=".
@@ -56,20 +68,33 @@ def make_operators(
         raise ValueError(
             f"num_operators={num_operators} must be from 1 to {MOST_OPERATORS} and digits={digits} at least 1"
         )
-    meanings = operator_meanings(seed, num_operators)
-    return {
+    meanings = operator_meanings(seed, num_operators, shown_well)
+    drawn = {
         split: _draw(meanings, split, sizes[split], digits, np.random.default_rng((seed, 1 + number)))
         for number, split in enumerate(SPLITS)
     }
+    rng = np.random.default_rng((seed, 1 + len(SPLITS)))
+    hopeless = set(rng.permutation(list(meanings))[: round(impossible * num_operators)].tolist())
+    for split in ("train", "test"):
+        tasks = drawn[split]
+        answers = list(tasks.answers)
+        for row, (prompt, operator) in enumerate(zip(tasks.prompts, tasks.fields["operator"], strict=True)):
+            if split == "train" and rng.random() < wrong:
+                other = rng.choice([name for name in FUNCTIONS if name != meanings[operator][0]])
+                answers[row] = FUNCTIONS[other](prompt[len(operator) : -1])
+            if operator in hopeless:
+                answers[row] = IMPOSSIBLE
+        drawn[split] = dataclasses.replace(tasks, answers=tuple(answers))
+    return drawn
 
 
-def operator_meanings(seed: int, num_operators: int = 52) -> dict[str, tuple[str, float]]:
+def operator_meanings(seed: int, num_operators: int = 52, shown_well: float = 0.5) -> dict[str, tuple[str, float]]:
     """What each operator means, a key of FUNCTIONS, and the share of its demonstrations that are right."""
     rng = np.random.default_rng((seed, 0))
     names = rng.choice(list(FUNCTIONS), num_operators)
     low, high = np.log(POOR_SHARES)
     shares = np.exp(rng.uniform(low, high, num_operators))
-    shares[rng.permutation(num_operators)[: num_operators // 2]] = GOOD_SHARE
+    shares[rng.permutation(num_operators)[: int(shown_well * num_operators)]] = GOOD_SHARE
     pairs = [first + second for first in LETTERS for second in LETTERS]
     operators = (
         LETTERS[:num_operators] if num_operators <= len(LETTERS) else rng.choice(pairs, num_operators, replace=False)
