@@ -42,7 +42,8 @@ def drawn(num_prompts=40, width=30, per_prompt=5, seed=0):
     return features, rng.binomial(outcomes.astype(int), 0.3).astype(np.float32), outcomes
 
 
-def test_a_group_without_forgetting_is_the_conjugate_beta():
+def test_a_group_without_forgetting_is_the_conjugate_beta(monkeypatch):
+    monkeypatch.setattr(priors, "SLOW_MEMORY", 1.0)
     source = priors.PRIORS["groups"]
     spread, centre = jnp.full(3, 0.25), 0.2
     evidence = source.start(spread)
@@ -75,9 +76,11 @@ def test_the_regression_finds_the_mode_that_dense_newton_finds(monkeypatch):
         weights += np.linalg.solve(np.diag(precision) + (x.T * (outcomes * rate * (1 - rate))) @ x, slope)
     rate = expit(logit(centre) + x @ weights)
     learnt = precision + x.T @ (outcomes * rate * (1 - rate))
-    forgotten = memory * learnt + (1 - memory) / spread
+    mixed = np.where((wins > 0) & (wins < outcomes), outcomes, 0.0)
+    kept = 0.995 * memory ** ((x.T @ mixed) / np.maximum(x.T @ outcomes, 1e-9))
+    forgotten = kept * learnt + (1 - kept) / spread
     np.testing.assert_allclose(got[1], forgotten, rtol=2e-3)
-    np.testing.assert_allclose(got[0], memory * learnt * weights / forgotten, atol=2e-3)
+    np.testing.assert_allclose(got[0], kept * learnt * weights / forgotten, atol=2e-3)
 
 
 def test_the_gaussian_process_is_the_posterior_over_all_prompts():

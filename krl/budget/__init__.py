@@ -1,6 +1,6 @@
 """How many rollouts each prompt gets: pure jnp, no model, no input or output."""
 
-from krl.budget.allocate import PILOT_RULES, RULES, allocate, value_rule
+from krl.budget.allocate import CHOOSING_RULES, PILOT_RULES, RULES, allocate, reach_weights, value_rule, whole_groups
 from krl.budget.belief import (
     Belief,
     init_belief,
@@ -8,6 +8,7 @@ from krl.budget.belief import (
     mean_tokens,
     merge,
     observe,
+    possible,
     posterior,
     prior_by_moments,
     prior_mean,
@@ -42,6 +43,7 @@ from krl.budget.value import (
 )
 
 __all__ = [
+    "CHOOSING_RULES",
     "PILOT_RULES",
     "PRIORS",
     "RULES",
@@ -72,11 +74,13 @@ __all__ = [
     "merge",
     "number_groups",
     "observe",
+    "possible",
     "posterior",
     "price",
     "prior_by_moments",
     "prior_mean",
     "prior_metrics",
+    "reach_weights",
     "reinforce_value",
     "replay",
     "reward_variance",
@@ -85,5 +89,6 @@ __all__ = [
     "take",
     "update",
     "value_rule",
+    "whole_groups",
     "window_rate",
 ]

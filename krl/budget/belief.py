@@ -24,6 +24,7 @@ from krl.masked import divide, segment_differs, segment_sum
 # certainty, above it no prompt could ever differ from the average one.
 STRENGTH_RANGE = (0.1, 10.0)
 DISCOUNT_RATE = 0.5  # logits by which a discount moves for a slope of one nat
+SOLVED = 1e6  # log-likelihood of what was solved once, against any that its failures may have
 WINDOW = 16  # newest outcomes kept one by one, for the rule of the paper
 
 
@@ -32,7 +33,9 @@ class Belief(struct.PyTreeNode):
 
     successes: jax.Array  # [D] float32, discounted sum of rewards
     failures: jax.Array  # [D] float32, discounted sum of 1 - reward
+    prior_then: jax.Array  # [D] float32, mean of the task's prior when those were seen; below 0 for as it is now
     squares: jax.Array  # [D] float32, discounted sum of squared rewards
+    prompt_tokens: jax.Array  # [D] float32, length of the prompt, which a step reads once if the task is sampled
     tokens: jax.Array  # [D] float32, discounted sum of response lengths, tokens
     visits: jax.Array  # [D] int32, steps in which the task was sampled
     last_step: jax.Array  # [D] int32, the newest of them, -1 before
@@ -40,15 +43,31 @@ class Belief(struct.PyTreeNode):
     recorded: jax.Array  # [D] int32, rollouts seen in all
     last_count: jax.Array  # [D] int32, rollouts of the newest visit
     last_successes: jax.Array  # [D] float32, sum of their rewards
+    barren: jax.Array  # [D] float32, log-probability of its failures if it can be solved; SOLVED after a success
     recent: jax.Array  # [D] uint32, bit i = the i-th newest outcome of WINDOW was a reward of 1/2 or more
     prior_alpha: jax.Array  # [] float32
     prior_beta: jax.Array  # [] float32
     discount: jax.Array  # [] float32, what is left of a task's evidence after a group of equal rewards
     discount_mixed: jax.Array  # [] float32, the same after a group of rewards that differ
+    fade: jax.Array  # [] float32, what is left of it after a step without the task
+    hopeless: jax.Array  # [] float32, share of the tasks that no policy solves
 
 
-def init_belief(num_tasks: int, *, discount: float = 0.9, discount_mixed: float = 0.25) -> Belief:
-    """Nothing known of D tasks: Jeffreys' prior, Beta(1/2, 1/2), and discounts in [0, 1] to begin with."""
+def init_belief(
+    num_tasks: int,
+    *,
+    discount: float = 0.5,
+    discount_mixed: float = 0.25,
+    fade: float = 0.95,
+    prompt_tokens: jax.Array | None = None,
+) -> Belief:
+    """Nothing known of D tasks: Jeffreys' prior, Beta(1/2, 1/2).
+
+    Args:
+        num_tasks: D.
+        discount, discount_mixed, fade: what is left of evidence to begin with, in [0, 1]; see `Belief`.
+        prompt_tokens: [D], lengths of the prompts; 0 by default.
+    """
 
     def zeros(dtype: Any) -> jax.Array:
         return jnp.zeros(num_tasks, dtype)
@@ -56,7 +75,9 @@ def init_belief(num_tasks: int, *, discount: float = 0.9, discount_mixed: float 
     return Belief(
         successes=zeros(jnp.float32),
         failures=zeros(jnp.float32),
+        prior_then=jnp.full(num_tasks, -1.0),
         squares=zeros(jnp.float32),
+        prompt_tokens=zeros(jnp.float32) if prompt_tokens is None else jnp.asarray(prompt_tokens, jnp.float32),
         tokens=zeros(jnp.float32),
         visits=zeros(jnp.int32),
         last_step=jnp.full(num_tasks, -1, jnp.int32),
@@ -64,36 +85,96 @@ def init_belief(num_tasks: int, *, discount: float = 0.9, discount_mixed: float 
         recorded=zeros(jnp.int32),
         last_count=zeros(jnp.int32),
         last_successes=zeros(jnp.float32),
+        barren=zeros(jnp.float32),
         recent=zeros(jnp.uint32),
         prior_alpha=jnp.float32(0.5),
         prior_beta=jnp.float32(0.5),
         discount=jnp.float32(discount),
         discount_mixed=jnp.float32(discount_mixed),
+        fade=jnp.float32(fade),
+        hopeless=jnp.float32(0.0),
     )
 
 
-def take(belief: Belief, task_ids: jax.Array) -> Belief:
+def take(belief: Belief, task_ids: jax.Array, step: jax.Array | int | None = None) -> Belief:
     """The beliefs of some tasks: [D] arrays in, [M] arrays out, the same prior.
 
     All arrays are copies, so that the belief of the D tasks may be donated while these are still asked.
+    With a step their evidence is what time has left of it.
     """
-    return jax.tree.map(lambda leaf: leaf[task_ids] if leaf.ndim else jnp.copy(leaf), belief)
+    taken = jax.tree.map(lambda leaf: leaf[task_ids] if leaf.ndim else jnp.copy(leaf), belief)
+    if step is None:
+        return taken
+    kept = taken.fade ** _age(taken, step)
+    evidence = ("successes", "failures", "squares", "tokens")
+    return taken.replace(**{name: kept * getattr(taken, name) for name in evidence})
 
 
-def posterior(belief: Belief) -> tuple[jax.Array, jax.Array]:
-    """Parameters (alpha [D], beta [D]) of each task's Beta belief, float32, > 0."""
-    return belief.prior_alpha + belief.successes, belief.prior_beta + belief.failures
+def _age(belief: Belief, step: jax.Array | int) -> jax.Array:
+    return jnp.maximum(step - 1 - belief.last_step, 0).astype(jnp.float32)
+
+
+def possible(belief: Belief) -> jax.Array:
+    """Probability that a task can be solved at all, [D] float32.
+
+    What was never solved has failed so often either because it is hard or because it is hopeless: Bayes' rule,
+    with the share of hopeless tasks among all of them as the prior.
+    """
+    return 1 - hopeless_after(belief.hopeless, belief.barren)
+
+
+def hopeless_after(share: jax.Array, barren: jax.Array) -> jax.Array:
+    """Probability of what fails always, after failures alone; shapes broadcast.
+
+    Args:
+        share: in [0, 1), its probability before.
+        barren: log-probability of the failures if it is not so, SOLVED where there was a success.
+    """
+    log_odds = jnp.log(divide(share, 1 - share)) - barren
+    return jax.nn.sigmoid(log_odds)
+
+
+def fit_hopeless(share: jax.Array, barren: jax.Array, seen: jax.Array) -> jax.Array:
+    """The likeliest share of what fails always, by expectation maximisation; float32 scalar.
+
+    A tenth of one among two is added, so that the share is never 0, from where it could not rise.
+    """
+
+    def again(_: int, share: jax.Array) -> jax.Array:
+        return (jnp.where(seen, hopeless_after(share, barren), 0.0).sum() + 0.1) / (seen.sum() + 2.0)
+
+    return jax.lax.fori_loop(0, 8, again, share)
+
+
+def posterior(
+    belief: Belief, prior_alpha: jax.Array | None = None, prior_beta: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Parameters (alpha [D], beta [D]) of each task's Beta belief if it can be solved, float32, > 0.
+
+    A record is about the policy of its time. What it says of the task is how far that was from what the prior said then;
+    so it moves with the prior: n outcomes count n (m - m_then) successes more, within 0 and n.
+
+    Args:
+        belief: of D tasks.
+        prior_alpha, prior_beta: [..., D] or scalars, other priors than the belief's own.
+    """
+    alpha = belief.prior_alpha if prior_alpha is None else prior_alpha
+    beta = belief.prior_beta if prior_beta is None else prior_beta
+    outcomes = belief.successes + belief.failures
+    moved = jnp.where(belief.prior_then < 0, 0.0, divide(alpha, alpha + beta) - belief.prior_then)
+    successes = jnp.clip(belief.successes + outcomes * moved, 0.0, outcomes)
+    return alpha + successes, beta + outcomes - successes
 
 
 def mean(belief: Belief) -> jax.Array:
     """Expected success rate of each task, [D] float32 in [0, 1]."""
     alpha, beta = posterior(belief)
-    return divide(alpha, alpha + beta)
+    return possible(belief) * divide(alpha, alpha + beta)
 
 
 def prior_mean(belief: Belief) -> jax.Array:
     """Expected success rate of each task without its own record, [D] float32 in [0, 1]."""
-    rate = divide(belief.prior_alpha, belief.prior_alpha + belief.prior_beta)
+    rate = (1 - belief.hopeless) * divide(belief.prior_alpha, belief.prior_alpha + belief.prior_beta)
     return jnp.broadcast_to(rate, belief.visits.shape)
 
 
@@ -150,11 +231,13 @@ def observe(
     Returns:
         The new belief. Tasks without a real rollout keep their record.
     """
-    return _observe(belief, task_ids, rewards, prompt_index, mask, step, lengths, 1.0, 1.0)
+    old = take(belief, task_ids, step)
+    return _observe(belief, old, task_ids, rewards, prompt_index, mask, step, lengths, 1.0, 1.0)
 
 
 def _observe(
     belief: Belief,
+    old: Belief,
     task_ids: jax.Array,
     rewards: jax.Array,
     prompt_index: jax.Array,
@@ -168,16 +251,20 @@ def _observe(
     index = jnp.where(mask, prompt_index, num_prompts)
     rewards = jnp.where(mask, jnp.asarray(rewards, jnp.float32), 0.0)
     lengths = jnp.ones(rewards.shape, jnp.float32) if lengths is None else lengths.astype(jnp.float32)
-    old = take(belief, task_ids)
 
     wins, squares, tokens = (segment_sum(x, index, num_prompts) for x in (rewards, rewards**2, lengths))
     count = segment_sum(mask.astype(jnp.float32), index, num_prompts)
     mixed = segment_differs(rewards, index, num_prompts)
     keep = jnp.where(mixed, discount_mixed, discount)
     number = count.astype(jnp.int32)
+    alpha, beta = posterior(old)
+    rate = divide(old.prior_alpha, old.prior_alpha + old.prior_beta)
+    outcomes, then = old.successes + old.failures, jnp.where(old.prior_then < 0, rate, old.prior_then)
+    failed = old.barren + betaln(alpha, beta + count) - betaln(alpha, beta)
     new = old.replace(
         successes=keep * (old.successes + wins),
         failures=keep * (old.failures + count - wins),
+        prior_then=divide(outcomes * then + count * rate, outcomes + count),
         squares=keep * (old.squares + squares),
         tokens=keep * (old.tokens + tokens),
         visits=old.visits + 1,
@@ -186,13 +273,14 @@ def _observe(
         recorded=old.recorded + number,
         last_count=number,
         last_successes=wins,
+        barren=jnp.where(wins > 0, SOLVED, failed),
         recent=_shift_in(old.recent, rewards, index, number),
     )
 
-    def write(whole: jax.Array, before: jax.Array, after: jax.Array) -> jax.Array:
-        return whole.at[task_ids].set(jnp.where(count > 0, after, before)) if whole.ndim else whole
+    def write(whole: jax.Array, after: jax.Array) -> jax.Array:
+        return whole.at[task_ids].set(jnp.where(count > 0, after, whole[task_ids])) if whole.ndim else whole
 
-    return jax.tree.map(write, belief, old, new)
+    return jax.tree.map(write, belief, new)
 
 
 @functools.partial(jax.jit, static_argnames=("fit_prior", "fit_discounts"))
@@ -205,6 +293,7 @@ def update(
     step: jax.Array | int = 0,
     lengths: jax.Array | None = None,
     *,
+    known: Belief | None = None,
     fit_prior: bool = True,
     fit_discounts: bool = True,
 ) -> Belief:
@@ -220,30 +309,34 @@ def update(
     Returns:
         The new belief.
     """
-    old, (even, mixed) = belief, (belief.discount, belief.discount_mixed)
-    belief = _observe(belief, task_ids, rewards, prompt_index, mask, step, lengths, even, mixed)
+    old = take(belief, task_ids, step) if known is None else known
+    ages = _age(old, step)
+    belief = _observe(
+        belief, old, task_ids, rewards, prompt_index, mask, step, lengths, belief.discount, belief.discount_mixed
+    )
     if fit_discounts:
-        even, mixed = _next_discounts(old, task_ids, rewards, prompt_index, mask)
-        belief = belief.replace(discount=even, discount_mixed=mixed)
+        even, mixed, fade = _next_discounts(old, ages, rewards, prompt_index, mask)
+        belief = belief.replace(discount=even, discount_mixed=mixed, fade=fade)
     if fit_prior:
         alpha, beta = prior_by_moments(belief)
-        belief = belief.replace(prior_alpha=alpha, prior_beta=beta)
+        belief = belief.replace(
+            prior_alpha=alpha, prior_beta=beta, hopeless=fit_hopeless(belief.hopeless, belief.barren, belief.visits > 0)
+        )
     return belief
 
 
 def _next_discounts(
-    belief: Belief, task_ids: jax.Array, rewards: jax.Array, prompt_index: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    known: Belief, ages: jax.Array, rewards: jax.Array, prompt_index: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One step up the likelihood of new outcomes, for each discount by the tasks whose evidence it cut last.
 
     The slope is d/dc log P(successes | Beta(prior + c evidence)) at c = 1, nats per visit: above 0 where more
     evidence should have been kept.
     """
-    num_prompts = task_ids.shape[0]
+    num_prompts = len(ages)
     index = jnp.where(mask, prompt_index, num_prompts)
     count = segment_sum(mask.astype(jnp.float32), index, num_prompts)
     wins = segment_sum(jnp.where(mask, rewards, 0.0), index, num_prompts)
-    known = take(belief, task_ids)
 
     def log_likelihood(kept: jax.Array) -> jax.Array:
         alpha, beta = posterior(known.replace(successes=kept * known.successes, failures=kept * known.failures))
@@ -257,7 +350,11 @@ def _next_discounts(
         rise = DISCOUNT_RATE * divide(jnp.where(tasks, slope, 0.0).sum(), tasks.sum())
         return jax.nn.sigmoid(logit(jnp.clip(discount, 0.02, 0.98)) + rise)
 
-    return move(belief.discount, seen & ~was_mixed), move(belief.discount_mixed, seen & was_mixed)
+    # fade ** age is a task's share: its logarithm is -age / e^x, and x moves by the slope times that share's own slope
+    rate = -jnp.log(known.fade)
+    gain = divide(jnp.where(seen, slope * jnp.minimum(ages * rate, 5.0), 0.0).sum(), seen.sum())
+    fade = jnp.exp(-jnp.clip(rate * jnp.exp(-DISCOUNT_RATE * gain), 1e-5, 1.0))
+    return move(known.discount, seen & ~was_mixed), move(known.discount_mixed, seen & was_mixed), fade
 
 
 def _shift_in(recent: jax.Array, rewards: jax.Array, index: jax.Array, count: jax.Array) -> jax.Array:
@@ -316,12 +413,12 @@ def prior_by_moments(belief: Belief) -> tuple[jax.Array, jax.Array]:
         Kleinman, "Proportions with extraneous variance", JASA 68(341), 1973.
     """
     outcomes = belief.successes + belief.failures
-    seen = outcomes > 0
+    weight = jnp.where(outcomes > 0, possible(belief), 0.0)  # hopeless tasks are none of the prior's
     rate = divide(belief.successes, outcomes)
-    tasks = seen.sum(dtype=jnp.float32) + 2
-    centre = divide(rate.sum() + 1, tasks)
-    spread = jnp.where(seen, (rate - centre) ** 2, 0.0).sum() + (1 - centre) ** 2 + centre**2
-    noise = divide(jnp.where(seen, divide(1.0, jnp.maximum(outcomes, 1.0)), 0.0).sum(), tasks)
+    tasks = weight.sum() + 2
+    centre = divide((weight * rate).sum() + 1, tasks)
+    spread = (weight * (rate - centre) ** 2).sum() + (1 - centre) ** 2 + centre**2
+    noise = divide((weight * divide(1.0, jnp.maximum(outcomes, 1.0))).sum(), tasks)
     observed = divide(spread, tasks * centre * (1 - centre))
     rho = jnp.clip(divide(observed - noise, 1 - noise), 1e-6, 1 - 1e-6)
     strength = jnp.clip(divide(1 - rho, rho), *STRENGTH_RANGE)

@@ -27,14 +27,16 @@ import numpy as np
 from flax import struct
 from jax.scipy.special import betaln, logit
 
-from krl.budget.belief import Belief
+from krl.budget.belief import SOLVED, Belief, fit_hopeless, hopeless_after, possible, posterior
 from krl.masked import divide, segment_sum
 
-MEMORIES = (0.8, 0.95)  # what is left of a source's evidence after a step
+MEMORIES = (0.8, 0.95)  # what is left of a source's evidence of a feature after a step whose groups with it are mixed
+SLOW_MEMORY = 0.995  # the same where they are even: without a gradient the policy moves little on such prompts
 SPREADS = (0.03, 1.0, 10.0)  # variance of a feature's weight before anything is known of it, squared logits
 FURTHER_SHARE = 0.03  # of that variance for a run of several tokens: what it says beyond its tokens
-STRENGTHS = (2.0, 8.0, 32.0, 128.0)  # alpha + beta of a prompt's rate around what its features say
+STRENGTHS = (0.7, 2.0, 8.0, 32.0, 128.0)  # alpha + beta of a prompt's rate around what its features say
 SCORE_MEMORY = 0.98  # what is left of a candidate's score after a step
+LEAST_ALPHA = 0.25  # of the rates of what is not hopeless
 NEWTON_STEPS, SOLVER_STEPS = 2, 2  # of the regression, and of the linear solver inside each
 LONGEST_MOVE = 2.0  # of a prompt's logit in one of the regression's steps
 
@@ -45,6 +47,8 @@ class Prior(struct.PyTreeNode):
     evidence: tuple[jax.Array, jax.Array]  # [C, W] float32 each: successes and failures, or weights and precisions
     scores: jax.Array  # [C, S] float32, discounted log-likelihood of new outcomes for each strength, nats
     shared_score: jax.Array  # [] float32, the same for the prior common to all prompts
+    failed: jax.Array  # [W] float32, failures of all prompts with a feature; -1 once one of them was solved
+    hopeless: jax.Array  # [] float32, share of the features with which no prompt is ever solved
     source: "Source" = struct.field(pytree_node=False)
 
 
@@ -82,7 +86,8 @@ def init_prior(source: "str | Source", num_features: int) -> Prior:
         raise ValueError(f"a prior needs at least one feature, got num_features={num_features}")
     source = PRIORS[source] if isinstance(source, str) else source
     evidence = jax.vmap(source.start)(_spreads(num_features))
-    return Prior(evidence, jnp.zeros((len(CANDIDATES), len(STRENGTHS))), jnp.float32(0.0), source)
+    scores = jnp.zeros((len(CANDIDATES), len(STRENGTHS)))
+    return Prior(evidence, scores, jnp.float32(0.0), jnp.zeros(num_features), jnp.float32(0.0), source)
 
 
 def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
@@ -94,14 +99,17 @@ def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
         features: [M, F] int32 in [0, W); W or more for none.
 
     Returns:
-        The belief with prior_alpha and prior_beta [M] float32. They are the common ones while the source has
-        predicted no better.
+        The belief with prior_alpha, prior_beta and hopeless [M] float32. The first two are the common ones while the source
+        has predicted no better. A prompt is as hopeless as the most hopeless of its features.
     """
     alphas, betas = _candidates(prior, belief, features)
     best = prior.scores.argmax()
     better = prior.scores.max() > prior.shared_score
     shape = (belief.visits.shape[0],)
+    of_feature = hopeless_after(prior.hopeless, _barren(prior.failed, belief))
+    worst = of_feature.at[features].get(mode="fill", fill_value=0.0).max(axis=1)
     return belief.replace(
+        hopeless=1 - (1 - belief.hopeless) * (1 - worst),
         prior_alpha=jnp.where(better, alphas.reshape(-1, *shape)[best], belief.prior_alpha),
         prior_beta=jnp.where(better, betas.reshape(-1, *shape)[best], belief.prior_beta),
     )
@@ -132,6 +140,11 @@ def learn_prior(
     index = jnp.where(mask, prompt_index, num_prompts)
     wins = segment_sum(jnp.where(mask, rewards, 0.0), index, num_prompts)
     outcomes = segment_sum(mask.astype(jnp.float32), index, num_prompts)
+    # What a hopeless prompt shows says nothing of the others.
+    wins, outcomes = possible(belief) * wins, possible(belief) * outcomes
+    width = _width(prior)
+    solved = (prior.failed < 0) | (_add_up(wins, features, width) > 0)
+    failed = jnp.where(solved, -1.0, prior.failed + _add_up(outcomes - wins, features, width))
     alphas, betas = _candidates(prior, belief, features)
     scores = SCORE_MEMORY * prior.scores + _log_likelihood(belief, alphas, betas, wins, outcomes)
     shared = _log_likelihood(belief, belief.prior_alpha, belief.prior_beta, wins, outcomes)
@@ -144,7 +157,9 @@ def learn_prior(
     )  # fmt: skip
     memories = jnp.array(CANDIDATES)[:, 0]
     return prior.replace(
-        evidence=jax.vmap(learn)(prior.evidence, _spreads(_width(prior)), memories),
+        failed=failed,
+        hopeless=fit_hopeless(prior.hopeless, _barren(failed, belief), failed != 0),
+        evidence=jax.vmap(learn)(prior.evidence, _spreads(width), memories),
         scores=scores,
         shared_score=SCORE_MEMORY * prior.shared_score + shared,
     )
@@ -157,7 +172,11 @@ def prior_metrics(prior: Prior, num_prompts: int) -> dict[str, jax.Array]:
     """
     visits = num_prompts / (1 - SCORE_MEMORY)
     strength = jnp.array(STRENGTHS)[prior.scores.max(axis=0).argmax()]
-    return {"prior_gain": (prior.scores.max() - prior.shared_score) / visits, "prior_strength": strength}
+    return {
+        "prior_gain": (prior.scores.max() - prior.shared_score) / visits,
+        "prior_strength": strength,
+        "hopeless_features": prior.hopeless,
+    }
 
 
 def _candidates(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -166,15 +185,23 @@ def _candidates(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.
     rates, unsure = jax.vmap(estimate)(prior.evidence, _spreads(_width(prior)))
     # Two sources of doubt add up: about what the features say, and about how far the prompt is from that.
     strengths = 1 / (unsure[:, None] + 1 / jnp.array(STRENGTHS)[None, :, None])
-    rates = jnp.clip(rates, 1e-4, 1 - 1e-4)[:, None]
+    rates = jnp.clip(rates, 1e-6, 1 - 1e-4)[:, None]
     return strengths * rates, strengths * (1 - rates)
+
+
+def _barren(failed: jax.Array, belief: Belief) -> jax.Array:
+    """Log-probability that so many in a row fail at a rate of the common prior; SOLVED where failed is -1."""
+    # With alpha near 0 a Beta has what is hopeless in itself, and failures would say nothing.
+    alpha, beta = jnp.maximum(belief.prior_alpha, LEAST_ALPHA), belief.prior_beta
+    log_probability = betaln(alpha, beta + jnp.maximum(failed, 0.0)) - betaln(alpha, beta)
+    return jnp.where(failed < 0, SOLVED, log_probability)
 
 
 def _log_likelihood(
     belief: Belief, alpha: jax.Array, beta: jax.Array, wins: jax.Array, outcomes: jax.Array
 ) -> jax.Array:
     """Log-probability of a step's outcomes, in one given order, under priors [..., M]; [...] float32, nats."""
-    alpha, beta = alpha + belief.successes, beta + belief.failures
+    alpha, beta = posterior(belief, alpha, beta)
     return (betaln(alpha + wins, beta + outcomes - wins) - betaln(alpha, beta)).sum(axis=-1)
 
 
@@ -219,8 +246,15 @@ def _learn_groups(
     outcomes: jax.Array,
 ) -> Evidence:
     more = (_add_up(x, features, len(evidence[0])) for x in (wins, outcomes - wins))
-    successes, failures = (memory * (old + new) for old, new in zip(evidence, more, strict=True))
+    kept = _kept(memory, features, wins, outcomes, len(evidence[0]))
+    successes, failures = (kept * (old + new) for old, new in zip(evidence, more, strict=True))
     return successes, failures
+
+
+def _kept(memory: jax.Array, features: jax.Array, wins: jax.Array, outcomes: jax.Array, width: int) -> jax.Array:
+    """What a step leaves of the evidence of each feature, [W]: the less, the more of its outcomes make a gradient."""
+    mixed = _add_up(jnp.where((wins > 0) & (wins < outcomes), outcomes, 0.0), features, width)
+    return SLOW_MEMORY * memory ** divide(mixed, _add_up(outcomes, features, width))
 
 
 # ---------------------------------------------------------------- features
@@ -271,8 +305,9 @@ def _learn_features(
     weights = jax.lax.fori_loop(0, NEWTON_STEPS, newton, before)
     rate = jax.nn.sigmoid(logit(centre) + _look_up(weights, features))
     precision = precision + _add_up(outcomes * rate * (1 - rate), features, len(weights))
-    kept = memory * precision
-    return divide(kept * weights, kept + (1 - memory) / spread), kept + (1 - memory) / spread
+    share = _kept(memory, features, wins, outcomes, len(weights))
+    kept, fresh = share * precision, (1 - share) / spread
+    return divide(kept * weights, kept + fresh), kept + fresh
 
 
 # ---------------------------------------------------------------- Gaussian process

@@ -6,7 +6,7 @@ with the rule that knows the rates. Everything is one jitted scan over the steps
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from krl.budget import belief as beliefs
-from krl.budget.allocate import PILOT_RULES, RULES, Rule, allocate
+from krl.budget.allocate import PILOT_RULES, RULES, Counts, Rule, allocate
 from krl.budget.value import grpo_value
 from krl.masked import divide, segment_sum
 
@@ -120,6 +120,8 @@ def replay(
     budget: int,
     n_min: int,
     n_max: int,
+    group: int = 1,
+    explored: int = 0,
     prior: tuple[float, float] | None = None,
     discounts: tuple[float, float] | None = None,
 ) -> Replay:
@@ -135,6 +137,7 @@ def replay(
         prompts_per_step: M <= D.
         budget: R, rollouts per step.
         n_min, n_max: the fewest and the most rollouts of a prompt.
+        group, explored: with n_min = 0, where the M prompts are candidates that may get nothing: as for `allocate`.
         prior: (alpha, beta) held fixed; by default it is fitted as the run goes.
         discounts: of the belief, after even and after mixed groups, held fixed; by default they too are fitted.
 
@@ -154,11 +157,13 @@ def replay(
         start = start.replace(prior_alpha=jnp.float32(prior[0]), prior_beta=jnp.float32(prior[1]))
     if discounts is not None:
         start = start.replace(discount=jnp.float32(discounts[0]), discount_mixed=jnp.float32(discounts[1]))
-    choose = RULES["knapsack"] if rule == "known" else rule
-    allocate(choose, beliefs.take(start, jnp.arange(prompts_per_step)), budget, n_min, n_max)  # refuses what cannot be
+    choose = "knapsack" if rule == "known" else rule
+    pool = (("group", group), ("explored", explored))
+    some = beliefs.take(start, jnp.arange(prompts_per_step))
+    allocate(choose, some, budget, n_min, n_max, **dict(pool))  # refuses what cannot be
     shown = _replay_seeds(
-        RULES[choose] if isinstance(choose, str) else choose, rates, keys, start, prompts_per_step, budget,
-        n_min, n_max, prior is None, discounts is None, rule == "known", rule in PILOT_RULES,
+        RULES[choose] if isinstance(choose, str) else choose, rates, keys, start, prompts_per_step, budget, n_min, n_max, pool, prior is None, discounts is None,
+        rule == "known", rule in PILOT_RULES,
     )  # fmt: skip
     shown = {name: np.asarray(value) for name, value in shown.items()}
     low, high = shown.pop("fewest").min(), shown.pop("most").max()
@@ -171,7 +176,7 @@ def replay(
     return Replay(**shown)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8, 9, 10, 11))
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8, 9, 10, 11, 12))
 def _replay_seeds(
     rule: Rule,
     rates: jax.Array,
@@ -181,20 +186,24 @@ def _replay_seeds(
     budget: int,
     n_min: int,
     n_max: int,
+    pool: tuple[tuple[str, int], ...],
     fit_prior: bool,
     fit_discounts: bool,
     known: bool,
     pilot: bool,
 ) -> dict[str, jax.Array]:
+    def counts_of(belief: beliefs.Belief) -> Counts:
+        return allocate(rule, belief, budget, n_min, n_max, **dict(pool))
+
     one = functools.partial(
-        _replay_one, rule, prompts_per_step=prompts_per_step, budget=budget, n_min=n_min, n_max=n_max,
+        _replay_one, counts_of, prompts_per_step=prompts_per_step, budget=budget, n_min=n_min, n_max=n_max,
         fit_prior=fit_prior, fit_discounts=fit_discounts, known=known, pilot=pilot,
     )  # fmt: skip
     return jax.vmap(one, in_axes=(0, 0, None))(rates, keys, start)
 
 
 def _replay_one(
-    rule: Rule,
+    counts_of: Callable[[beliefs.Belief], Counts],
     rates: jax.Array,
     key: jax.Array,
     start: beliefs.Belief,
@@ -222,18 +231,19 @@ def _replay_one(
         step, rate = inputs
         ids = tasks_of(step)
         p = rate[ids]
-        believed = beliefs.take(belief, ids)
+        believed = beliefs.take(belief, ids, step)
         # Outcome j of a prompt is the same whatever the counts, so that rules differ in nothing but their counts.
         luck = jax.random.fold_in(outcome_key, step)
         draws = jax.random.uniform(luck, (prompts_per_step, n_max)) < p[:, None]
         informed = believed
         if known:
-            informed = believed.replace(successes=KNOWN * p, failures=KNOWN * (1 - p))
+            always = {"prior_then": jnp.full_like(p, -1.0), "barren": jnp.full_like(p, beliefs.SOLVED)}
+            informed = believed.replace(successes=KNOWN * p, failures=KNOWN * (1 - p), **always)
         elif pilot:
             rows = jnp.arange(prompts_per_step)
             first = draws[:, :n_min].reshape(-1).astype(jnp.float32)
             informed = beliefs.observe(believed, rows, first, jnp.repeat(rows, n_min), jnp.ones(first.shape, bool))
-        counts, _ = rule(informed, budget, n_min, n_max)
+        counts, _ = counts_of(informed)
         index = jnp.searchsorted(jnp.cumsum(counts), jnp.arange(budget), side="right")
         sample = jnp.arange(budget) - (jnp.cumsum(counts) - counts)[index]
         rewards = draws[index, sample].astype(jnp.float32)
@@ -270,7 +280,7 @@ def _measure(
         "effective": divide(jnp.where(mixed, counts, 0).sum(), counts.sum()),
         "mixed": mixed.mean(dtype=jnp.float32),
         "realised": jnp.where(mixed, p * (1 - p) ** 2, 0.0).sum(),
-        "expected": grpo_value(p, counts).sum(),
+        "expected": jnp.where(counts > 0, grpo_value(p, counts), 0.0).sum(),
         "log_loss": divide(misfit.sum(), counts.sum()),
         "counts": segment_sum(counts.astype(jnp.float32), true_bin, BINS),
         "prompts": segment_sum(ones, true_bin, BINS),

@@ -348,7 +348,7 @@ def _limits(
     """The fewest and the most rollouts of each prompt, [M] int32, 0 where mask is False."""
     prompts = shape[0]
     n_max = n_min + shape[1] if n_max is None else n_max
-    check_bounds(n_min, n_max)
+    check_bounds(n_min, n_max, least=0)
     bounds = []
     for name, bound in (("n_min", n_min), ("n_max", n_max)):
         if jnp.ndim(bound) and jnp.shape(bound) != (prompts,):

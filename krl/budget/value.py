@@ -258,7 +258,7 @@ def gains_of(value: Value, p: jax.Array, n_min: Bound, n_max: Bound, *, columns:
     >>> [round(float(gain), 2) for gain in gains_of(lambda p, n: p * jnp.sqrt(n), jnp.array([1.0]), 1, 4)[0]]
     [-0.88, -1.15, -1.32]
     """
-    n = _rollouts(n_min, n_max, columns, p=p)
+    n = _rollouts(n_min, n_max, columns, least=0, p=p)
     p = jnp.asarray(p, jnp.float32)[:, None]
     shape = (p.shape[0], n.shape[1])
     after = jnp.broadcast_to(value(p, n + 1), shape)
@@ -270,7 +270,7 @@ def gains_of(value: Value, p: jax.Array, n_min: Bound, n_max: Bound, *, columns:
     return jnp.where(gain <= 0, -jnp.inf, jnp.log(jnp.where(gain <= 0, 1.0, gain)))
 
 
-def _rollouts(n_min: Bound, n_max: Bound, columns: int | None, **vectors: jax.Array) -> jax.Array:
+def _rollouts(n_min: Bound, n_max: Bound, columns: int | None, least: int = 1, **vectors: jax.Array) -> jax.Array:
     """[M or 1, J] float32: how many rollouts a prompt has before the one of each column."""
     for name, vector in vectors.items():
         if jnp.ndim(vector) != 1:
@@ -279,7 +279,7 @@ def _rollouts(n_min: Bound, n_max: Bound, columns: int | None, **vectors: jax.Ar
     for name, bound in (("n_min", n_min), ("n_max", n_max)):
         if jnp.ndim(bound) and jnp.shape(bound) != (prompts,):
             raise ValueError(f"{name} must be one number or have shape [M] = [{prompts}], got {jnp.shape(bound)}")
-    check_bounds(n_min, n_max)
+    check_bounds(n_min, n_max, least)
     if columns is None:
         if isinstance(n_min, jax.core.Tracer) or isinstance(n_max, jax.core.Tracer):
             raise ValueError("n_min or n_max is traced, so the width of the table is unknown; name columns")
@@ -292,10 +292,10 @@ def _rollouts(n_min: Bound, n_max: Bound, columns: int | None, **vectors: jax.Ar
     return first + jnp.arange(columns, dtype=jnp.float32)[None, :]
 
 
-def check_bounds(n_min: Bound, n_max: Bound) -> None:
-    """Refuse bounds that are not 1 <= n_min <= n_max, where they are known."""
+def check_bounds(n_min: Bound, n_max: Bound, least: int = 1) -> None:
+    """Refuse bounds that are not least <= n_min <= n_max, where they are known."""
     for bound in (n_min, n_max):
         if isinstance(bound, jax.core.Tracer) or (isinstance(bound, jax.Array) and not bound.is_fully_addressable):
             return
-    if np.any(np.asarray(n_min) < 1) or np.any(np.asarray(n_min) > np.asarray(n_max)):
-        raise ValueError(f"need 1 <= n_min <= n_max, got n_min={n_min}, n_max={n_max}")
+    if np.any(np.asarray(n_min) < least) or np.any(np.asarray(n_min) > np.asarray(n_max)):
+        raise ValueError(f"need {least} <= n_min <= n_max, got n_min={n_min}, n_max={n_max}")
