@@ -17,7 +17,7 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ from krl.run.metrics import (
     progress,
     read_rows,
     short,
+    staleness,
     status_line,
     step_metrics,
 )
@@ -63,7 +64,18 @@ from krl.run.processes import (
     say,
     stay_together,
 )
-from krl.run.setup import NAMES, Setup, about_run, find_optimizer, find_slots, say_ends, set_up, start_params
+from krl.run.setup import (
+    NAMES,
+    Setup,
+    about_run,
+    describe_step,
+    find_optimizer,
+    find_slots,
+    prompts_of_a_step,
+    say_ends,
+    set_up,
+    start_params,
+)
 from krl.run.update import (
     abstract_state,
     for_this_backend,
@@ -116,7 +128,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
             parts = set_up(config, workdir, flatten(config), FREE_KEYS)
         size = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
         say(
-            f"krl: {config.alloc.rule} budgets, {config.prompts_per_step} prompts and {config.alloc.budget} rollouts a step, "
+            f"krl: {config.alloc.rule} budgets, {describe_step(config, len(parts.train))}, "
             f"{len(parts.train)} training prompts ({parts.train.dropped} too long), {size:,} parameters, "
             f"mesh {dict(parts.mesh.shape)} of {jax.devices()[0].device_kind}"
         )
@@ -246,7 +258,9 @@ class Run:
     begin_scoring: Callable  # (questions, answers, counts [M], rows) -> `krl.run.evaluate.Scoring` of rollouts to come
     rewards: tuple[str, ...]  # the names of several rewards; () for one
     hear: Callable  # (responses without a reward, all, where) -> None: `krl.run.evaluate.FaultWatch`
-    allocate: Callable  # (belief of M prompts, R) -> (counts [M], what the rule says of them)
+    candidates: int  # C, prompts that a step chooses from; M where every prompt gets some
+    num_prompts: int  # M, prompts that are served at most
+    allocate: Callable  # (belief of C prompts, R) -> (counts [C], what the rule says of them)
     advantages: Callable  # (rewards [R], R rollouts) -> [R]
     update_policy: Callable  # (state, prompts, rollouts, advantages, key) -> (state, metrics)
     update_belief: Callable  # `krl.budget.update`
@@ -299,12 +313,17 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         encoded=parts.test, key=jax.random.key(config.seed + 1), samples=config.eval.samples,
         num_rollouts=alloc.budget, place=place, hear=hear,
     )  # fmt: skip
+    candidates, num_prompts = prompts_of_a_step(config, len(parts.train))
+    rule = budget.RULES[alloc.rule]
+    if alloc.rule == "reach":
+        rule = functools.partial(rule, reach=alloc.reach)
+    pool = {"group": alloc.group, "explored": round(alloc.explored * num_prompts)} if not alloc.n_min else {}
     return Run(
-        config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
+        candidates=candidates, num_prompts=num_prompts, config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
         rewards=parts.verifiers.names, hear=hear,
-        allocate=shared_jit(budget.allocate, budget.RULES[alloc.rule], n_min=alloc.n_min, n_max=alloc.n_max),
+        allocate=shared_jit(budget.allocate, rule, n_min=alloc.n_min, n_max=alloc.n_max, **pool),
         advantages=shared_jit(
-            step_advantages, FrozenConfigDict(loss), config.prompts_per_step, config.sample.max_new_tokens
+            step_advantages, FrozenConfigDict(loss), num_prompts, config.sample.max_new_tokens
         ),
         update_policy=functools.partial(update_policy, reference=reference), measure=measure,
         update_belief=shared_jit(budget.update, fit_discounts=alloc.fit_discounts, donate=(0,)),
@@ -354,7 +373,8 @@ def start_or_continue(
         fine-tuning was finished; the parameters are None without a penalty, and else about["reference"] tells them.
     """
     place, alloc = functools.partial(place_whole, parts.mesh), config.alloc
-    belief = place(budget.init_belief(len(parts.train), discount=alloc.discount, discount_mixed=alloc.discount_mixed))
+    kept = {name: alloc[name] for name in ("discount", "discount_mixed", "fade")}
+    belief = place(budget.init_belief(len(parts.train), prompt_tokens=parts.train.mask.sum(axis=1), **kept))
     prior = None if alloc.prior == "shared" else place(budget.init_prior(alloc.prior, parts.num_features))
     begins = checkpoints.latest_step() is None
     params: dict | None = {}
@@ -426,15 +446,24 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     sample_key, shuffle_key = jax.random.split(jax.random.fold_in(key, draw) if draw else key)
     with clock.phase("budget"):
-        task_ids = step_task_ids(len(run.tasks), config.prompts_per_step, step, seed=config.seed)
-        prompts = run.place(Prompts(run.tasks.tokens[task_ids], run.tasks.mask[task_ids], task_ids))
-        before = known = budget.take(belief, prompts.task_ids)
+        task_ids = step_task_ids(len(run.tasks), run.candidates, step, seed=config.seed)
+        before = known = budget.take(belief, run.place(task_ids), step)
+        features = run.place(run.features[task_ids])
         if prior is not None:
-            features = run.place(run.features[task_ids])
             known = inform(prior, before, features)
-    drawn = spend_budget(run, state.params, prompts, known, sample_key, clock)
+        chosen = None
+        if not config.alloc.n_min:
+            counts, info = run.allocate(known, config.alloc.budget)
+            rows = jnp.argsort(counts == 0, stable=True)[
+                : run.num_prompts
+            ]  # all that get any, and as many others as fit
+            before, known, features = jax.tree.map(lambda x: x[rows] if x.ndim else x, (before, known, features))
+            task_ids, chosen = task_ids[np.asarray(rows)], (counts[rows], info)
+        prompts = run.place(Prompts(run.tasks.tokens[task_ids], run.tasks.mask[task_ids], task_ids))
+    drawn = spend_budget(run, state.params, prompts, known, sample_key, clock, chosen)
     rollouts, rewards, said = drawn.rollouts, drawn.rewards, drawn.verdicts
     heard = rollouts.replace(mask=drawn.scored)  # a rollout without a reward teaches nothing
+    served = int((drawn.counts > 0).sum())
     with clock.phase("update"):
         compared = rewards_to_compare(config.loss.scale, said, summed=len(run.rewards) > 1)
         advantages = run.advantages(run.place(compared), heard)
@@ -443,14 +472,16 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
         index, scored = rollouts.prompt_index, drawn.scored
         if prior is not None:
             prior = learn_prior(prior, before, features, outcomes, index, scored)
-            learnt |= budget.prior_metrics(prior, config.prompts_per_step)
-        belief = run.update_belief(belief, prompts.task_ids, outcomes, index, scored, step, rollouts.lengths)
+            learnt |= budget.prior_metrics(prior, served)
+        belief = run.update_belief(
+            belief, prompts.task_ids, outcomes, index, scored, step, rollouts.lengths, known=known
+        )
         learner = jax.block_until_ready(Learner(state, belief, prior))
     check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
 
     # ---------------------------------------------------------------- what the step showed
     shown = step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages, scored)
-    has_reward = (said.faults == 0) & (said.prompt_index < config.prompts_per_step)
+    has_reward = (said.faults == 0) & (said.prompt_index < run.num_prompts)
     metrics = {"reward_mean": mean_of(said.rewards, has_reward)}
     metrics |= {k: float(v) for k, v in (shown | learnt | drawn.info).items()}
     seconds = sum(clock.seconds.values())
@@ -459,16 +490,24 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
     several = dict(zip(run.rewards, said.parts.T, strict=True))
     metrics |= {f"reward/{name}": mean_of(values, has_reward) for name, values in several.items()}
     metrics |= {
-        "discount": float(belief.discount), "discount_mixed": float(belief.discount_mixed),
+        "discount": float(belief.discount), "discount_mixed": float(belief.discount_mixed), "fade": float(belief.fade),
+        "hopeless": float(belief.hopeless), "candidates": run.candidates, **staleness(belief.last_step, step),
         "seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds,
         "rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1],
     }  # fmt: skip
     given, wins, tokens = (
-        jax.ops.segment_sum(x, index, num_segments=config.prompts_per_step)
+        jax.ops.segment_sum(x, index, num_segments=run.num_prompts)
         for x in (scored.astype(jnp.int32), jnp.where(scored, outcomes, 0.0), rollouts.lengths)
     )
-    groups = {"task_ids": task_ids, "counts": drawn.counts, "scored": given, "successes": wins, "tokens": tokens}
+    groups: dict[str, Any] = {
+        "task_ids": task_ids,
+        "counts": drawn.counts,
+        "scored": given,
+        "successes": wins,
+        "tokens": tokens,
+    }
     groups |= {"belief": drawn.believed, "prior": budget.prior_mean(known)}
+    groups = {name: values[:served] for name, values in groups.items()}  # those that are served come first
     each = {"faults": said.faults, "texts": said.texts, "reasons": said.reasons, "parts": several}
     return learner, metrics, groups, {"rollouts": rollouts, "rewards": rewards, "advantages": advantages} | each
 
@@ -486,9 +525,10 @@ class Drawn(NamedTuple):
 
 
 def spend_budget(
-    run: Run, params: dict, prompts: Prompts, known: budget.Belief, key: jax.Array, clock: PhaseClock
-) -> Drawn:
-    """Choose the counts of M prompts by what is known of them, [M] each; sample and score their rollouts.
+    run: Run, params: dict, prompts: Prompts, known: budget.Belief, key: jax.Array, clock: PhaseClock,
+    chosen: tuple[jax.Array, dict] | None,
+) -> Drawn:  # fmt: skip
+    """Choose the counts of M prompts by what is known of them, [M] each, if they are not `chosen`; sample and score.
 
     A rule of PILOT_RULES first sees n_min rollouts of every prompt; its second round's samples go on from there.
     Scouts come before both rounds: the counts follow from what they alone show, and nothing else does.
@@ -522,7 +562,7 @@ def spend_budget(
         rounds.append(draw(jnp.full_like(prompts.task_ids, pilot), num_prompts * pilot))
         known = learn_from(known, *rounds[0])
     with clock.phase("budget"):
-        counts, info = jax.block_until_ready(run.allocate(known, config.alloc.budget))
+        counts, info = jax.block_until_ready(chosen or run.allocate(known, config.alloc.budget))
     left = config.alloc.budget - num_prompts * pilot
     rounds.append(draw(counts - pilot, left, first_sample=pilot))
     rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))

@@ -35,6 +35,7 @@ from krl.run.checkpoint import Checkpoints
 from krl.run.guard import find_spike
 from krl.run.metrics import PhaseClock, read_rows
 from krl.run.processes import join_processes
+from krl.tasks import step_task_ids
 from krl.tasks.operators import FUNCTIONS, operator_meanings
 from tests import bpe
 
@@ -172,9 +173,6 @@ def tuned(run: Seen) -> int:
     return int((np.abs(run.begun["embedding"] - fresh).max(axis=1) > 1e-5).sum())
 
 
-LETTERS = set("abcdefghijklmnopqrstuvwxyz")
-
-
 def right(run: Seen, texts: Iterable[str]) -> list[bool]:
     """Whether each text, a prompt and an answer of the operators, is what the operator's function gives."""
     found = (re.search(r"(\w)(\d{4})=(\d*)", text) for text in texts)
@@ -196,7 +194,35 @@ def demonstrations(run: Seen) -> list[str]:
     return [run.parts.tokenizer.decode(row.tolist()) for row in run.parts.pairs[0]]
 
 
+def served(run: Seen) -> list[list[int]]:
+    """The prompts that each step gave rollouts to."""
+    return [groups["task_ids"][np.asarray(groups["counts"]) > 0].tolist() for _, _, groups, _ in run.steps]
+
+
+def chosen_again(run: Seen, reach: float = 0.01, explored: int = 0) -> bool:
+    """From the second step on, the candidates that the belief before it has worth some rollouts got them."""
+    candidates = run.config.alloc.candidates or 4
+    rule = functools.partial(budget.RULES["reach"], reach=reach)
+    for step, (learner, *_) in enumerate(run.steps[:-1], start=1):
+        ids = step_task_ids(4, candidates, step, seed=run.config.seed)
+        known = budget.take(learner.belief, ids, step)
+        counts = np.asarray(budget.allocate(rule, known, 16, 0, 8, group=8, explored=explored)[0])
+        if ids[counts > 0].tolist() != served(run)[step]:
+            return False
+    return True
+
+
+LETTERS = set("abcdefghijklmnopqrstuvwxyz")
 PLAIN = {"loss.average": "tokens", "loss.scale": "none"}  # advantages are rewards less their group's mean
+
+POOL = {
+    "steps": 3,
+    "alloc.n_min": 0,
+    "alloc.rule": "reach",
+    "alloc.candidates": 3,
+    "alloc.group": 8,
+    "alloc.prior": "shared",
+}
 
 # Steps of the one set-up that TINY has.
 STEPS = {
@@ -227,12 +253,22 @@ STEPS = {
     "another seed": Trial({"seed": 1}, {
         "seed": lambda run: not same_rollouts(run) and list(run.task_ids) != list(run.plain.task_ids),
     }),
-    "beliefs fade": Trial({"steps": 3, "alloc.discount": 0.5, "alloc.discount_mixed": 0.125}, {
-        "alloc.discount": lambda run: [metrics["discount"] for _, metrics, *_ in run.steps] == [0.5] * 3,
+    "beliefs fade": Trial({
+        "steps": 3, "alloc.discount": 0.75, "alloc.discount_mixed": 0.125, "alloc.fade": 0.5, "alloc.fit_discounts": False
+    }, {
+        "alloc.discount": lambda run: [metrics["discount"] for _, metrics, *_ in run.steps] == [0.75] * 3,
         "alloc.discount_mixed": lambda run: [metrics["discount_mixed"] for _, metrics, *_ in run.steps] == [0.125] * 3,
+        "alloc.fade": lambda run: run.metrics["fade"] == 0.5,
+        "alloc.fit_discounts": lambda run: run.plain.steps[1][1]["discount_mixed"] != 0.25,
     }),
-    "how fast is learnt": Trial({"steps": 3, "alloc.fit_discounts": True}, {
-        "alloc.fit_discounts": lambda run: run.steps[2][1]["discount_mixed"] != 0.25,
+    "some of the candidates": Trial(POOL, {
+        "alloc.n_min": lambda run: len(run.task_ids) == 2 and chosen_again(run),
+        "alloc.candidates": lambda run: run.metrics["candidates"] == 3 and max(map(max, served(run))) <= 3,
+        "alloc.group": lambda run: set(run.counts) == {8},
+    }),
+    "rarer successes": Trial(POOL | {"alloc.reach": 0.5}, {"alloc.reach": lambda run: chosen_again(run, reach=0.5)}),
+    "what waits": Trial(POOL | {"steps": 5, "alloc.candidates": 0, "alloc.explored": 0.5}, {
+        "alloc.explored": lambda run: run.steps[4][1]["staleness_max"] <= 3 and chosen_again(run, explored=1),
     }),
     "scouts": Trial({"alloc.scouts": 4}, {  # shares of four successes beside Jeffreys' prior
         "alloc.scouts": lambda run: np.allclose(n := 5 * run.belief - 0.5, n.round(), atol=1e-4) and len(run.rewards) == 16,
@@ -729,7 +765,7 @@ def test_rules_priors_and_discounts_go_together(changes, plain):
         assert groups["counts"].max() <= 8
         assert ((groups["belief"] >= 0) & (groups["belief"] <= 1)).all()
         assert (learner.prior is None) == (changes["alloc.prior"] == "shared")
-    assert (seen.learner.belief.discount == 0.9) or changes["alloc.fit_discounts"]
+    assert (seen.learner.belief.discount == 0.5) or changes["alloc.fit_discounts"]
 
 
 GRADIENTS = {

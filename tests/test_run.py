@@ -66,7 +66,19 @@ def test_shipped_configs_pass_their_check(module):
     [
         ({"alloc.budget": 127}, r"config.alloc.budget=127 must be between 128 .* and 8192"),
         ({"alloc.budget": 8194}, r"config.alloc.budget=8194 must be between 128 .* and 8192"),
-        ({"alloc.n_min": 0}, "config.alloc.n_min=0 must be at least 1"),
+        ({"alloc.n_min": -1}, "config.alloc.n_min=-1 must be at least 0"),
+        (
+            {"alloc.n_min": 0, "alloc.rule": "uniform"},
+            r"config.alloc.rule='uniform' must be one of .*'reach'.* with alloc.n_min=0",
+        ),
+        ({"alloc.n_min": 0, "alloc.budget": 510}, "config.alloc.budget=510 must be a multiple of alloc.group=4"),
+        ({"alloc.n_min": 0, "alloc.group": 1}, "config.alloc.group=1 must be from 2 to alloc.n_max=128"),
+        (
+            {"alloc.n_min": 0, "alloc.candidates": 100},
+            "config.alloc.candidates=100 must be 0 for all of the data, or at least .* = 128",
+        ),
+        ({"alloc.n_min": 0, "alloc.scouts": 2}, "config.alloc.scouts=2 must be 0 with alloc.n_min=0"),
+        ({"loss.scale": "max"}, "config.loss.scale='max' must be one of"),
         ({"alloc.n_min": 200}, "config.alloc.n_min=200 must be at most alloc.n_max=128"),
         ({"alloc.rule": "greedy"}, "config.alloc.rule='greedy' must be one of"),
         ({"alloc.discount": 1.5}, "config.alloc.discount=1.5 must be between 0 and 1"),
@@ -643,11 +655,16 @@ def test_step_metrics_of_a_step_worked_by_hand():
     counts, seen = jnp.array([2, 3, 2, 0]), jnp.array([True, True, False, True])
     got = {k: float(v) for k, v in step_metrics(counts, seen, rollouts, rewards, advantages, mask).items()}
     assert got["effective_ratio_rollouts"] == pytest.approx(3 / 7)
-    assert got["effective_ratio_prompts"] == got["prompts_mixed"] == 0.25
-    assert got["prompts_all_solved"] == 0.25
-    assert got["prompts_all_failed"] == 0.25
-    assert got["prompts_unseen"] == 0.25
-    assert (got["count_min"], got["count_mean"], got["count_max"]) == (0, 1.75, 3)
+    for share in (
+        "effective_ratio_prompts",
+        "prompts_mixed",
+        "prompts_all_solved",
+        "prompts_all_failed",
+        "prompts_unseen",
+    ):
+        assert got[share] == pytest.approx(1 / 3)  # of the prompts that got any
+    assert got["prompts"] == 3
+    assert (got["count_min"], got["count_mean"], got["count_max"]) == (2, pytest.approx(7 / 3), 3)
     assert got["response_length_mean"] == pytest.approx(16 / 7)
     assert got["response_length_max"] == 4
     assert got["truncation_rate"] == pytest.approx(1 / 7)

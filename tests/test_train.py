@@ -22,7 +22,7 @@ from krl.eval import measure
 from krl.policy.hf import export
 from krl.run.lock import hold_workdir
 from krl.train import train
-from tests.command_line import ROOT, TINY, command, environment, files_of, learnt, rows, run, run_here
+from tests.command_line import ROOT, TINY, command, environment, files_of, learnt, rollouts, rows, run, run_here
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +209,39 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, capsys):
     assert "continuing from step 2" in capsys.readouterr().out
     assert learnt(workdir) == learnt(finished[0])
     assert rows(workdir, "evaluations") == rows(finished[0], "evaluations")
+
+
+POOL = {"alloc.n_min": 0, "alloc.rule": "reach", "alloc.candidates": 10, "alloc.group": 4, "alloc.explored": 0.25}
+
+
+def test_prompts_that_get_nothing_are_left_out_and_the_run_continues_as_exactly(tmp_path):
+    """Of ten candidates four at most are served; on two devices and continued it is the same run."""
+    alone, continued, devices = (tmp_path / name for name in ("alone", "continued", "devices"))
+    run_here(alone, **POOL)
+    for steps in (2, 4):
+        run_here(continued, **POOL | {"steps": steps})
+    assert learnt(continued) == learnt(alone)
+    run_here(devices, **POOL | {"mesh.shape": (2,)})
+    for step, (row, other) in enumerate(zip(rows(alone, "groups"), rows(devices, "groups"), strict=True)):
+        assert row["task_ids"] == other["task_ids"]
+        assert row["counts"] == other["counts"]
+        assert sum(row["counts"]) == 16
+        assert set(row["counts"]) <= {4, 8}
+        assert len(row["task_ids"]) == len(set(row["task_ids"])) == rows(alone)[1 + step]["prompts"] <= 4
+        assert rows(alone)[1 + step]["candidates"] == 10
+    logged = {(row["step"], row["prompt_id"]): row["count"] for row in rollouts(alone)}
+    given = {
+        (row["step"], task): n
+        for row in rows(alone, "groups")
+        for task, n in zip(row["task_ids"], row["counts"], strict=True)
+    }
+    assert logged == given
+    ages = rows(alone)[-1]
+    assert 0 < ages["staleness_mean"] < ages["staleness_max"] <= 4
+    rates = budget.logged_rates(rows(alone, "groups"), 12)
+    assert rates.shape == (4, 12)
+    shown = budget.replay("reach", rates[None], jax.random.split(jax.random.key(0), 1), prompts_per_step=10, budget=16, n_min=0, n_max=8, group=4)  # fmt: skip
+    assert shown.counts.shape == (1, 20)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

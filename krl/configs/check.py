@@ -68,7 +68,7 @@ def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
 
 
 def check(
-    config: ConfigDict, *, rules: Iterable[str], priors: Iterable[str], templates: Iterable[str],
+    config: ConfigDict, *, rules: Iterable[str], choosing: Iterable[str], priors: Iterable[str], templates: Iterable[str],
     sources: Iterable[str], averages: Iterable[str], scales: Iterable[str], surrogates: Iterable[str], kl_estimators: Iterable[str],
 ) -> None:  # fmt: skip
     """Check every value and combination.
@@ -76,6 +76,7 @@ def check(
     Args:
         config: the whole configuration.
         rules: the names of allocation rules.
+        choosing: those of them that may give a prompt nothing.
         priors: the names of priors besides "shared".
         templates: the names of prompt templates.
         sources: the names of known data sets.
@@ -91,7 +92,7 @@ def check(
 
     check_keys(config)
     _check_sizes(config, need)
-    prompts, alloc, optim = config.prompts_per_step, config.alloc, config.optim
+    alloc, optim = config.alloc, config.optim
     for key in _AT_LEAST_ONE:
         need(flatten(config)[key] >= 1, key, "at least 1")
     for key in _NOT_NEGATIVE:
@@ -140,18 +141,41 @@ def check(
     )
     need(alloc.prior_width <= 1 << 24, "alloc.prior_width", f"at most {1 << 24}: each is a parameter of the prior")
     need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
-    least, most = prompts * alloc.n_min, prompts * alloc.n_max
-    need(
-        least <= alloc.budget <= most,
-        "alloc.budget",
-        f"between {least} (prompts_per_step={prompts} x alloc.n_min={alloc.n_min}) and {most} (x alloc.n_max={alloc.n_max})",
-    )
+    _check_sum(config, need, choosing)
     updates = optim.updates_per_step
     need(alloc.budget % updates == 0, "alloc.budget", f"a multiple of optim.updates_per_step={updates}")
     _check_mesh(config, need)
     kind = config.checkpoint.dir.partition("://")
     need(not kind[1] or kind[0] in ("gs", "s3", "az"), "checkpoint.dir", "a directory, or one in gs://, s3:// or az://")
     _check_data(config, need, templates=templates, sources=sources)
+
+
+def _check_sum(config: ConfigDict, need: Callable[[bool, str, str], None], choosing: Iterable[str]) -> None:
+    """The part about how many rollouts a step's prompts can take; `need` refuses."""
+    prompts, alloc = config.prompts_per_step, config.alloc
+    if alloc.n_min:
+        least, most = prompts * alloc.n_min, prompts * alloc.n_max
+        need(
+            least <= alloc.budget <= most,
+            "alloc.budget",
+            f"between {least} (prompts_per_step={prompts} x alloc.n_min={alloc.n_min}) and {most} (x alloc.n_max={alloc.n_max})",
+        )
+        return
+    need(
+        alloc.rule in choosing,
+        "alloc.rule",
+        f"one of {sorted(choosing)} with alloc.n_min=0: others give every prompt some",
+    )
+    need(2 <= alloc.group <= alloc.n_max, "alloc.group", f"from 2 to alloc.n_max={alloc.n_max}")
+    need(alloc.budget % alloc.group == 0, "alloc.budget", f"a multiple of alloc.group={alloc.group} with alloc.n_min=0")
+    need(alloc.budget >= alloc.group, "alloc.budget", f"at least alloc.group={alloc.group}")
+    need(alloc.scouts == 0, "alloc.scouts", "0 with alloc.n_min=0: they sample every prompt")
+    served = alloc.budget // alloc.group
+    need(
+        alloc.candidates == 0 or alloc.candidates >= served,
+        "alloc.candidates",
+        f"0 for all of the data, or at least alloc.budget / alloc.group = {served}",
+    )
 
 
 def _check_sizes(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
@@ -242,9 +266,12 @@ def _check_data(
             warm,
             "at least 1: the tokenizer is trained on them",
         )
-        key = f"{config.data.source}.num_train"
-        prompts = config.prompts_per_step
-        need(flatten(config)[key] >= prompts, key, f"at least prompts_per_step={prompts}")
+        key, prompts = (
+            f"{config.data.source}.num_train",
+            "prompts_per_step" if config.alloc.n_min else "alloc.candidates",
+        )
+        fewest = flatten(config)[prompts]
+        need(flatten(config)[key] >= fewest, key, f"at least {prompts}={fewest}")
     elif config.data.name in sources:
         for key in ("data.subset", "data.prompt_field", "data.answer_field", "data.completion_field"):
             known = f"left empty: data.name={config.data.name!r} is known with its fields (data.name='' reads any file)"
@@ -292,14 +319,14 @@ _LAST = 2**31 - 1  # of an int32
 _LAST_SEED = 2**32 - 2  # JAX drops the bits above the 32nd; evaluations take the seed after it
 _COLDEST = 0.001  # temperature: below it, logits that are divided by it leave float32
 _AT_LEAST_ONE = (
-    "prompts_per_step", "max_bad_updates", "alloc.n_min", "alloc.prior_width", "data.max_prompt_tokens", "arithmetic.num_train",
+    "prompts_per_step", "max_bad_updates", "alloc.group", "alloc.prior_width", "data.max_prompt_tokens", "arithmetic.num_train",
     "arithmetic.num_test", "operators.num_operators", "operators.num_train", "operators.num_test", "sample.max_new_tokens", "optim.updates_per_step", "optim.micro_tokens", "eval.samples",
     "checkpoint.every", "checkpoint.keep", "tokenizer.vocab_size", "policy.embed_size", "policy.num_layers",
     "policy.num_heads", "policy.num_kv_heads", "policy.head_size", "policy.mlp_size", "policy.unroll", "sft.batch_size",
     "sft.save_every", "verify.items_per_worker",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "steps", "alloc.scouts", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
+    "seed", "steps", "alloc.n_min", "alloc.candidates", "alloc.scouts", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
     "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "sample.slots", "sample.memory_gb", "profile.steps", "sample.top_k", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
     "eval.every", "eval.prompts", "eval.temperature", "loss.clip_high", "loss.advantage_clip", "loss.importance_cap",
     "loss.kl_coefficient", "loss.entropy_coefficient", "loss.overlong_tokens", "verify.workers", "guard.loss", "guard.ratio", "guard.kl", "guard.rollbacks", "stuck_seconds",
@@ -313,9 +340,12 @@ _FRACTIONS = (
     "operators.shown_well",
     "operators.impossible",
     "operators.wrong",
+    "alloc.explored",
+    "alloc.reach",
     "sample.min_p",
     "alloc.discount",
     "alloc.discount_mixed",
+    "alloc.fade",
     "loss.clip_low",
     "optim.beta1",
     "optim.beta2",

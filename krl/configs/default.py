@@ -18,7 +18,16 @@ def get_config() -> ConfigDict:
     config.alloc = ConfigDict()
     config.alloc.rule = "knapsack"  # a key of krl.budget.RULES: "knapsack", or "uniform" for plain GRPO
     config.alloc.budget = 512  # R, rollouts per step, over all prompts
-    config.alloc.n_min = 2  # fewest rollouts of a prompt in a step
+    # Fewest rollouts of a prompt in a step. 0: a step has alloc.candidates prompts, of which those that are worth it
+    # get whole groups of alloc.group rollouts, and the others nothing.
+    config.alloc.n_min = 2
+    config.alloc.candidates = 128  # C, prompts that a step chooses from with n_min=0; 0 for all of the data
+    config.alloc.group = 4  # rollouts of a group with n_min=0
+    config.alloc.reach = (
+        0.1  # r of the rule "reach", a success rate: rarer ones are worth no more than those of about r
+    )
+    # Share of the budget, with n_min=0, for the candidates that were not sampled for longest: what is unlearnt is seen.
+    config.alloc.explored = 0.05
     config.alloc.n_max = 128  # most rollouts of a prompt in a step
     # What a prompt's success rate is expected to be before it is sampled: "shared" (one prior for all prompts),
     # "groups" (by a field of the data), "features" (by pieces of its text and all of data.fields), or
@@ -30,10 +39,11 @@ def get_config() -> ConfigDict:
     config.alloc.prior_field = ""
     config.alloc.prior_width = 4096  # number of features that pieces of text and fields are hashed to
     # Share of the evidence about a prompt that is kept after a group whose rewards were all equal, 0 to 1.
-    config.alloc.discount = 0.9
+    config.alloc.discount = 0.5
     # The same after a group whose rewards differ, which changes the policy on that prompt.
     config.alloc.discount_mixed = 0.25
-    config.alloc.fit_discounts = False  # fit both discounts to the likelihood of new outcomes during the run
+    config.alloc.fade = 0.95  # the same after each step in which the prompt was not sampled
+    config.alloc.fit_discounts = True  # fit all three to the likelihood of new outcomes during the run
     # Extra rollouts of each prompt, drawn first: the counts follow from these alone, and they are neither counted in
     # the budget nor learned from. An upper bound on what a better belief could gain. 0 for none.
     config.alloc.scouts = 0

@@ -16,7 +16,7 @@ from krl.run.specs import SHORT, Chart, colour, finish, has, labelled, line_of_e
 PHASES = ("budget", "rollout", "verify", "wait", "update")
 DRAWN = (
     "effective_ratio_rollouts", "smoothed", "price", "response_length_mean", "response_length_max", "truncation_rate",
-    "mismatch", "mismatch_max",
+    "mismatch", "mismatch_max", "staleness_mean", "staleness_max",
 )  # fmt: skip
 MOST_POINTS = 4000  # of the counts at chosen steps
 Rows = dict[str, list[dict]]
@@ -26,7 +26,7 @@ def make(runs: Sequence[Run]) -> tuple[list[Chart], Rows]:
     """The charts of some runs, in the order of the page, and their rows by name."""
     rows: Rows = {}
     charts = [chart(runs, rows) for chart in (
-        accuracy, prompt_flow, effective, budgets, counts, price, calibrations, lengths, mismatch, phases,
+        accuracy, prompt_flow, effective, budgets, counts, price, calibrations, waiting, lengths, mismatch, phases,
     )]  # fmt: skip
     if len(runs) > 1:
         charts.insert(1, differences(runs, rows))
@@ -304,6 +304,22 @@ def calibrations(runs: Sequence[Run], rows: Rows) -> Chart:
     elif not any(row["kind"] == "prior" for row in rows["calibration"]):
         notes.append("What the prior alone expected was not recorded.")
     return Chart("calibration", "Were the beliefs right?", reading, views, run_legend(runs), notes=notes)
+
+
+def waiting(runs: Sequence[Run], rows: Rows) -> Chart:
+    """How long ago prompts were sampled."""
+    _steps(runs, rows)
+    if not has(rows["steps"], "staleness_mean"):
+        return Chart("waiting", "How long prompts wait", "How long ago prompts were sampled was not recorded.", {})
+    mean, longest = (
+        line_of_each(runs, name, "steps since it was sampled", form=",.4~g", dashed=name == "staleness_max")
+        for name in ("staleness_mean", "staleness_max")
+    )
+    reading = (
+        "Steps since a training prompt was last sampled, on average over all of them (solid) and at most (dashed). What waits "
+        "for long may be unlearnt without being seen."
+    )
+    return Chart("waiting", "How long prompts wait", reading, {"": finish(mean + longest)}, run_legend(runs))
 
 
 def lengths(runs: Sequence[Run], rows: Rows) -> Chart:

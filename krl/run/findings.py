@@ -15,7 +15,11 @@ from krl.tasks.pool import FAULTS
 
 BINS = 12  # of a success rate, in equal steps of its arcsine: narrower towards 0 and 1
 FEWEST_GROUPS = 10  # that a bin of the calibration is shown for
-MAXIMA = ("response_length_max", "mismatch_max")  # of several steps together the largest is kept, else the mean
+MAXIMA = (
+    "response_length_max",
+    "mismatch_max",
+    "staleness_max",
+)  # of several steps together the largest is kept, else the mean
 NO_SETTINGS = {"seed", "checkpoint.dir", *FREE_KEYS} - {
     "steps",
     "eval.every",

@@ -51,7 +51,7 @@ def step_metrics(
     Returns:
         float32 scalars by name.
     """
-    num_prompts = counts.shape[0]
+    num_prompts, served = counts.shape[0], counts > 0
     index = jnp.where(rollouts.mask, rollouts.prompt_index, num_prompts)
     given = segment_sum(scored.astype(jnp.float32), index, num_prompts)
     wins = segment_sum(jnp.where(scored, rewards, 0.0), index, num_prompts)
@@ -59,7 +59,7 @@ def step_metrics(
     mixed |= segment_sum((advantages != 0).astype(jnp.float32), index, num_prompts) > 0  # beyond float32's digits
     real = rollouts.mask.sum(dtype=jnp.float32)
     tokens = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
-    share = lambda which: divide(which.sum(dtype=jnp.float32), jnp.float32(num_prompts))  # noqa: E731
+    share = lambda which: divide((which & served).sum(dtype=jnp.float32), jnp.float32(served.sum()))  # noqa: E731
     return {
         "effective_ratio_rollouts": divide(*masked_sum(advantages != 0, rollouts.mask)),
         "effective_ratio_prompts": share(mixed),
@@ -67,8 +67,9 @@ def step_metrics(
         "prompts_all_failed": share(~mixed & (given > 0) & (wins <= 0)),
         "prompts_mixed": share(mixed),
         "prompts_unseen": share(~seen),
-        "count_min": counts.min(),
-        "count_mean": counts.mean(),
+        "prompts": served.sum(),
+        "count_min": jnp.where(served, counts, counts.max()).min(),
+        "count_mean": divide(counts.sum(), served.sum()),
         "count_max": counts.max(),
         "count_gini": gini(counts),
         "response_length_mean": divide(*masked_sum(rollouts.lengths, rollouts.mask)),
@@ -77,6 +78,16 @@ def step_metrics(
         "entropy": divide(*masked_sum(-rollouts.logps, tokens & rollouts.mask[:, None])),
         "rollouts": real,
     }
+
+
+def staleness(last_step: jax.Array, step: int) -> dict[str, float]:
+    """How many steps ago the D training prompts were sampled, on average and at most; before the first time, all steps.
+
+    >>> staleness(jnp.array([5, 3, -1]), 5)
+    {'staleness_mean': 2.6666666666666665, 'staleness_max': 6}
+    """
+    ages = step - np.asarray(last_step)
+    return {"staleness_mean": float(ages.mean()), "staleness_max": int(ages.max())}
 
 
 def gini(counts: jax.Array) -> jax.Array:

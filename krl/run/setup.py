@@ -38,7 +38,7 @@ from krl.tasks.operators import make_operators
 from krl.tasks.pool import VerifierPool
 
 NAMES: dict[str, Iterable[str]] = {  # what a config may name
-    "rules": budget.RULES, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
+    "rules": budget.RULES, "choosing": budget.CHOOSING_RULES, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
     "averages": learn.AVERAGES, "scales": learn.SCALES, "surrogates": learn.SURROGATES, "kl_estimators": learn.KL_ESTIMATORS,
 }  # fmt: skip
 
@@ -95,7 +95,7 @@ def _set_up(
     ends = find_ends(tokenizer, config.sample.stop, policy_config.vocab_size)
     train = encode(config, tokenizer, tasks["train"])
     test = encode(config, tokenizer, tasks["test"], limit=config.eval.prompts)
-    step_task_ids(len(train), config.prompts_per_step, 0, seed=config.seed)  # refuses too few prompts
+    step_task_ids(len(train), prompts_of_a_step(config, len(train))[0], 0, seed=config.seed)  # refuses too few prompts
     features, num_features = find_features(config, train)
     pairs = find_pairs(config, encode(config, tokenizer, tasks["sft"]), tokenizer) if config.sft.steps else None
     params = abstract_params(policy_config, mesh)
@@ -255,6 +255,21 @@ def say_ends(config: ConfigDict, ends: Ends, prompts: EncodedTasks) -> None:
     warning = missing_end(ends, prompts.tokens[prompts.mask], chat=config.data.template.startswith("chat"))
     if warning:
         say(f"krl: {warning}")
+
+
+def prompts_of_a_step(config: ConfigDict, num_tasks: int) -> tuple[int, int]:
+    """(C, M): the prompts that a step chooses from and those that it can serve; the same where every prompt gets some."""
+    if config.alloc.n_min:
+        return config.prompts_per_step, config.prompts_per_step
+    candidates = config.alloc.candidates or num_tasks
+    return candidates, min(config.alloc.budget // config.alloc.group, candidates)
+
+
+def describe_step(config: ConfigDict, num_tasks: int) -> str:
+    """How many prompts and rollouts a step has, for the line at the start."""
+    candidates, served = prompts_of_a_step(config, num_tasks)
+    prompts = f"{served} prompts" if config.alloc.n_min else f"up to {served} of {candidates} prompts"
+    return f"{prompts} and {config.alloc.budget} rollouts a step"
 
 
 def find_slots(config: ConfigDict, policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh) -> int | None:
