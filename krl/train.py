@@ -260,6 +260,7 @@ class Run:
     hear: Callable  # (responses without a reward, all, where) -> None: `krl.run.evaluate.FaultWatch`
     candidates: int  # C, prompts that a step chooses from; M where every prompt gets some
     num_prompts: int  # M, prompts that are served at most
+    rounds: tuple[int, ...]  # rollouts spent by the end of each of a step's rounds: `krl.budget.rounds_of`
     allocate: Callable  # (belief of C prompts, R) -> (counts [C], what the rule says of them)
     advantages: Callable  # (rewards [R], R rollouts) -> [R]
     update_policy: Callable  # (state, prompts, rollouts, advantages, key) -> (state, metrics)
@@ -317,9 +318,11 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     rule = budget.RULES[alloc.rule]
     if alloc.rule == "reach":
         rule = functools.partial(rule, reach=alloc.reach)
-    pool = {"group": alloc.group, "explored": round(alloc.explored * num_prompts)} if not alloc.n_min else {}
+    rounds = budget.rounds_of(alloc.rule, num_prompts, alloc.budget, alloc.n_min, alloc.group)
+    explored = round(alloc.explored * num_prompts) if len(rounds) == 1 else 0
+    pool = {"group": alloc.group, "explored": explored} if not alloc.n_min else {}
     return Run(
-        candidates=candidates, num_prompts=num_prompts, config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
+        candidates=candidates, num_prompts=num_prompts, rounds=rounds, config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
         rewards=parts.verifiers.names, hear=hear,
         allocate=shared_jit(budget.allocate, rule, n_min=alloc.n_min, n_max=alloc.n_max, **pool),
         advantages=shared_jit(
@@ -452,7 +455,7 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
         if prior is not None:
             known = inform(prior, before, features)
         chosen = None
-        if not config.alloc.n_min:
+        if run.candidates > run.num_prompts:
             counts, info = run.allocate(known, config.alloc.budget)
             rows = jnp.argsort(counts == 0, stable=True)[
                 : run.num_prompts
@@ -460,7 +463,7 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
             before, known, features = jax.tree.map(lambda x: x[rows] if x.ndim else x, (before, known, features))
             task_ids, chosen = task_ids[np.asarray(rows)], (counts[rows], info)
         prompts = run.place(Prompts(run.tasks.tokens[task_ids], run.tasks.mask[task_ids], task_ids))
-    drawn = spend_budget(run, state.params, prompts, known, sample_key, clock, chosen)
+    drawn = spend_budget(run, state.params, prompts, known, step, sample_key, clock, chosen)
     rollouts, rewards, said = drawn.rollouts, drawn.rewards, drawn.verdicts
     heard = rollouts.replace(mask=drawn.scored)  # a rollout without a reward teaches nothing
     served = int((drawn.counts > 0).sum())
@@ -525,13 +528,13 @@ class Drawn(NamedTuple):
 
 
 def spend_budget(
-    run: Run, params: dict, prompts: Prompts, known: budget.Belief, key: jax.Array, clock: PhaseClock,
+    run: Run, params: dict, prompts: Prompts, known: budget.Belief, step: int, key: jax.Array, clock: PhaseClock,
     chosen: tuple[jax.Array, dict] | None,
 ) -> Drawn:  # fmt: skip
     """Choose the counts of M prompts by what is known of them, [M] each, if they are not `chosen`; sample and score.
 
-    A rule of PILOT_RULES first sees n_min rollouts of every prompt; its second round's samples go on from there.
-    Scouts come before both rounds: the counts follow from what they alone show, and nothing else does.
+    A rule of ROUNDS sees what the rounds before have shown; a round's samples of a prompt go on from there.
+    Scouts come before all rounds: the counts follow from what they alone show, and nothing else does.
     """
     config, num_prompts = run.config, len(prompts.task_ids)
     tasks = run.tasks.tasks.take(np.asarray(prompts.task_ids).tolist())
@@ -549,22 +552,22 @@ def spend_budget(
     def learn_from(known, rollouts, verdicts):
         outcomes, has_reward = run.place((np.float32(verdicts.rewards.clip(0.0, 1.0)), verdicts.faults == 0))
         index, scored, lengths = rollouts.prompt_index, rollouts.mask & has_reward, rollouts.lengths
-        return budget.observe(known, jnp.arange(num_prompts), outcomes, index, scored, lengths=lengths)
+        return budget.observe(known, jnp.arange(num_prompts), outcomes, index, scored, step, lengths)
 
     lengths, scouts = mean_tokens(known), config.alloc.scouts
     if scouts:  # their samples are numbered after those that count, and neither they nor their time do
         every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock(config.stuck_seconds)
         seen = draw(every, num_prompts * scouts, free, first_sample=config.alloc.n_max)
         known = learn_from(budget.init_belief(num_prompts), *seen)
-    pilot, rounds = 0, []
-    if config.alloc.rule in budget.PILOT_RULES:
-        pilot = config.alloc.n_min
-        rounds.append(draw(jnp.full_like(prompts.task_ids, pilot), num_prompts * pilot))
-        known = learn_from(known, *rounds[0])
-    with clock.phase("budget"):
-        counts, info = jax.block_until_ready(chosen or run.allocate(known, config.alloc.budget))
-    left = config.alloc.budget - num_prompts * pilot
-    rounds.append(draw(counts - pilot, left, first_sample=pilot))
+    counts, spent, rounds = jnp.zeros_like(prompts.task_ids), 0, []
+    for until in run.rounds:
+        if rounds:
+            known = learn_from(known, *rounds[-1])
+        given, told = counts, {"given": counts} if len(run.rounds) > 1 else {}
+        with clock.phase("budget"):
+            counts, info = jax.block_until_ready(chosen or run.allocate(known, until, **told))
+        rounds.append(draw(counts - given, until - spent, first_sample=given))
+        spent = until
     rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
     verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
     return Drawn(

@@ -51,13 +51,13 @@ def here(tmp_path, monkeypatch):
         with undrawn():
             return TRAIN(config, workdir)
 
-    rules, pilots, priors = dict(budget.RULES), set(budget.PILOT_RULES), dict(budget.PRIORS)
+    rules, rounds, priors = dict(budget.RULES), dict(budget.ROUNDS), dict(budget.PRIORS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(krl.train, "train", train)
     yield tmp_path
     sys.modules.pop("mine", None)
-    for kept, before in ((budget.RULES, rules), (budget.PILOT_RULES, pilots), (budget.PRIORS, priors)):
+    for kept, before in ((budget.RULES, rules), (budget.ROUNDS, rounds), (budget.PRIORS, priors)):
         kept.clear()
         kept.update(before)
 

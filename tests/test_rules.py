@@ -13,7 +13,7 @@ from scipy import stats
 
 from krl import budget
 
-NAMES = sorted(budget.RULES)
+NAMES = sorted(set(budget.RULES) - {"mopps", "pilot_commit", "reinforce_ada"})  # which choose prompts
 
 
 def visited(groups, lengths=None) -> budget.Belief:

@@ -1,6 +1,15 @@
 """How many rollouts each prompt gets: pure jnp, no model, no input or output."""
 
-from krl.budget.allocate import CHOOSING_RULES, PILOT_RULES, RULES, allocate, reach_weights, value_rule, whole_groups
+from krl.budget.allocate import (
+    CHOOSING_RULES,
+    ROUNDS,
+    RULES,
+    allocate,
+    reach_weights,
+    rounds_of,
+    value_rule,
+    whole_groups,
+)
 from krl.budget.belief import (
     Belief,
     init_belief,
@@ -44,8 +53,8 @@ from krl.budget.value import (
 
 __all__ = [
     "CHOOSING_RULES",
-    "PILOT_RULES",
     "PRIORS",
+    "ROUNDS",
     "RULES",
     "Belief",
     "Prior",
@@ -85,6 +94,7 @@ __all__ = [
     "replay",
     "reward_variance",
     "rloo_value",
+    "rounds_of",
     "synthetic_rates",
     "take",
     "update",

@@ -14,19 +14,19 @@ and the largest gains of whole groups are exact. Single rollouts would not fall 
 nothing; groups of two or more do.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from krl.budget.belief import Belief, mean, mean_tokens, possible, posterior, reward_variance, window_rate
-from krl.budget.solve import knapsack, knapsack_large, price
-from krl.budget.value import Value, check_bounds, continuous_value, gains_of, log_gains, log_gains_beta
+from krl.budget import published
+from krl.budget.belief import Belief, mean, mean_tokens, possible, posterior, reward_variance
+from krl.budget.solve import Counts, in_proportion, knapsack, price
+from krl.budget.value import Value, check_bounds, continuous_value, gains_of, log_gains_beta
 from krl.masked import divide
 
-Counts = tuple[jax.Array, dict[str, Any]]
 Rule = Callable[..., Counts]  # (belief, budget, n_min, n_max), and of CHOOSING_RULES group= too
 
 
@@ -72,50 +72,6 @@ def knapsack_continuous_rule(belief: Belief, budget: jax.Array | int, n_min: int
     return value_rule(lambda average, n: continuous_value(average, variance, n))(belief, budget, n_min, n_max, group)
 
 
-def knapsack_paper_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
-    """The rule of the Knapsack RL paper, as its text and published code have it.
-
-    The success rate is that of the newest visit, filled up from earlier outcomes to 16. A prompt with fewer
-    than 8 outcomes gets the uniform count; solved (1) and unsolved (0) ones get n_min; the rest is divided
-    by the knapsack on the plain rates. If the prompts in between need less than there is, which is
-    log(0.1) / log(max(p, 1-p)) rollouts each, rounded down, above n_min, the surplus goes to the unsolved ones. Unlike the code,
-    this keeps n_max, counts the value of n_min rollouts, and never divides by zero prompts: what is left when all are
-    at their bounds goes first to prompts in between, then to new ones, then to solved ones.
-
-    References:
-        Li et al., "Knapsack RL", arXiv 2509.25849.
-    """
-    prompts = belief.visits.shape[0]
-    budget = jnp.asarray(budget, jnp.int32)
-    rate = window_rate(belief)
-    new = belief.recorded < 8
-    unsolved, solved = ~new & (rate <= 0), ~new & (rate >= 1)
-    between = ~new & ~unsolved & ~solved
-    least = jnp.where(new, jnp.clip(budget // max(prompts, 1), n_min, n_max), n_min)
-    safe = jnp.where(between, rate, 0.5)
-    need = jnp.minimum(n_max, divide(jnp.log(10.0), -jnp.log(jnp.maximum(safe, 1 - safe))).astype(jnp.int32))
-    surplus = jnp.where(between, need, 0).sum() < budget - least.sum()
-
-    # One knapsack in tiers: a whole tier is taken before anything of the one below.
-    n = n_min + jnp.arange(n_max - n_min)[None, :]
-    gains = log_gains(safe, n_min, n_max)
-    wanted = between[:, None] & (~surplus | (n < n_min + need[:, None]))
-    tiers = jnp.where(wanted, gains, jnp.where(between[:, None], gains - 2e4, -3e4))
-    tiers = jnp.where(unsolved[:, None], -1e4, jnp.where(solved[:, None], -4e4, tiers))
-    # A new prompt's first rollouts are its uniform count, above every tier.
-    tiers = jnp.where(new[:, None] & (n < least[:, None]), 1.0, tiers)
-    counts = knapsack(tiers, budget, n_min)
-    return counts, {"surplus": surplus.astype(jnp.float32)}
-
-
-def uniform_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
-    """Plain GRPO (Shao et al., arXiv 2402.03300): every prompt the same; the remainder to the first ones."""
-    prompts = belief.visits.shape[0]
-    share, remainder = jnp.divmod(jnp.asarray(budget, jnp.int32), max(prompts, 1))
-    counts = share + (jnp.arange(prompts) < remainder)
-    return counts.astype(jnp.int32), {}
-
-
 def reach_rule(
     belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1, reach: float = 0.01
 ) -> Counts:
@@ -127,7 +83,7 @@ def reach_rule(
     log(p + r) is bold above r and calm below it. The share of a prompt is the one that is expected under its belief: where
     p may be 0 or 0.1 it is the mean of what the two would get.
     """
-    return _in_proportion(reach_weights(belief, reach), budget, n_min, n_max, group)
+    return in_proportion(reach_weights(belief, reach), budget, n_min, n_max, group), {}
 
 
 def reach_weights(belief: Belief, reach: float) -> jax.Array:
@@ -155,70 +111,15 @@ def variance_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: in
     estimate over all prompts. Assumes that p is known; takes the belief's mean for it.
     """
     rate = mean(belief)
-    return _in_proportion(jnp.sqrt(rate * (1 - rate)), budget, n_min, n_max, group)
+    return in_proportion(jnp.sqrt(rate * (1 - rate)), budget, n_min, n_max, group), {}
 
 
-def vip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
-    """The counts that minimise the variance of the update: the sum over prompts of p (1-p) / (N - 1).
-
-    VIP's allocation for the leave-one-out estimator, solved exactly: the sum is convex in the counts, so the
-    largest decreases are taken (Fox 1966). With `alloc.prior=gaussian_process` the rates are predicted as VIP does.
-    Takes the belief's mean for p; every prompt's score is assumed to vary alike. A prompt needs two rollouts before
-    its variance is finite, so those come first where n_min is 1.
-
-    References:
-        Nguyen et al., "Adaptive rollout allocation", arXiv 2602.01601.
-    """
-    rate = mean(belief)
-    n = n_min + jnp.arange(n_max - n_min, dtype=jnp.float32)
-    saved = jnp.where(n > 1, -jnp.log(n) - jnp.log(jnp.maximum(n - 1, 1)), 1e4)  # 1 / (n-1) - 1 / n
-    gains = jnp.log(rate * (1 - rate))[:, None] + saved[None, :]
-    return knapsack(gains, budget, n_min), {}
-
-
-def inverse_sqrt_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
-    """Counts in proportion to 1 / sqrt(p): the harder, the more.
-
-    What minimises the gradient's variance when only successes are learnt from (Yao et al., "GVM-RAFT",
-    arXiv 2505.02391, with equal gradient norms). Hopeless prompts take the most. Takes the belief's mean for p.
-    """
-    return _in_proportion(divide(1.0, jnp.sqrt(mean(belief))), budget, n_min, n_max, group)
-
-
-def skip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
-    """Skips prompts whose last groups were even, more often the longer that lasts; the others share alike.
-
-    GRESO (Zheng et al., arXiv 2506.02177) skips a prompt with a probability that rises with its even groups in
-    a row. Here a skipped prompt still gets n_min rollouts, which lengthen its streak z too; so it is explored with
-    the share 1 / (z + 1), whose pauses double. Which prompts of a step these are is spread evenly over its rows
-    (whose order is random), without random numbers.
-    """
-    rows = jnp.arange(1, belief.visits.shape[0] + 1)
-    explored = (rows * 0.6180340) % 1.0 * (belief.even_streak + 1) < 1
-    gains = jnp.where(explored, 0.0, -1.0)[:, None] * jnp.ones(n_max - n_min)
-    return knapsack(gains, budget, n_min), {"skipped": (~explored).mean(dtype=jnp.float32)}
-
-
-def dynamic_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
-    """DAPO's dynamic sampling (Yu et al., arXiv 2503.14476) under a fixed budget.
-
-    DAPO samples uniform groups until R rollouts lie in mixed ones, however many that takes. With a
-    fixed budget its counts are the uniform ones: it changes when an update is made, not what a rollout
-    shows. `rounds` is how many such budgets one of its updates is expected to take.
-    """
-    counts, _ = uniform_rule(belief, budget, n_min, n_max)
-    rate = mean(belief)
-    mixed = 1 - rate**counts - (1 - rate) ** counts
-    useful = (counts * mixed).sum()
-    return counts, {"rounds": jnp.where(useful > 0, divide(jnp.float32(counts.sum()), useful), jnp.inf)}
-
-
-def two_round_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+def two_round_rule(
+    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, given: jax.Array | None = None
+) -> Counts:
     """The knapsack after a pilot: n_min rollouts of every prompt from the current policy come first.
 
-    Every prompt gets those in any case. Whoever calls this rule draws them, adds them to the belief with
-    `krl.budget.observe`, and passes that belief: see PILOT_RULES. Assumes that waiting between the two rounds
-    is worth it. Two-stage adaptive sampling as in Xiong et al., "Reinforce-Ada", arXiv 2510.04996.
+    Every prompt gets those in any case. Assumes that waiting between the two rounds is worth it.
     """
     return knapsack_rule(belief, budget, n_min, n_max)
 
@@ -241,17 +142,48 @@ RULES: dict[str, Rule] = {  # by the name in config.alloc.rule
     "knapsack_log": knapsack_log_rule,
     "knapsack_tokens": knapsack_tokens_rule,
     "knapsack_continuous": knapsack_continuous_rule,
-    "knapsack_paper": knapsack_paper_rule,
-    "uniform": uniform_rule,
     "reach": reach_rule,
     "variance": variance_rule,
-    "vip": vip_rule,
-    "inverse_sqrt": inverse_sqrt_rule,
-    "skip": skip_rule,
-    "dynamic": dynamic_rule,
     "two_round": two_round_rule,
+    "knapsack_paper": published.knapsack_paper_rule,
+    "uniform": published.uniform_rule,
+    "vip": published.vip_rule,
+    "inverse_sqrt": published.inverse_sqrt_rule,
+    "skip": published.skip_rule,
+    "dynamic": published.dynamic_rule,
+    "mopps": published.mopps_rule,
+    "pilot_commit": published.pilot_commit_rule,
+    "reinforce_ada": published.reinforce_ada_rule,
+    "coba": published.coba_rule,
+    "hora": published.hora_rule,
+    "gvm": published.gvm_rule,
 }
-PILOT_RULES = {"two_round"}  # rules whose belief must already hold n_min rollouts of this step
+
+
+def _pilot_and_rest(prompts: int, budget: int, n_min: int, group: int) -> tuple[int, ...]:
+    return (prompts * n_min, budget)
+
+
+def _half_and_rest(prompts: int, budget: int, n_min: int, group: int) -> tuple[int, ...]:
+    return (budget // (2 * group) * group, budget)
+
+
+def _half_and_three(prompts: int, budget: int, n_min: int, group: int) -> tuple[int, ...]:
+    return (*(budget * part // (6 * group) * group for part in (3, 4, 5)), budget)
+
+
+# Rules that spend the budget of a step in rounds, each after the outcomes of those before: (M, R, n_min, group) -> the
+# rollouts by the end of each round. Such a rule also takes `given` [M] int32, the counts of the rounds before, which it may
+# not lower. What these showed is in its belief: `last_count` and `last_successes` are of this step where something was given.
+ROUNDS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
+    "two_round": _pilot_and_rest,
+    "hora": _pilot_and_rest,
+    "gvm": _pilot_and_rest,
+    "pilot_commit": _half_and_rest,
+    "reinforce_ada": _half_and_three,
+}
+# Rules that choose prompts and cannot do otherwise.
+_ONLY_CHOOSING = {"mopps", "pilot_commit", "reinforce_ada"}
 # Rules that may give nothing to a prompt: they take `group`.
 CHOOSING_RULES = {
     "knapsack",
@@ -261,6 +193,7 @@ CHOOSING_RULES = {
     "reach",
     "variance",
     "inverse_sqrt",
+    *_ONLY_CHOOSING,
 }
 
 
@@ -273,6 +206,7 @@ def allocate(
     *,
     group: int = 1,
     explored: int = 0,
+    given: jax.Array | None = None,
 ) -> Counts:
     """The counts of a step under a rule.
 
@@ -285,6 +219,7 @@ def allocate(
         group: g, the rollouts of a group, static; used with n_min = 0, and 2 at least there.
         explored: with n_min = 0, how many prompts get a group that the rule gives nothing: those that were not sampled
             for longest, the lower index first; static. The rule has g times as many rollouts less.
+        given: [M] int32, the counts of the rounds before, for a rule of ROUNDS; budget is what is spent with this round.
 
     Returns:
         (counts [M] int32, info: the rule's own numbers; docs/metrics.md says which). The counts of the rules
@@ -301,27 +236,40 @@ def allocate(
             raise ValueError(
                 f"the rule {rule!r} gives every prompt some; with n_min=0 take one of {sorted(CHOOSING_RULES)}"
             )
+        if n_min and rule in _ONLY_CHOOSING:
+            raise ValueError(f"the rule {rule!r} chooses which prompts get any; it needs n_min=0, got {n_min}")
         rule = RULES[rule]
     check_bounds(n_min, n_max, least=0)
+    more = {} if given is None else {"given": given}
     prompts = belief.visits.shape[0]
     if n_min:
         _check_sum(prompts, budget, n_min, n_max)
-        return rule(belief, budget, n_min, n_max)
+        return rule(belief, budget, n_min, n_max, **more)
     if not 2 <= group <= n_max:
         raise ValueError(f"a group must have 2 to n_max={n_max} rollouts, got group={group}")
     _check_sum(prompts, budget, 0, group * (n_max // group), group)
-    return _choose(rule, belief, jnp.asarray(budget, jnp.int32), n_max, group, min(explored, prompts))
+    rule = functools.partial(rule, n_min=0, n_max=n_max, group=group, **more)
+    return _choose(rule, belief, jnp.asarray(budget, jnp.int32), group, min(explored, prompts))
 
 
-def _choose(rule: Rule, belief: Belief, budget: jax.Array, n_max: int, group: int, explored: int) -> Counts:
+def _choose(rule: Rule, belief: Belief, budget: jax.Array, group: int, explored: int) -> Counts:
     """Counts of 0 or whole groups, of which `explored` go to prompts that the rule gives nothing."""
     # So many remain unserved whatever the rule does: each of its groups serves one prompt at most.
     groups = budget // group
     kept = jnp.clip(len(belief.visits) - groups, 0, jnp.minimum(explored, groups))
-    counts, info = rule(belief, budget - group * kept, 0, n_max, group=group)
+    counts, info = rule(belief, budget - group * kept)
     waiting = jnp.where(counts == 0, belief.last_step, np.iinfo(np.int32).max)
     _, longest = jax.lax.top_k(-waiting, explored)
     return counts.at[longest].add(jnp.where(jnp.arange(explored) < kept, group, 0)), info
+
+
+def rounds_of(rule: str, prompts: int, budget: int, n_min: int, group: int = 1) -> tuple[int, ...]:
+    """The rollouts that a step of M prompts has spent by the end of each of its rounds; (R,) but for ROUNDS.
+
+    >>> rounds_of("two_round", 8, 64, 2)
+    (16, 64)
+    """
+    return ROUNDS[rule](prompts, budget, n_min, group) if rule in ROUNDS else (budget,)
 
 
 def _check_sum(prompts: int, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> None:
@@ -365,22 +313,3 @@ def whole_groups(log_gains: jax.Array, group: int) -> jax.Array:
     groups = (log_gains.shape[1] + 1) // group
     single = jnp.concatenate([first, log_gains], axis=1)[:, : groups * group]
     return jax.lax.cummin(jax.nn.logsumexp(single.reshape(len(single), groups, group), axis=2), axis=1)
-
-
-def _in_proportion(weights: jax.Array, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
-    """Whole counts in proportion to weights [M] within the bounds, by a divisor method: highest w / (n + offset) first.
-
-    From n_min on the offset is 1/2 (Webster). From 0 on most shares are below one group, which Webster gives always or
-    never: there offsets lie evenly over (0, 1), as in systematic sampling, so that half a group is one in half of the steps.
-    """
-    prompts = len(weights)
-    spread = jnp.maximum(jnp.arange(1, prompts + 1) * 0.6180340 % 1.0, 1e-6)  # the rows are in random order
-    known = jnp.log(weights), jnp.full(prompts, 0.5) if n_min else spread
-    groups = jnp.asarray(budget) // group
-    return group * knapsack_large(known, groups, n_min // group, n_max // group, gain=_share_gain), {}
-
-
-def _share_gain(known: tuple[jax.Array, jax.Array], n: jax.Array) -> jax.Array:
-    """Log of a prompt's weight over what it has, the offset of the divisor method included."""
-    log_weight, offset = known
-    return log_weight - jnp.log(n + offset)

@@ -225,7 +225,7 @@ def observe(
         rewards: [R] float32 in [0, 1]; a reward between counts as that fraction of a success.
         prompt_index: [R] int32, the row of task_ids that each rollout belongs to.
         mask: [R] bool, False on padding rows.
-        step: of the training run, kept as the tasks' newest visit.
+        step: of the training run, kept as the tasks' newest visit; what is observed of one step is one visit.
         lengths: [R] int32, response tokens; without them every length counts as 1.
 
     Returns:
@@ -256,7 +256,7 @@ def _observe(
     count = segment_sum(mask.astype(jnp.float32), index, num_prompts)
     mixed = segment_differs(rewards, index, num_prompts)
     keep = jnp.where(mixed, discount_mixed, discount)
-    number = count.astype(jnp.int32)
+    number, again = count.astype(jnp.int32), old.last_step == step  # of a later round of the same step
     alpha, beta = posterior(old)
     rate = divide(old.prior_alpha, old.prior_alpha + old.prior_beta)
     outcomes, then = old.successes + old.failures, jnp.where(old.prior_then < 0, rate, old.prior_then)
@@ -267,12 +267,12 @@ def _observe(
         prior_then=divide(outcomes * then + count * rate, outcomes + count),
         squares=keep * (old.squares + squares),
         tokens=keep * (old.tokens + tokens),
-        visits=old.visits + 1,
+        visits=old.visits + ~again,
         last_step=jnp.full(num_prompts, step, jnp.int32),
         even_streak=jnp.where(mixed, 0, old.even_streak + 1),
         recorded=old.recorded + number,
-        last_count=number,
-        last_successes=wins,
+        last_count=number + again * old.last_count,
+        last_successes=wins + again * old.last_successes,
         barren=jnp.where(wins > 0, SOLVED, failed),
         recent=_shift_in(old.recent, rewards, index, number),
     )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from krl.budget import belief as beliefs
-from krl.budget.allocate import PILOT_RULES, RULES, Counts, Rule, allocate
+from krl.budget.allocate import ROUNDS, RULES, Counts, Rule, allocate, rounds_of
 from krl.budget.value import grpo_value
 from krl.masked import divide, segment_sum
 
@@ -160,10 +160,11 @@ def replay(
     choose = "knapsack" if rule == "known" else rule
     pool = (("group", group), ("explored", explored))
     some = beliefs.take(start, jnp.arange(prompts_per_step))
+    rounds = rounds_of(rule, prompts_per_step, budget, n_min, group) if rule in ROUNDS else ()
     allocate(choose, some, budget, n_min, n_max, **dict(pool))  # refuses what cannot be
     shown = _replay_seeds(
         RULES[choose] if isinstance(choose, str) else choose, rates, keys, start, prompts_per_step, budget, n_min, n_max, pool, prior is None, discounts is None,
-        rule == "known", rule in PILOT_RULES,
+        rule == "known", rounds,
     )  # fmt: skip
     shown = {name: np.asarray(value) for name, value in shown.items()}
     low, high = shown.pop("fewest").min(), shown.pop("most").max()
@@ -190,20 +191,20 @@ def _replay_seeds(
     fit_prior: bool,
     fit_discounts: bool,
     known: bool,
-    pilot: bool,
+    rounds: tuple[int, ...],
 ) -> dict[str, jax.Array]:
-    def counts_of(belief: beliefs.Belief) -> Counts:
-        return allocate(rule, belief, budget, n_min, n_max, **dict(pool))
+    def counts_of(belief: beliefs.Belief, until: int = budget, **given: jax.Array) -> Counts:
+        return allocate(rule, belief, until, n_min, n_max, **dict(pool), **given)
 
     one = functools.partial(
         _replay_one, counts_of, prompts_per_step=prompts_per_step, budget=budget, n_min=n_min, n_max=n_max,
-        fit_prior=fit_prior, fit_discounts=fit_discounts, known=known, pilot=pilot,
+        fit_prior=fit_prior, fit_discounts=fit_discounts, known=known, rounds=rounds,
     )  # fmt: skip
     return jax.vmap(one, in_axes=(0, 0, None))(rates, keys, start)
 
 
 def _replay_one(
-    counts_of: Callable[[beliefs.Belief], Counts],
+    counts_of: Callable[..., Counts],
     rates: jax.Array,
     key: jax.Array,
     start: beliefs.Belief,
@@ -215,7 +216,7 @@ def _replay_one(
     fit_prior: bool,
     fit_discounts: bool,
     known: bool,
-    pilot: bool,
+    rounds: tuple[int, ...],
 ) -> dict[str, jax.Array]:
     steps, num_tasks = rates.shape
     per_pass = num_tasks // prompts_per_step
@@ -239,11 +240,15 @@ def _replay_one(
         if known:
             always = {"prior_then": jnp.full_like(p, -1.0), "barren": jnp.full_like(p, beliefs.SOLVED)}
             informed = believed.replace(successes=KNOWN * p, failures=KNOWN * (1 - p), **always)
-        elif pilot:
-            rows = jnp.arange(prompts_per_step)
-            first = draws[:, :n_min].reshape(-1).astype(jnp.float32)
-            informed = beliefs.observe(believed, rows, first, jnp.repeat(rows, n_min), jnp.ones(first.shape, bool))
-        counts, _ = counts_of(informed)
+        counts, rows, number = jnp.zeros_like(ids), jnp.arange(prompts_per_step), jnp.arange(n_max)
+        for until in rounds:
+            given = counts
+            counts, _ = counts_of(informed, until, given=given)
+            new = (number >= given[:, None]) & (number < counts[:, None])
+            outcomes = draws.reshape(-1).astype(jnp.float32), jnp.repeat(rows, n_max), new.reshape(-1)
+            informed = beliefs.observe(informed, rows, *outcomes, step)
+        if not rounds:
+            counts, _ = counts_of(informed)
         index = jnp.searchsorted(jnp.cumsum(counts), jnp.arange(budget), side="right")
         sample = jnp.arange(budget) - (jnp.cumsum(counts) - counts)[index]
         rewards = draws[index, sample].astype(jnp.float32)

@@ -19,6 +19,8 @@ import numpy as np
 
 from krl.budget.value import Bound, check_bounds, log_gain
 
+Counts = tuple[jax.Array, dict[str, Any]]  # counts [M] int32, and what a rule says of them
+
 
 def knapsack(
     log_gains: jax.Array,
@@ -173,6 +175,25 @@ def _take_largest_by_bisection(
     last = tied_before(column) - taken
     left = missing - taken.sum(dtype=jnp.int32)
     return low + taken + jnp.where(jnp.cumsum(last, dtype=jnp.int32) <= left, last, 0)
+
+
+def in_proportion(weights: jax.Array, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> jax.Array:
+    """Whole counts in proportion to weights [M] within the bounds, by a divisor method: highest w / (n + offset) first.
+
+    From n_min on the offset is 1/2 (Webster). From 0 on most shares are below one group, which Webster gives always or
+    never: there offsets lie evenly over (0, 1), as in systematic sampling, so that half a group is one in half of the steps.
+    """
+    prompts = len(weights)
+    spread = jnp.maximum(jnp.arange(1, prompts + 1) * 0.6180340 % 1.0, 1e-6)  # the rows are in random order
+    known = jnp.log(weights), jnp.full(prompts, 0.5) if n_min else spread
+    groups = jnp.asarray(budget) // group
+    return group * knapsack_large(known, groups, n_min // group, n_max // group, gain=_share_gain)
+
+
+def _share_gain(known: tuple[jax.Array, jax.Array], n: jax.Array) -> jax.Array:
+    """Log of a prompt's weight over what it has, the offset of the divisor method included."""
+    log_weight, offset = known
+    return log_weight - jnp.log(n + offset)
 
 
 def knapsack_cost(

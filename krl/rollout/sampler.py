@@ -89,7 +89,7 @@ def generate(
         temperature: the logits are divided by it; 0 takes the most likely token.
         top_k, top_p, min_p: sample from the likeliest tokens only, see `krl.rollout.tokens.least_logit`; static.
         stop_table: [states, V] of the strings that end a response, see `krl.rollout.stop.make_table`; None for none.
-        first_sample: the sample index of each prompt's first row, for a second round in the same step.
+        first_sample: [M] int32, or one for all: the sample index of each prompt's first row, for a later round of the same step.
         watch: called on the host with what has ended while the rest is decoded, see `Watch`; not inside jit.
 
     Returns:
@@ -226,10 +226,10 @@ def _each(function: Callable, *kinds: str) -> Callable:
 
 def _begin(config, options, params, prompts, counts, key, first_sample, expected_tokens) -> tuple[Work, State]:
     """Deal the rollouts, read the prompts, and clear the slots."""
-    prompt_index, sample_index, mask = make_slots(counts, options.num_rollouts)
+    prompt_index, sample_index, mask = _numbered(counts, first_sample, options.num_rollouts)
     order = constrain(_deal(jnp.append(expected_tokens, 0)[prompt_index], mask, _devices()), None)
     source = jnp.append(prompt_index, prompts.tokens.shape[0])[order]  # M where no rollout is
-    sample = jnp.append(sample_index + first_sample, 0)[order]
+    sample = jnp.append(sample_index, 0)[order]
     task = jnp.append(prompts.task_ids, 0)[source]
     keys = jax.vmap(lambda task, sample: jax.random.fold_in(jax.random.fold_in(key, task), sample))(task, sample)
     layers, queue = _for_decoding(config, params), Queue(source, keys)
@@ -278,14 +278,21 @@ def _shrink(num_slots, state) -> State:
     return _each(lambda _, state: shrink(state, num_slots), "rows")(state)
 
 
+def _numbered(counts, first_sample, num_rollouts) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(prompt_index [R], sample_index [R], mask [R]) of rollouts whose numbers begin at first_sample."""
+    prompt_index, sample_index, mask = make_slots(counts, num_rollouts)
+    first = jnp.append(jnp.broadcast_to(first_sample, counts.shape), 0)[prompt_index]
+    return prompt_index, jnp.where(mask, sample_index + first, 0), mask
+
+
 def _collect(options, counts, first_sample, order, responses: Responses) -> Rollouts:
     """The responses in the order of their prompts."""
-    prompt_index, sample_index, mask = make_slots(counts, options.num_rollouts)
+    prompt_index, sample_index, mask = _numbered(counts, first_sample, options.num_rollouts)
     back = jnp.argsort(order)[: options.num_rollouts]
     responses = jax.tree.map(lambda part: part[back], responses)
     return Rollouts(
         prompt_index=prompt_index,
-        sample_index=jnp.where(mask, sample_index + first_sample, 0),
+        sample_index=sample_index,
         mask=mask,
         tokens=constrain(responses.tokens, "batch", "length"),
         logps=constrain(responses.logps, "batch", "length"),
