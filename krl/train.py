@@ -206,7 +206,8 @@ def take_steps(
                     best.save(step, {"params": learner.state.params}, about | {"step": step, "accuracy": highest})
                 newest = metrics["eval/accuracy"]
             log.write(step, metrics)
-            log.write_groups(step, groups)
+            served = np.asarray(groups["counts"]) > 0
+            log.write_groups(step, {name: np.asarray(values)[served] for name, values in groups.items()})
             log.write_processes(step, every)
             if config.log.rollouts_gb or config.log.texts_every:
                 log.write_rollouts(step, run.describe(step, groups, **rollouts))
@@ -510,7 +511,6 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
         "tokens": tokens,
     }
     groups |= {"belief": drawn.believed, "prior": budget.prior_mean(known)}
-    groups = {name: values[:served] for name, values in groups.items()}  # those that are served come first
     each = {"faults": said.faults, "texts": said.texts, "reasons": said.reasons, "parts": several}
     return learner, metrics, groups, {"rollouts": rollouts, "rewards": rewards, "advantages": advantages} | each
 

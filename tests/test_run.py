@@ -71,6 +71,7 @@ def test_shipped_configs_pass_their_check(module):
             {"alloc.n_min": 0, "alloc.rule": "uniform"},
             r"config.alloc.rule='uniform' must be one of .*'reach'.* with alloc.n_min=0",
         ),
+        ({"alloc.rule": "mopps"}, "config.alloc.rule='mopps' must be another rule where alloc.n_min is above 0"),
         ({"alloc.n_min": 0, "alloc.budget": 510}, "config.alloc.budget=510 must be a multiple of alloc.group=4"),
         ({"alloc.n_min": 0, "alloc.group": 1}, "config.alloc.group=1 must be from 2 to alloc.n_max=128"),
         (

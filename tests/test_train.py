@@ -409,6 +409,32 @@ def test_real_rows_go_through_the_whole_path(tmp_path, capsys):
     assert "eval/accuracy" in rows(tmp_path / "work")[-1]
 
 
+@pytest.mark.parametrize("rule", ["pilot_commit", "mopps"])
+def test_rules_that_choose_prompts_in_other_ways_train(tmp_path, rule):
+    run_here(tmp_path / "work", **POOL | {"alloc.rule": rule, "sft.steps": 2, "steps": 2})
+    for row in rows(tmp_path / "work", "groups"):
+        assert sum(row["counts"]) == 16
+        assert {n % 4 for n in row["counts"]} == {0}
+        assert min(row["counts"]) > 0
+        assert len(set(row["task_ids"])) == len(row["counts"])
+    logged = rollouts(tmp_path / "work")
+    shown = {(row["step"], row["prompt_id"], row["sample"]) for row in logged}
+    assert len(shown) == 32  # later rounds go on from the samples of the first
+
+
+def test_dynamic_updates_wait_for_enough_rollouts_that_teach(tmp_path):
+    changes = {"alloc.rule": "dynamic", "alloc.budget": 16, "sft.steps": 2, "steps": 6, "loss.kl_coefficient": 0.0}
+    run_here(tmp_path / "work", **changes)
+    logged = [row for row in rows(tmp_path / "work") if row["step"]]
+    assert [row["rollouts_total"] for row in logged] == [16 * (1 + step) for step in range(6)]
+    waited, updated = 0.0, []
+    for row in logged:
+        waited += 16 * row["effective_ratio_rollouts"]
+        updated.append(waited >= 16)
+        waited *= not updated[-1]
+    assert [row["updated"] == 1 for row in logged] == updated
+
+
 @pytest.mark.parametrize(("rule", "total"), [("two_round", 16), ("two_round", 8), ("knapsack_paper", 16)])
 def test_other_rules_train(tmp_path, rule, total):
     """A rule with a pilot, also when the pilot is all there is."""

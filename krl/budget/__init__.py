@@ -2,6 +2,7 @@
 
 from krl.budget.allocate import (
     CHOOSING_RULES,
+    ONLY_CHOOSING,
     ROUNDS,
     RULES,
     allocate,
@@ -39,7 +40,7 @@ from krl.budget.prior import (
     prior_metrics,
 )
 from krl.budget.simulate import Replay, logged_rates, replay, synthetic_rates
-from krl.budget.solve import knapsack, knapsack_cost, knapsack_large, max_plus_dp, price
+from krl.budget.solve import in_proportion, knapsack, knapsack_cost, knapsack_large, max_plus_dp, price
 from krl.budget.value import (
     continuous_value,
     gains_of,
@@ -53,6 +54,7 @@ from krl.budget.value import (
 
 __all__ = [
     "CHOOSING_RULES",
+    "ONLY_CHOOSING",
     "PRIORS",
     "ROUNDS",
     "RULES",
@@ -66,6 +68,7 @@ __all__ = [
     "gains_of",
     "grpo_value",
     "hash_features",
+    "in_proportion",
     "inform",
     "init_belief",
     "init_prior",

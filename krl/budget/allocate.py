@@ -183,7 +183,7 @@ ROUNDS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
     "reinforce_ada": _half_and_three,
 }
 # Rules that choose prompts and cannot do otherwise.
-_ONLY_CHOOSING = {"mopps", "pilot_commit", "reinforce_ada"}
+ONLY_CHOOSING = {"mopps", "pilot_commit", "reinforce_ada"}
 # Rules that may give nothing to a prompt: they take `group`.
 CHOOSING_RULES = {
     "knapsack",
@@ -193,7 +193,7 @@ CHOOSING_RULES = {
     "reach",
     "variance",
     "inverse_sqrt",
-    *_ONLY_CHOOSING,
+    *ONLY_CHOOSING,
 }
 
 
@@ -236,7 +236,7 @@ def allocate(
             raise ValueError(
                 f"the rule {rule!r} gives every prompt some; with n_min=0 take one of {sorted(CHOOSING_RULES)}"
             )
-        if n_min and rule in _ONLY_CHOOSING:
+        if n_min and rule in ONLY_CHOOSING:
             raise ValueError(f"the rule {rule!r} chooses which prompts get any; it needs n_min=0, got {n_min}")
         rule = RULES[rule]
     check_bounds(n_min, n_max, least=0)

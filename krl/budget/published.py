@@ -99,11 +99,14 @@ def skip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -
 
 
 def dynamic_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
-    """DAPO's dynamic sampling (Yu et al., arXiv 2503.14476) under a fixed budget.
+    """DAPO's dynamic sampling: uniform groups, of the same policy, until R rollouts lie in mixed ones; then one update.
 
-    DAPO samples uniform groups until R rollouts lie in mixed ones, however many that takes. With a
-    fixed budget its counts are the uniform ones: it changes when an update is made, not what a rollout
-    shows. `rounds` is how many such budgets one of its updates is expected to take.
+    A step spends R rollouts as ever, and training with this rule updates the policy only in the steps in which there are
+    enough; all that was sampled is paid for, nothing that has a gradient is thrown away. `rounds` is how many steps an update
+    is expected to take.
+
+    References:
+        Yu et al., "DAPO", arXiv 2503.14476, section 3.2.
     """
     counts, _ = uniform_rule(belief, budget, n_min, n_max)
     rate = mean(belief)

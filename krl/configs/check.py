@@ -68,7 +68,7 @@ def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
 
 
 def check(
-    config: ConfigDict, *, rules: Iterable[str], choosing: Iterable[str], priors: Iterable[str], templates: Iterable[str],
+    config: ConfigDict, *, rules: Iterable[str], choosing: Iterable[str], only_choosing: Iterable[str], priors: Iterable[str], templates: Iterable[str],
     sources: Iterable[str], averages: Iterable[str], scales: Iterable[str], surrogates: Iterable[str], kl_estimators: Iterable[str],
 ) -> None:  # fmt: skip
     """Check every value and combination.
@@ -77,6 +77,7 @@ def check(
         config: the whole configuration.
         rules: the names of allocation rules.
         choosing: those of them that may give a prompt nothing.
+        only_choosing: those of these that cannot give every prompt some.
         priors: the names of priors besides "shared".
         templates: the names of prompt templates.
         sources: the names of known data sets.
@@ -141,7 +142,7 @@ def check(
     )
     need(alloc.prior_width <= 1 << 24, "alloc.prior_width", f"at most {1 << 24}: each is a parameter of the prior")
     need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
-    _check_sum(config, need, choosing)
+    _check_sum(config, need, choosing, only_choosing)
     updates = optim.updates_per_step
     need(alloc.budget % updates == 0, "alloc.budget", f"a multiple of optim.updates_per_step={updates}")
     _check_mesh(config, need)
@@ -150,10 +151,17 @@ def check(
     _check_data(config, need, templates=templates, sources=sources)
 
 
-def _check_sum(config: ConfigDict, need: Callable[[bool, str, str], None], choosing: Iterable[str]) -> None:
+def _check_sum(
+    config: ConfigDict, need: Callable[[bool, str, str], None], choosing: Iterable[str], only_choosing: Iterable[str]
+) -> None:
     """The part about how many rollouts a step's prompts can take; `need` refuses."""
     prompts, alloc = config.prompts_per_step, config.alloc
     if alloc.n_min:
+        need(
+            alloc.rule not in only_choosing,
+            "alloc.rule",
+            "another rule where alloc.n_min is above 0: this one chooses the prompts",
+        )
         least, most = prompts * alloc.n_min, prompts * alloc.n_max
         need(
             least <= alloc.budget <= most,

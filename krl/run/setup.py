@@ -38,7 +38,7 @@ from krl.tasks.operators import make_operators
 from krl.tasks.pool import VerifierPool
 
 NAMES: dict[str, Iterable[str]] = {  # what a config may name
-    "rules": budget.RULES, "choosing": budget.CHOOSING_RULES, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
+    "rules": budget.RULES, "choosing": budget.CHOOSING_RULES, "only_choosing": budget.ONLY_CHOOSING, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
     "averages": learn.AVERAGES, "scales": learn.SCALES, "surrogates": learn.SURROGATES, "kl_estimators": learn.KL_ESTIMATORS,
 }  # fmt: skip
 
@@ -405,6 +405,7 @@ def find_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return make_optimizer(
         learning_rate=optim.learning_rate, warmup_steps=optim.warmup_steps, decay_steps=optim.decay_steps,
         beta1=optim.beta1, beta2=optim.beta2, weight_decay=optim.weight_decay, grad_clip=optim.grad_clip,
+        wait_for=config.alloc.budget if config.alloc.rule == "dynamic" else 0,
     )  # fmt: skip
 
 

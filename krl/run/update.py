@@ -30,6 +30,7 @@ def make_optimizer(
     beta2: float,
     weight_decay: float,
     grad_clip: float,
+    wait_for: int = 0,
 ) -> optax.GradientTransformation:
     """AdamW behind a clip of the global norm, which skips and counts non-finite gradients; one object for equal values.
 
@@ -40,13 +41,47 @@ def make_optimizer(
         beta1, beta2: decay of the moments, per update.
         weight_decay: decoupled, per update, times the learning rate.
         grad_clip: the largest global norm of a gradient.
+        wait_for: an update waits until the rollouts with an advantage are so many, and is then along the mean gradient.
     """
     rise = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
     fall = optax.linear_schedule(learning_rate, 0.0 if decay_steps else learning_rate, decay_steps)
     schedule = optax.join_schedules([rise, fall], [warmup_steps])
     adamw = optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay)
     never_give_in = jnp.iinfo(jnp.int32).max
-    return optax.apply_if_finite(optax.chain(optax.clip_by_global_norm(grad_clip), adamw), never_give_in)
+    optimizer = optax.chain(optax.clip_by_global_norm(grad_clip), adamw)
+    return optax.apply_if_finite(_wait(optimizer, wait_for) if wait_for else optimizer, never_give_in)
+
+
+class Waiting(struct.PyTreeNode):
+    """What an optimiser that waits for more rollouts keeps."""
+
+    inner: Any
+    grads: Any  # sums of gradients since its last update
+    parts: jax.Array  # [] float32, how many these are
+    rollouts: jax.Array  # [] float32, with an advantage
+
+
+def _wait(inner: optax.GradientTransformationExtraArgs, enough: int) -> optax.GradientTransformationExtraArgs:
+    """Updates along the mean of gradients that together have `enough` rollouts with an advantage, and none before."""
+
+    def init(params):
+        return Waiting(inner.init(params), jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.float32(0))
+
+    def update(grads, state: Waiting, params=None, *, rollouts, **_):
+        grads = jax.tree.map(jnp.add, state.grads, grads)
+        parts, rollouts = state.parts + 1, state.rollouts + rollouts
+
+        def now():
+            updates, new = inner.update(jax.tree.map(lambda grad: grad / parts, grads), state.inner, params)
+            return updates, init(params).replace(inner=new)
+
+        def later():
+            nothing = jax.tree.map(jnp.zeros_like, params)
+            return nothing, Waiting(state.inner, grads, parts, rollouts)
+
+        return jax.lax.cond(rollouts >= enough, now, later)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT"}  # all products to YNNPACK
@@ -204,7 +239,8 @@ def policy_update(
         reference: the parameters to stay close to.
 
     Returns:
-        (new state, metrics: float32 scalars). `loss` and `grad_norm` are means over the updates; the
+        (new state, metrics: float32 scalars). `loss` and `grad_norm` are means over the updates, and of an optimiser that
+        waits `updated`, the share of them that were made; the
         ratio and clip metrics are over the tokens of the rollouts that were run, `mismatch` over those of the first update.
     """
     run = rollouts.mask & ((advantages != 0) | bool(kl_coefficient or entropy_coefficient))
@@ -227,13 +263,17 @@ def policy_update(
     tokens_in_share = jnp.where(rollouts.mask, rollouts.lengths, 0).sum(dtype=jnp.float32) / num_updates
 
     def update(state: TrainState, share):
-        rows, num_rows, known = share
+        members, rows, num_rows, known = share
         (loss_sum, metrics), grads = _accumulate(loss_of, state.params, drawn, (rows, known), num_rows, micro_rows)
-        state, grad_norm = apply_gradients(config, optimizer, state, grads, loss_sum, tokens_in_share)
-        return state, (divide(loss_sum, tokens_in_share), grad_norm, metrics)
+        learnt = (rollouts.mask & (advantages != 0))[members].sum(dtype=jnp.float32)
+        state, grad_norm = apply_gradients(config, optimizer, state, grads, loss_sum, tokens_in_share, learnt)
+        of_update = {"loss": divide(loss_sum, tokens_in_share), "grad_norm": grad_norm}
+        if isinstance(state.opt_state.inner_state, Waiting):
+            of_update["updated"] = (state.opt_state.inner_state.parts == 0).astype(jnp.float32)
+        return state, (of_update, metrics)
 
-    state, (losses, grad_norms, metrics) = jax.lax.scan(update, state, (rows, num_rows, known))
-    return state, _means(metrics) | {"loss": losses.mean(), "grad_norm": grad_norms.mean()}
+    state, (of_updates, metrics) = jax.lax.scan(update, state, (shares, rows, num_rows, known))
+    return state, _means(metrics) | {name: values.mean() for name, values in of_updates.items()}
 
 
 def _loss(scores_of, params: dict, drawn, part, *, importance_cap, entropy_coefficient, **options):
@@ -436,8 +476,9 @@ def apply_gradients(
     grads: dict,
     loss_sum: jax.Array,
     count: jax.Array,
+    rollouts: jax.Array | float = jnp.inf,
 ) -> tuple[TrainState, jax.Array]:
-    """Divide summed gradients by their count and take an optimiser step.
+    """Divide summed gradients by their count and take an optimiser step, or wait for more of the rollouts that teach.
 
     A loss that is not finite makes every gradient NaN, so that the optimiser skips the update.
 
@@ -446,7 +487,8 @@ def apply_gradients(
     """
     scale = jnp.where(jnp.isfinite(loss_sum), divide(jnp.float32(1), count), jnp.nan)
     grads = jax.tree.map(lambda grad: grad * scale, grads)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    step = optax.with_extra_args_support(optimizer).update
+    updates, opt_state = step(grads, state.opt_state, state.params, rollouts=rollouts)
     new = TrainState(params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     return _lay_out(config, optimizer, new), optax.tree.norm(grads)
 
