@@ -125,6 +125,7 @@ def row_of(workdir: pathlib.Path) -> dict:
         "effective_first_pass": round(float(np.mean(first_pass)), 4),
         "seconds": round(seconds, 4),
         **read_held_out(workdir),
+        **read_samples(workdir),
         "curve": curve,
     }
 
@@ -147,6 +148,15 @@ def read_held_out(workdir: pathlib.Path) -> dict:
         result |= {"found": round(found(run), 4), "dead": round(float((rates < 0.05).mean()), 4)}
         break  # the first field
     return result
+
+
+def read_samples(workdir: pathlib.Path) -> dict:
+    """{"pass": pass@1, pass@2, pass@4, ... of the held-out prompts} where eval.py has measured the run; else {}."""
+    file = workdir / "results.json"
+    if not file.exists():
+        return {}
+    measured = json.loads(file.read_text())["sets"]["held_out"]
+    return {"pass": [round(found["value"], 4) for name, found in measured.items() if name.startswith("pass@")]}
 
 
 @functools.cache
@@ -181,6 +191,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, dict[str
         if not text.startswith("--config.") or "=" not in text:
             parser.error(f"unknown argument {text}; a key of the config is --config.key=value")
     options.out.mkdir(parents=True, exist_ok=True)
+    options.samples = 0  # of each held-out prompt after a run, for pass@k
     options.warm = set()  # seeds whose warm start this process has made
     options.until = time.monotonic() + 60 * options.budget_minutes
     return options, dict(text.removeprefix("--config.").split("=", 1) for text in more)
@@ -221,7 +232,9 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> int:
                     running[slot] = (_start(job, options, slot), job)
             time.sleep(0.1)
             for slot, (process, job) in list(running.items()):
-                if process.poll() is not None:
+                if process.poll() is not None and _is_to_measure(process, job, options):
+                    running[slot] = (_start(job, options, slot, "eval.py"), job)
+                elif process.poll() is not None:
                     del running[slot]
                     done = _finish(process, job, options, left=len(queue) + len(running))
                     if job.name == "warm" and done:
@@ -252,17 +265,27 @@ def _next(queue: list[Job], warm: set, running: list[Job]) -> Job | None:
     return None
 
 
-def _start(job: Job, options: argparse.Namespace, slot: int) -> subprocess.Popen:
-    """Start train.py on the slot's share of the cores, where the platform can say so."""
+def _is_to_measure(process: subprocess.Popen, job: Job, options: argparse.Namespace) -> bool:
+    """Whether a run that ended well still needs the samples that its pass@k are from."""
+    return bool(
+        not process.returncode and options.samples and job.name != "warm"
+        and not (job.workdir(options.out) / "results.json").exists()
+    )  # fmt: skip
+
+
+def _start(job: Job, options: argparse.Namespace, slot: int, script: str = "train.py") -> subprocess.Popen:
+    """Start a program on the slot's share of the cores, where the platform can say so."""
     workdir, out = job.workdir(options.out), options.out.absolute()
-    changes = job.changes | {"sft.dir": out / "sft"}
+    changes = (
+        job.changes | {"sft.dir": out / "sft"} | ({"eval.samples": options.samples} if script == "eval.py" else {})
+    )
     command = [
-        sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs" / f"{job.task}.py"),
+        sys.executable, str(ROOT / script), "--config", str(ROOT / "configs" / f"{job.task}.py"),
         "--workdir", str(workdir), *(f"--config.{key}={value}" for key, value in changes.items()),
     ]  # fmt: skip
     cache = {"JAX_COMPILATION_CACHE_DIR": str(out / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
-    with workdir.with_name(f"{workdir.name}.log").open("w") as log:
+    with workdir.with_name(f"{workdir.name}.log").open("a") as log:
         if cores:  # a new process has the cores of the one that starts it
             os.sched_setaffinity(0, cores[slot % len(cores) :: options.jobs])
         try:

@@ -59,6 +59,14 @@ def fixed(rule: str, **more: Any) -> dict[str, Any]:
     return {RULE: rule, PRIOR: "features", BUDGET: 256, PROMPTS: 32, "alloc.n_min": 2, **more}
 
 
+# A record of each prompt alone that keeps everything.
+UNSHARED = {
+    PRIOR: "shared",
+    "alloc.fit_discounts": False,
+    "alloc.discount": 1.0,
+    "alloc.discount_mixed": 1.0,
+    "alloc.fade": 1.0,
+}
 SPLITS = ("uniform_32x8", "uniform_64x4", "uniform_16x16")  # of the same 256 rollouts; the best of them is the baseline
 SETTINGS: dict[str, dict[str, Any]] = {
     "uniform_32x8": uniform(32, 8),
@@ -82,6 +90,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
             "uniform_64x4": uniform(64, 4), "reach": pool("reach"), "odds": pool("reach", reach=0.0), "variance": pool("variance"),
         }.items()
     },
+    # Published rules, each as it was stated: docs/results.md says what had to be chosen.
+    "knapsack_paper": fixed("knapsack_paper", **{PRIOR: "shared"}),
+    "vip_none": fixed("vip", **{"loss.scale": "none"}),
+    "mopps": pool("mopps", **UNSHARED | {"alloc.group": 8, "alloc.candidates": 512, "alloc.explored": 0.0}),
+    "pilot_commit": pool("pilot_commit", **{"alloc.group": 8}),
+    "reinforce_ada_none": pool("reinforce_ada", **{"loss.scale": "none"}),
+    "dynamic": uniform(32, 8, **{RULE: "dynamic"}),
+    "coba": fixed("coba", **{PRIOR: "shared", PROMPTS: 16}),
+    "hora": fixed("hora", **{PRIOR: "shared", PROMPTS: 16, "alloc.n_min": 4}),
+    "gvm_none": fixed("gvm", **{PRIOR: "shared", PROMPTS: 16, "alloc.n_min": 8, "loss.scale": "none"}),
 }  # fmt: skip
 CORE = tuple(SETTINGS)[:8]
 MAIN, DOUBLE, FOUR_TIMES = "reach", "uniform_64x8", "uniform_64x16"
@@ -89,6 +107,7 @@ GRIDS = {RATE: (6e-4, 1.2e-3, 2.4e-3), PENALTY: (0.0, 0.02, 0.04)}  # tuned in t
 CENTRE = {RATE: 1.2e-3, PENALTY: 0.02}
 EXTENSIONS = 2  # by a factor of 2 beyond an end
 TUNING_SEEDS = (0, 1, 2)
+SAMPLES = 32  # of each held-out prompt at the end of a reported run
 DRAWN = {
     "uniform_64x4": "#7f7f7f", DOUBLE: "#505050", FOUR_TIMES: "#111111", "knapsack_log_32": "#8d6fc0", MAIN: "#00798c",
 }  # fmt: skip
@@ -113,6 +132,7 @@ def main():
         tune(options.only, at_tuning, options)
     tuning = runs.read_results(options.results.with_name(f"{tuned_on}.jsonl"))
     chosen = {name: choose(name, at_tuning, tuning) for name in SETTINGS}
+    options.samples = SAMPLES
     if not options.tune:
         jobs = [make(name, known, seed) for seed in seeds for name in options.only if (known := chosen[name])]
         runs.run_all(jobs, options)
@@ -217,7 +237,7 @@ def tables(found: Found, base: str) -> list[str]:
     """All tables of the reported seeds; none without the baseline."""
     if base not in found:
         return []
-    shown = [results_table(found, base), cost_table(found, base)]
+    shown = [results_table(found, base), cost_table(found, base), pass_table(found)]
     return shown + [transitions(found, name) for name in (base, MAIN) if name in found]
 
 
@@ -248,8 +268,7 @@ def results_table(found: Found, base: str) -> str:
     ]  # fmt: skip
     gains = {name: paired(found, name, base) for name in found if name != base}
     tested = [name for name, gain in gains.items() if gain.n > 1]
-    raw = [2 * float(stats.t.sf(abs(gains[name].mean / gains[name].error), gains[name].n - 1)) for name in tested]
-    adjusted = dict(zip(tested, holm(raw), strict=True))
+    adjusted = dict(zip(tested, holm([_probability(gains[name]) for name in tested]), strict=True))
     for name, rows in found.items():
         means = [_mean(rows, key) for key in ("accuracy", "effective", "found", "dead")]
         more = [_signed(paired(found, name, other)) if name != other else "" for other in (DOUBLE, FOUR_TIMES)]
@@ -257,6 +276,11 @@ def results_table(found: Found, base: str) -> str:
         p = f"{adjusted[name]:.3g}" if name in adjusted else ""
         lines.append(_line(name, len(rows), means[0], gain, p, *more, *means[1:]))
     return "\n".join(lines)
+
+
+def _probability(gain: runs.Interval) -> float:
+    """Of a mean so far from 0 by chance, by the t test on both sides."""
+    return 2 * float(stats.t.sf(abs(gain.mean / gain.error), gain.n - 1)) if gain.error else float(gain.mean == 0)
 
 
 def cost_table(found: Found, base: str) -> str:
@@ -276,6 +300,16 @@ def cost_table(found: Found, base: str) -> str:
         medians = [_number(statistics.median(shares)) if pairs else "" for shares in (rollouts, tokens, seconds)]
         mean = _number(statistics.mean(did)) if did else ""
         lines.append(_line(name, len(pairs), medians[0], mean, len(pairs) - len(did), *medians[1:]))
+    return "\n".join(lines)
+
+
+def pass_table(found: Found) -> str:
+    """Share of the held-out prompts that at least one of k samples solves, at the end."""
+    sizes = [2**power for power in range(int(np.log2(SAMPLES)) + 1)]
+    lines = ["Held-out pass@k at the end, means over seeds:\n", _line("setting", *(f"pass@{k}" for k in sizes)), "|---" * (1 + len(sizes)) + "|"]  # fmt: skip
+    for name, rows in found.items():
+        measured = [row["pass"] for row in rows.values() if "pass" in row]
+        lines += [_line(name, *(f"{value:.3f}" for value in np.mean(measured, axis=0)))] if measured else []
     return "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -38,14 +39,31 @@ if given.get("steps") != "0":
 """
 
 
+EVAL = """
+import json, pathlib, sys
+given = dict(text.removeprefix("--config.").split("=", 1) for text in sys.argv if text.startswith("--config."))
+workdir = pathlib.Path(sys.argv[sys.argv.index("--workdir") + 1])
+samples = int(given["eval.samples"])
+held_out = {"avg@k": {"value": 0.5}, "pass@1": {"value": 0.5}, f"pass@{samples}": {"value": 0.75}}
+(workdir / "results.json").write_text(json.dumps({"settings": {}, "sets": {"held_out": held_out}}))
+"""
+
+
 @pytest.fixture
 def options(tmp_path, monkeypatch):
     """Runs in tmp_path by TRAIN instead of train.py."""
     (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "eval.py").write_text(EVAL)
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(runs, "ROOT", tmp_path)
     return argparse.Namespace(
-        out=tmp_path / "out", results=tmp_path / "results.jsonl", jobs=2, keep=False, until=math.inf, warm=set()
+        out=tmp_path / "out",
+        results=tmp_path / "results.jsonl",
+        jobs=2,
+        keep=False,
+        until=math.inf,
+        warm=set(),
+        samples=0,
     )
 
 
@@ -72,8 +90,8 @@ def test_the_interval_of_three_differences():
 
 def test_differences_are_paired_by_seed():
     base = {1: {"accuracy": 0.1}, 2: {"accuracy": 0.5}, 4: {"accuracy": 0.9}}
-    found = {study.BASE: base, "skip": {2: {"accuracy": 0.6}, 1: {"accuracy": 0.4}, 3: {"accuracy": 0.0}}}
-    got = study.paired(found, "skip", "accuracy")
+    found = {"uniform": base, "reach": {2: {"accuracy": 0.6}, 1: {"accuracy": 0.4}, 3: {"accuracy": 0.0}}}
+    got = study.paired(found, "reach", "uniform")
     assert (got.n, got.mean) == (2, pytest.approx(0.2))
 
 
@@ -128,27 +146,69 @@ def test_what_it_took_to_reach_a_level():
 def test_the_cost_table_counts_who_never_arrives():
     base = {"accuracy": 0.4, "curve": [[0, 0, 0, 0.0], [10, 10, 10, 0.4]]}
     fast, slow = ({"accuracy": last, "curve": [[0, 0, 0, 0.0], [10, 10, 5, last]]} for last in (0.8, 0.2))
-    table = study.cost_table({study.BASE: {1: base, 2: base, 3: base}, "skip": {1: fast, 2: slow, 3: fast}})
-    assert table.splitlines()[-1] == "| skip | 3 | 0.500 | 0.500 | 1 | 0.500 | 0.250 |"
+    table = study.cost_table({"uniform": {1: base, 2: base, 3: base}, "reach": {1: fast, 2: slow, 3: fast}}, "uniform")
+    assert table.splitlines()[-1] == "| reach | 3 | 0.500 | 0.500 | 1 | 0.500 | 0.250 |"
 
 
 @pytest.mark.parametrize(
-    ("best", "grid"),
+    ("best", "tried"),
     [
-        (6e-4, study.RATES),
-        (2.4e-3, (*study.RATES, 4.8e-3)),
-        (3e-4, (1.5e-4, *study.RATES)),
-        (1.0, (*study.RATES, 4.8e-3, 9.6e-3)),
-        (0.0, (7.5e-5, 1.5e-4, *study.RATES)),
+        (2.0, [1, 2, 4]),
+        (4.0, [1, 2, 4, 8]),
+        (1.0, [0.5, 1, 2, 4]),
+        (100.0, [1, 2, 4, 8, 16]),
+        (0.0, [0.25, 0.5, 1, 2, 4]),
     ],
 )
-def test_the_best_rate_is_bracketed(best, grid):
-    # The accuracy of each rate falls with its distance from `best`; so one step beyond the end is no better.
-    assert study.rate_grid(lambda rate: -abs(rate - best)) == pytest.approx(list(grid))
+def test_the_best_value_is_bracketed(best, tried):
+    # The accuracy of each falls with its distance from `best`; so one step beyond the end is no better.
+    assert study.grid((1, 2, 4), lambda value: -abs(value - best)) == tried
 
 
-def test_no_grid_grows_before_all_of_it_is_known():
-    assert study.rate_grid(lambda rate: None if rate == 3e-4 else rate) == list(study.RATES)
+def test_no_grid_grows_before_all_of_it_is_known_nor_below_nothing():
+    assert study.grid((1, 2, 4), lambda value: None if value == 1 else value) == [1, 2, 4]
+    assert study.grid((0, 2, 4), lambda value: -value) == [0, 2, 4]
+
+
+def test_the_penalty_is_tuned_at_the_best_rate():
+    """Accuracy is best at a rate of 2.4e-3 and a weight of .04, one step inside the grids that are grown."""
+    make = functools.partial(study.make_job, "operators", {})
+    rows = {}
+
+    def run(wanted):
+        for values in wanted:
+            distance = abs(values[study.RATE] - 2.4e-3) + abs(values[study.PENALTY] - 0.04)
+            rows.update({make("reach", values, seed).key(): {"accuracy": 1 - distance} for seed in study.TUNING_SEEDS})
+
+    asked = []
+    while (wanted := study.search("reach", make, rows)[1]) != asked:
+        run(wanted)
+        asked = wanted
+    assert study.choose("reach", make, rows) == {study.RATE: 2.4e-3, study.PENALTY: 0.04}
+    assert [tuple(values.values()) for values in asked] == [
+        (6e-4, 0.02), (1.2e-3, 0.02), (2.4e-3, 0.02), (4.8e-3, 0.02), (2.4e-3, 0.0), (2.4e-3, 0.02), (2.4e-3, 0.04), (2.4e-3, 0.08),
+    ]  # fmt: skip
+    assert study.choose("reach", make, {}) is None
+
+
+def test_holm_multiplies_by_how_many_are_left():
+    # 4 x .01, then 3 x .013 and 2 x .02, not below it; the largest as it is.
+    assert study.holm([0.02, 0.01, 0.9, 0.013]) == pytest.approx([0.04, 0.04, 0.9, 0.04])
+    assert study.holm([0.6, 0.7]) == [1.0, 1.0]
+    assert study.holm([]) == []
+
+
+def test_the_results_of_a_study_by_hand():
+    curve = {"curve": [[0, 0, 0, 0.0]], "effective": 0.5}
+    found = {
+        name: {seed: curve | {"accuracy": mean + seed * slope} for seed in (1, 2, 3)}
+        for name, mean, slope in (("uniform_64x4", 0.5, 0.1), ("reach", 0.6, 0.11), (study.DOUBLE, 0.5, 0.1))
+    }
+    rows = study.results_table(found, "uniform_64x4").splitlines()
+    # Differences of .11, .12 and .13: an error of .01 / sqrt(3), 4.3027 of which are .0248.
+    assert rows[3].startswith(
+        "| reach | 3 | 0.820 | +0.120 (+0.095 to +0.145) | 0.00461 | +0.120 (+0.095 to +0.145) |  | 0.500 |"
+    )
 
 
 def test_runs_leave_rows_from_which_the_next_call_goes_on(options, capsys):
@@ -168,6 +228,13 @@ def test_runs_leave_rows_from_which_the_next_call_goes_on(options, capsys):
     assert [given["seed"] for given in started(options)] == ["2", "2"]
     assert runs.run_all([j._replace(name="another name") for j in jobs], options) == 0
     assert len(options.results.read_text().splitlines()) == 4
+
+
+def test_runs_are_measured_with_more_samples_where_those_are_asked_for(options):
+    options.samples = 32
+    assert runs.run_all([job(1), job(2)], options) == 2
+    assert [row["pass"] for row in runs.read_results(options.results).values()] == [[0.5, 0.75]] * 2
+    assert sum(given.get("steps") != "0" for given in started(options)) == 2
 
 
 def test_a_run_that_fails_does_not_stop_the_others(options, capsys):
@@ -208,43 +275,39 @@ def test_a_step_down_the_gradient_of_what_should_fall_is_a_rise():
     assert noise.split_noise(pairs, np.array([0.0, 3.0, 0.0]))["rise"] < 0
 
 
-def test_values_and_priors_are_told_apart():
-    gains = {study.BASE: 0.0, "knapsack_features": 0.2, "knapsack_shared": 0.1, "vip_features": -0.1, "oracle": 0.9, "uniform_512": 0.5}  # fmt: skip
-    found = {name: {seed: {"accuracy": gain + seed} for seed in (1, 2)} for name, gain in gains.items()}
-    table = study.prior_by_value(found).splitlines()
-    assert "| knapsack | +0.100 +- 0.000 |  | +0.200 +- 0.000 |" in table
-    assert "| vip |  |  | -0.100 +- 0.000 |" in table
-    assert len(table) == 6  # neither the oracle nor other budgets are of it
-
-
 @pytest.mark.parametrize("task", study.TASKS)
 def test_every_setting_of_the_study_can_run(task):
     for name in study.SETTINGS:
-        changes = study.make_job(task, {}, name, 1e-3, 0).changes
-        config = importlib.import_module(f"krl.configs.{task}").get_config()
-        config.update_from_flattened_dict(changes)
+        job = study.make_job(task, {}, name, study.CENTRE, 0)
+        config = importlib.import_module(f"krl.configs.{job.task}").get_config()
+        config.update_from_flattened_dict(job.changes)
         check(config, **NAMES)
-        assert (config.alloc.prior == "groups") == (study.FIELD in changes)
 
 
 def test_the_study_tunes_and_resumes(options, monkeypatch, capsys):
-    """With TRAIN accuracy is the learning rate, so that every grid grows twice."""
-    monkeypatch.setattr(study, "RATES", (0.1, 0.2))
+    """With TRAIN accuracy is the learning rate, so that the grid of rates grows twice."""
+    monkeypatch.setattr(study, "GRIDS", {study.RATE: (0.1, 0.2), study.PENALTY: (0.0, 0.02)})
+    monkeypatch.setattr(study, "CENTRE", {study.RATE: 0.1, study.PENALTY: 0.02})
     monkeypatch.setattr(study, "TUNING_SEEDS", (0,))
     (options.out.parent / "configs").mkdir()
     (options.out.parent / "configs" / "operators.py").touch()
-    command = f"study --out {options.out} --results {options.results} --only {study.MAIN} skip --seeds 5 6 --jobs 2"
+    results = options.results.with_name("operators.jsonl")
+    command = f"study --out {options.out} --results {results} --only uniform_64x4 reach --seeds 5 6 --jobs 2"
     monkeypatch.setattr("sys.argv", command.split())
     study.main()
-    # Rates 0.1 to 0.8 of three settings; then two seeds each.
-    assert len(runs.read_results(options.results)) == 4 * 3 + 2 * 3
+    # Rates 0.1 to 0.8 with .02, further weights at 0.8 of which none is better; then two seeds each.
+    tried = [row["changes"] for row in runs.read_results(results).values()]
+    assert sum(row["seed"] == 0 for row in tried) == 2 * (4 + 3)
+    assert sum(row["seed"] in (5, 6) for row in tried) == 2 * 2
     shown = capsys.readouterr().out
-    assert f"| {study.MAIN} | 0.8 | 2 | 0.800 | +0.000 (+0.000 to +0.000) |" in shown
+    assert "| reach | 2 | 0.800 | +0.000 (+0.000 to +0.000) |" in shown
+    assert "reach_128" in shown.splitlines()[-1]  # not run yet
+    assert "| reach | 0.500 | 0.750 |" in shown
     before = len(started(options))
     study.main()
     assert len(started(options)) == before
-    assert (options.out / "tables.md").read_text() in capsys.readouterr().out
-    assert (options.out / "study.png").stat().st_size > 1000
+    assert (options.out / "operators.md").read_text() in capsys.readouterr().out
+    assert (options.out / "operators.png").stat().st_size > 1000
 
 
 def test_the_verdict_on_elasticity():
