@@ -13,6 +13,7 @@ rollouts -> rewards -> advantages -> updates -> belief -> metrics; docs/architec
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
 import sys
@@ -458,9 +459,7 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
         chosen = None
         if run.candidates > run.num_prompts:
             counts, info = run.allocate(known, config.alloc.budget)
-            rows = jnp.argsort(counts == 0, stable=True)[
-                : run.num_prompts
-            ]  # all that get any, and as many others as fit
+            rows = jnp.argsort(counts == 0, stable=True)[: run.num_prompts]  # those that get any come first
             before, known, features = jax.tree.map(lambda x: x[rows] if x.ndim else x, (before, known, features))
             task_ids, chosen = task_ids[np.asarray(rows)], (counts[rows], info)
         prompts = run.place(Prompts(run.tasks.tokens[task_ids], run.tasks.mask[task_ids], task_ids))
@@ -495,7 +494,7 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
     metrics |= {f"reward/{name}": mean_of(values, has_reward) for name, values in several.items()}
     metrics |= {
         "discount": float(belief.discount), "discount_mixed": float(belief.discount_mixed), "fade": float(belief.fade),
-        "hopeless": float(belief.hopeless), "candidates": run.candidates, **staleness(belief.last_step, step),
+        "hopeless": float(jax.nn.sigmoid(belief.hopeless)), "candidates": run.candidates, **staleness(belief.last_step, step),
         "seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds,
         "rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1],
     }  # fmt: skip
@@ -552,22 +551,25 @@ def spend_budget(
     def learn_from(known, rollouts, verdicts):
         outcomes, has_reward = run.place((np.float32(verdicts.rewards.clip(0.0, 1.0)), verdicts.faults == 0))
         index, scored, lengths = rollouts.prompt_index, rollouts.mask & has_reward, rollouts.lengths
-        return budget.observe(known, jnp.arange(num_prompts), outcomes, index, scored, step, lengths)
+        seen = budget.observe(known, jnp.arange(num_prompts), outcomes, index, scored, step, lengths)
+        sums = (jnp.where(scored, x, 0.0) for x in (outcomes, 1 - outcomes))
+        return seen, *(jax.ops.segment_sum(x, index, num_segments=num_prompts) for x in sums)
 
     lengths, scouts = mean_tokens(known), config.alloc.scouts
     if scouts:  # their samples are numbered after those that count, and neither they nor their time do
         every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock(config.stuck_seconds)
         seen = draw(every, num_prompts * scouts, free, first_sample=config.alloc.n_max)
-        known = learn_from(budget.init_belief(num_prompts), *seen)
-    counts, spent, rounds = jnp.zeros_like(prompts.task_ids), 0, []
-    for until in run.rounds:
+        known, *_ = learn_from(budget.init_belief(num_prompts), *seen)
+    counts = jnp.zeros_like(prompts.task_ids)
+    shown, rounds = budget.Shown(counts, counts * 0.0, counts * 0.0), []
+    for spent, until in itertools.pairwise((0, *run.rounds)):
         if rounds:
-            known = learn_from(known, *rounds[-1])
-        given, told = counts, {"given": counts} if len(run.rounds) > 1 else {}
+            known, wins, losses = learn_from(known, *rounds[-1])
+            shown = budget.Shown(counts, shown.successes + wins, shown.failures + losses)
+        told = {"shown": shown} if len(run.rounds) > 1 else {}
         with clock.phase("budget"):
             counts, info = jax.block_until_ready(chosen or run.allocate(known, until, **told))
-        rounds.append(draw(counts - given, until - spent, first_sample=given))
-        spent = until
+        rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
     rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
     verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
     return Drawn(

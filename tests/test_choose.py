@@ -1,5 +1,7 @@
 """Rules that may give a prompt nothing: whole groups, exactly, for those that were not sampled for longest too."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,7 @@ def believed(rng, tasks):
     barren = np.where(successes > 0, SOLVED, -rng.exponential(2.0, tasks))
     belief = budget.init_belief(tasks).replace(
         successes=jnp.float32(successes), failures=jnp.float32(failures), barren=jnp.float32(barren),
-        last_step=jnp.int32(rng.integers(-1, 9, tasks)), hopeless=jnp.float32(rng.uniform(0, 0.5)),
+        last_step=jnp.int32(rng.integers(-1, 9, tasks)), hopeless=jnp.float32(special.logit(rng.uniform(0.01, 0.5))),
     )  # fmt: skip
     return belief, successes + 0.5, failures + 0.5
 
@@ -190,7 +192,7 @@ def visit(belief, groups, step, **options):
 
 
 def test_what_never_succeeds_is_likelier_to_be_hopeless():
-    belief = budget.init_belief(3, discount=1.0, fade=1.0).replace(hopeless=jnp.float32(0.2))
+    belief = budget.init_belief(3, discount=1.0, fade=1.0).replace(hopeless=jnp.float32(special.logit(0.2)))
     for step in range(3):
         belief = visit(belief, [[0] * 4, [0, 0, 1, 0], []], step, fit_prior=False, fit_discounts=False)
     # Bayes' rule with 12 failures in a row under Beta(1/2, 1/2)
@@ -207,10 +209,65 @@ def test_the_share_of_hopeless_prompts_is_found():
     belief = budget.init_belief(600, discount=1.0, discount_mixed=1.0, fade=1.0)
     for step in range(8):
         belief = visit(belief, [(rng.random(4) < p).tolist() for p in rate], step, fit_discounts=False)
-    assert float(belief.hopeless) == pytest.approx((rate == 0).mean(), abs=0.04)
+    assert (rate == 0).mean() - 0.12 < special.expit(float(belief.hopeless)) < (rate == 0).mean() + 0.04
     likely = np.asarray(budget.possible(belief))
-    assert likely[rate == 0].max() < 0.2
+    assert likely[rate == 0].max() < 0.45
     assert likely[rate > 0.2].min() > 0.9
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.3, 1.0), (0.5, 2.0), (2.0, 98.0)])
+def test_what_is_rare_is_not_taken_for_hopeless(alpha, beta):
+    rng = np.random.default_rng(0)
+    rate = rng.beta(alpha, beta, 1024)
+    belief = budget.init_belief(1024)
+    for step in range(48):
+        seen = np.arange(64) + step % 16 * 64
+        rewards = jnp.float32(rng.random(256) < np.repeat(rate[seen], 4))
+        belief = budget.update(belief, seen, rewards, jnp.repeat(jnp.arange(64), 4), jnp.ones(256, bool), step)
+    assert special.expit(float(belief.hopeless)) < 0.15
+    never = np.asarray(belief.barren) < 0
+    believed = np.asarray(budget.mean(budget.take(belief, jnp.arange(1024), 48)))
+    assert believed[never].mean() > 0.4 * rate[never].mean()
+
+
+def test_certainly_hopeless_prompts_are_told_apart_and_get_nothing():
+    """float32 has no probability between 1e-8 and 1 away from 1, but it has logarithms."""
+    belief = budget.init_belief(4).replace(hopeless=jnp.float32(4.0), barren=jnp.array([-20.0, -200.0, -1e5, 1e6]))
+    possible = np.asarray(budget.possible(belief))
+    assert possible[3] == 1
+    assert possible[0] == pytest.approx(math.exp(-24), rel=1e-5)
+    assert (np.diff(np.asarray(budget.allocate("knapsack", belief, 32, 0, 12, group=4)[0])[[2, 1, 0, 3]]) >= 0).all()
+    prior = budget.init_prior("groups", 4).replace(failed=jnp.float32([3000, 10, -1, -1]), hopeless=jnp.float32(-1.4))
+    before = budget.init_belief(3).replace(prior_alpha=jnp.float32(3.0), prior_beta=jnp.float32(6.0))
+    likely = np.asarray(budget.possible(budget.inform(prior, before, jnp.array([[0], [1], [2]]))))
+    assert likely[0] < 1e-5
+    assert likely[0] < likely[1] < likely[2]
+
+
+def test_a_record_moves_with_what_is_expected_of_its_kind():
+    """Only under the predictor that it was made under: another one says nothing of the policy's move."""
+    groups = jnp.array([[0], [1]])
+    prior = budget.init_prior("groups", 2)
+    prior = prior.replace(
+        evidence=tuple(jnp.tile(jnp.float32(x), (6, 1)) for x in ([2.0, 180], [98.0, 20])),
+        scores=prior.scores.at[2, 1].set(9.0),
+    )
+    belief = budget.init_belief(2, discount=1.0, discount_mixed=1.0, fade=1.0)
+    known = budget.inform(prior, budget.take(belief, jnp.arange(2), 0), groups)
+    wins = jnp.concatenate([jnp.arange(40) < 1, jnp.arange(40) < 36]).astype(jnp.float32)
+    index, every = jnp.repeat(jnp.arange(2), 40), jnp.ones(80, bool)
+    belief = budget.update(
+        belief, jnp.arange(2), wins, index, every, 0, known=known, fit_prior=False, fit_discounts=False
+    )
+    plain = budget.take(belief, jnp.arange(2), 1)
+    np.testing.assert_allclose(plain.successes, [1, 36])  # as it was seen, for whoever asks without the prior
+    same = budget.inform(prior, plain, groups)
+    np.testing.assert_allclose(same.successes, [1, 36], rtol=1e-5)
+    learnt = prior.replace(evidence=tuple(jnp.tile(jnp.float32(x), (6, 1)) for x in ([52.0, 180], [48.0, 20])))
+    moved = budget.inform(learnt, plain, groups)
+    np.testing.assert_allclose(moved.successes, [1 + 40 * 0.5, 36], rtol=0.03)
+    np.testing.assert_allclose(moved.successes + moved.failures, [40, 40], rtol=1e-6)
+    np.testing.assert_allclose(moved.squares, moved.successes, rtol=1e-5)
 
 
 def test_prompts_share_what_is_hopeless_about_them():

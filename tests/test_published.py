@@ -12,27 +12,20 @@ from krl import budget
 from tests.test_rules import visited
 
 
-def after_round(belief, counts, wins, given=None):
-    """The belief after one more round: wins of the rollouts beyond `given`."""
-    given = np.zeros(len(counts), int) if given is None else given
-    new = np.asarray(counts) - given
-    index = np.repeat(np.arange(len(new)), new)
-    rewards = np.concatenate([np.arange(n) < w for n, w in zip(new, wins, strict=True)]).astype(np.float32)
-    ones = jnp.ones(len(index), bool)
-    return budget.observe(belief, jnp.arange(len(new)), jnp.asarray(rewards), index, ones, 7)
+def shown_by(wins, counts) -> budget.Shown:
+    """What a pilot of some counts has shown."""
+    wins, counts = np.array(wins), np.array(counts)
+    return budget.Shown(jnp.int32(counts), jnp.float32(wins), jnp.float32(counts - wins))
 
 
 def rounds(rule, prompts, total, n_min, n_max, group, outcomes):
     """All counts of the rounds of a rule; outcomes[i][j] is the reward of rollout j of prompt i."""
-    belief, counts, shown = budget.init_belief(prompts), np.zeros(prompts, int), []
+    belief, shown, all_counts = budget.init_belief(prompts), shown_by([0] * prompts, [0] * prompts), []
     for until in budget.rounds_of(rule, prompts, total, n_min, group):
-        given = counts
-        counts, info = budget.allocate(rule, belief, until, n_min, n_max, group=group, given=jnp.asarray(given))
-        counts = np.asarray(counts)
-        shown.append((counts, info))
-        wins = [sum(outcomes[i][given[i] : counts[i]]) for i in range(prompts)]
-        belief = after_round(belief, counts, wins, given)
-    return shown
+        counts, info = budget.allocate(rule, belief, until, n_min, n_max, group=group, shown=shown)
+        all_counts.append((np.asarray(counts), info))
+        shown = shown_by([sum(outcomes[i][:n]) for i, n in enumerate(all_counts[-1][0])], counts)
+    return all_counts
 
 
 @pytest.mark.parametrize("rule", sorted(budget.ROUNDS))
@@ -50,13 +43,15 @@ def test_rounds_add_up_and_take_nothing_back(rule):
             assert (after % group == 0).all()
 
 
-def test_what_several_rounds_of_a_step_show_is_one_visit():
-    belief = after_round(budget.init_belief(2), [4, 2], [1, 2])
-    belief = after_round(belief, [7, 2], [2, 0], np.array([4, 2]))
-    assert belief.last_count.tolist() == [7, 2]
-    assert belief.last_successes.tolist() == [3, 2]
-    assert belief.visits.tolist() == [1, 1]
-    assert belief.successes.tolist() == [3, 2]
+def test_what_fades_with_time_fades_once_in_several_rounds():
+    belief = budget.init_belief(1, discount=1.0, fade=0.9).replace(
+        successes=jnp.array([8.0]), failures=jnp.array([8.0]), visits=jnp.array([1]), last_step=jnp.array([0])
+    )
+    known = budget.take(belief, jnp.arange(1), 11)
+    assert float(known.successes[0]) == pytest.approx(8 * 0.9**10)
+    after = budget.observe(known, jnp.arange(1), jnp.zeros(2), jnp.zeros(2, int), jnp.ones(2, bool), 11)
+    assert float(after.successes[0]) == pytest.approx(8 * 0.9**10)
+    assert float(after.failures[0]) == pytest.approx(8 * 0.9**10 + 2)
 
 
 def test_mopps_serves_what_is_nearest_to_a_half():
@@ -127,7 +122,6 @@ def test_coba_prefers_the_rate_that_is_the_share_of_failures():
 
 def test_hora_maximises_the_hits_to_come():
     pilot = [0, 1, 2, 4]
-    belief = after_round(budget.init_belief(4), [4] * 4, pilot)
 
     def hits(wins, more):
         missed = integrate.quad(lambda p: (1 - p) ** more * stats.beta.pdf(p, 1 + wins, 5 - wins), 0, 1)[0]
@@ -138,19 +132,18 @@ def test_hora_maximises_the_hits_to_come():
         (c for c in itertools.product(range(13), repeat=4) if sum(c) == 24),
         key=lambda c: sum(table[i][n] for i, n in enumerate(c)),
     )
-    counts, _ = budget.allocate("hora", belief, 40, 4, 16, given=jnp.full(4, 4))
+    counts, _ = budget.allocate("hora", budget.init_belief(4), 40, 4, 16, shown=shown_by(pilot, [4] * 4))
     assert (np.asarray(counts) - 4).tolist() == list(best)
 
 
 def test_gvm_gives_nothing_more_where_nothing_succeeded():
-    belief = after_round(budget.init_belief(4), [8] * 4, [0, 1, 4, 8])
-    counts, _ = budget.allocate("gvm", belief, 332, 8, 400, given=jnp.full(4, 8))
+    new = budget.init_belief(4)
+    counts, _ = budget.allocate("gvm", new, 332, 8, 400, shown=shown_by([0, 1, 4, 8], [8] * 4))
     p = np.array([1 / 8, 4 / 8, 1])
     share = 1 / np.sqrt(p + 1e-3 / p)
     assert counts[0] == 8
     np.testing.assert_allclose(counts[1:] - 8, 300 * share / share.sum(), atol=1)
-    none = after_round(budget.init_belief(4), [8] * 4, [0] * 4)
-    assert budget.allocate("gvm", none, 40, 8, 400, given=jnp.full(4, 8))[0].tolist() == [10] * 4
+    assert budget.allocate("gvm", new, 40, 8, 400, shown=shown_by([0] * 4, [8] * 4))[0].tolist() == [10] * 4
 
 
 @pytest.mark.parametrize("rule", ["mopps", "pilot_commit", "reinforce_ada"])

@@ -40,7 +40,7 @@ from krl.budget.prior import (
     prior_metrics,
 )
 from krl.budget.simulate import Replay, logged_rates, replay, synthetic_rates
-from krl.budget.solve import in_proportion, knapsack, knapsack_cost, knapsack_large, max_plus_dp, price
+from krl.budget.solve import Shown, in_proportion, knapsack, knapsack_cost, knapsack_large, max_plus_dp, price
 from krl.budget.value import (
     continuous_value,
     gains_of,
@@ -61,6 +61,7 @@ __all__ = [
     "Belief",
     "Prior",
     "Replay",
+    "Shown",
     "Source",
     "allocate",
     "continuous_value",

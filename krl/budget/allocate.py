@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from krl.budget import published
-from krl.budget.belief import Belief, mean, mean_tokens, possible, posterior, reward_variance
-from krl.budget.solve import Counts, in_proportion, knapsack, price
+from krl.budget.belief import Belief, log_possible, mean, mean_tokens, possible, posterior, reward_variance
+from krl.budget.solve import Counts, Shown, in_proportion, knapsack, price
 from krl.budget.value import Value, check_bounds, continuous_value, gains_of, log_gains_beta
 from krl.masked import divide
 
@@ -54,8 +54,9 @@ def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_
     """The knapsack by gain per token: of prompts that teach as much, the short ones with short responses first.
 
     The R rollouts with the most expected gain for each of their tokens, which no other counts can beat at
-    the tokens these are expected to take (`expected_tokens`, prompts not counted). A prompt that may get nothing costs its
-    own tokens too, once, with its first group. Assumes that a prompt's responses stay as long as they were.
+    the tokens these are expected to take (`expected_tokens`). A prompt that may get nothing costs its own tokens too, once,
+    with its first group; a later group then counts as no denser than those before it, which may miss a few percent. Assumes that a
+    prompt's responses stay as long as they were.
     """
     tokens = jnp.maximum(mean_tokens(belief), 1.0)
     costs = jnp.broadcast_to(group * tokens[:, None], (len(tokens), (n_max - n_min) // group))
@@ -63,7 +64,8 @@ def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_
         costs = costs.at[:, :1].add(belief.prompt_tokens[:, None])
     density = jax.lax.cummin(_expected(belief, n_min, n_max, group) - jnp.log(costs), axis=1)
     counts, info = _solve(density, budget, n_min, group)
-    return counts, info | {"expected_tokens": (counts * tokens).sum()}
+    prompts = 0.0 if n_min else jnp.where(counts > 0, belief.prompt_tokens, 0.0).sum()
+    return counts, info | {"expected_tokens": (counts * tokens).sum() + prompts}
 
 
 def knapsack_continuous_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
@@ -83,7 +85,7 @@ def reach_rule(
     log(p + r) is bold above r and calm below it. The share of a prompt is the one that is expected under its belief: where
     p may be 0 or 0.1 it is the mean of what the two would get.
     """
-    return in_proportion(reach_weights(belief, reach), budget, n_min, n_max, group), {}
+    return in_proportion(reach_weights(belief, reach), budget, n_min, n_max, group, belief.recorded.sum()), {}
 
 
 def reach_weights(belief: Belief, reach: float) -> jax.Array:
@@ -111,11 +113,11 @@ def variance_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: in
     estimate over all prompts. Assumes that p is known; takes the belief's mean for it.
     """
     rate = mean(belief)
-    return in_proportion(jnp.sqrt(rate * (1 - rate)), budget, n_min, n_max, group), {}
+    return in_proportion(jnp.sqrt(rate * (1 - rate)), budget, n_min, n_max, group, belief.recorded.sum()), {}
 
 
 def two_round_rule(
-    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, given: jax.Array | None = None
+    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None
 ) -> Counts:
     """The knapsack after a pilot: n_min rollouts of every prompt from the current policy come first.
 
@@ -173,8 +175,8 @@ def _half_and_three(prompts: int, budget: int, n_min: int, group: int) -> tuple[
 
 
 # Rules that spend the budget of a step in rounds, each after the outcomes of those before: (M, R, n_min, group) -> the
-# rollouts by the end of each round. Such a rule also takes `given` [M] int32, the counts of the rounds before, which it may
-# not lower. What these showed is in its belief: `last_count` and `last_successes` are of this step where something was given.
+# rollouts by the end of each round. Such a rule also takes `shown`, what the rounds before have given, which it may not
+# lower, and what came of it; its belief has seen that too.
 ROUNDS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
     "two_round": _pilot_and_rest,
     "hora": _pilot_and_rest,
@@ -206,7 +208,7 @@ def allocate(
     *,
     group: int = 1,
     explored: int = 0,
-    given: jax.Array | None = None,
+    shown: Shown | None = None,
 ) -> Counts:
     """The counts of a step under a rule.
 
@@ -218,8 +220,9 @@ def allocate(
         n_min, n_max: the fewest and the most rollouts of a prompt, static.
         group: g, the rollouts of a group, static; used with n_min = 0, and 2 at least there.
         explored: with n_min = 0, how many prompts get a group that the rule gives nothing: those that were not sampled
-            for longest, the lower index first; static. The rule has g times as many rollouts less.
-        given: [M] int32, the counts of the rounds before, for a rule of ROUNDS; budget is what is spent with this round.
+            for longest, the lower index first; static. The rule has g times as many rollouts less. 0 in a pool that has
+            fewer prompts than the budget has groups, and in rounds.
+        shown: of the rounds before, for a rule of ROUNDS; budget is what is spent with this round.
 
     Returns:
         (counts [M] int32, info: the rule's own numbers; docs/metrics.md says which). The counts of the rules
@@ -240,7 +243,7 @@ def allocate(
             raise ValueError(f"the rule {rule!r} chooses which prompts get any; it needs n_min=0, got {n_min}")
         rule = RULES[rule]
     check_bounds(n_min, n_max, least=0)
-    more = {} if given is None else {"given": given}
+    more, explored = ({}, explored) if shown is None else ({"shown": shown}, 0)
     prompts = belief.visits.shape[0]
     if n_min:
         _check_sum(prompts, budget, n_min, n_max)
@@ -254,9 +257,9 @@ def allocate(
 
 def _choose(rule: Rule, belief: Belief, budget: jax.Array, group: int, explored: int) -> Counts:
     """Counts of 0 or whole groups, of which `explored` go to prompts that the rule gives nothing."""
-    # So many remain unserved whatever the rule does: each of its groups serves one prompt at most.
+    # Each of the rule's groups serves one prompt at most, so with as many prompts as groups at least `kept` get none of them.
     groups = budget // group
-    kept = jnp.clip(len(belief.visits) - groups, 0, jnp.minimum(explored, groups))
+    kept = jnp.where(len(belief.visits) >= groups, jnp.minimum(explored, groups), 0)
     counts, info = rule(belief, budget - group * kept)
     waiting = jnp.where(counts == 0, belief.last_step, np.iinfo(np.int32).max)
     _, longest = jax.lax.top_k(-waiting, explored)
@@ -295,7 +298,7 @@ def _expected(belief: Belief, n_min: int, n_max: int, group: int, powers: tuple[
     gains = log_gains_beta(*posterior(belief), n_min or 1, n_max, powers=powers)
     if not n_min:
         gains = whole_groups(gains, group)
-    return gains + jnp.log(possible(belief))[:, None]
+    return gains + log_possible(belief)[:, None]
 
 
 def whole_groups(log_gains: jax.Array, group: int) -> jax.Array:

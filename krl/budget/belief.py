@@ -25,6 +25,7 @@ from krl.masked import divide, segment_differs, segment_sum
 STRENGTH_RANGE = (0.1, 10.0)
 DISCOUNT_RATE = 0.5  # logits by which a discount moves for a slope of one nat
 SOLVED = 1e6  # log-likelihood of what was solved once, against any that its failures may have
+FEW_HOPELESS = (2.0, 20.0)  # before anything is known: two hopeless tasks among twenty
 WINDOW = 16  # newest outcomes kept one by one, for the rule of the paper
 
 
@@ -33,7 +34,8 @@ class Belief(struct.PyTreeNode):
 
     successes: jax.Array  # [D] float32, discounted sum of rewards
     failures: jax.Array  # [D] float32, discounted sum of 1 - reward
-    prior_then: jax.Array  # [D] float32, mean of the task's prior when those were seen; below 0 for as it is now
+    prior_then: jax.Array  # [D] float32, what the task's own prior expected of it when those were seen
+    prior_of: jax.Array  # [D] int32, which candidate of the prior that was, see `krl.budget.inform`; -1 for none
     squares: jax.Array  # [D] float32, discounted sum of squared rewards
     prompt_tokens: jax.Array  # [D] float32, length of the prompt, which a step reads once if the task is sampled
     tokens: jax.Array  # [D] float32, discounted sum of response lengths, tokens
@@ -50,7 +52,7 @@ class Belief(struct.PyTreeNode):
     discount: jax.Array  # [] float32, what is left of a task's evidence after a group of equal rewards
     discount_mixed: jax.Array  # [] float32, the same after a group of rewards that differ
     fade: jax.Array  # [] float32, what is left of it after a step without the task
-    hopeless: jax.Array  # [] float32, share of the tasks that no policy solves
+    hopeless: jax.Array  # [] float32, log-odds that a task is one that no policy solves
 
 
 def init_belief(
@@ -75,7 +77,8 @@ def init_belief(
     return Belief(
         successes=zeros(jnp.float32),
         failures=zeros(jnp.float32),
-        prior_then=jnp.full(num_tasks, -1.0),
+        prior_then=zeros(jnp.float32),
+        prior_of=jnp.full(num_tasks, -1, jnp.int32),
         squares=zeros(jnp.float32),
         prompt_tokens=zeros(jnp.float32) if prompt_tokens is None else jnp.asarray(prompt_tokens, jnp.float32),
         tokens=zeros(jnp.float32),
@@ -92,7 +95,7 @@ def init_belief(
         discount=jnp.float32(discount),
         discount_mixed=jnp.float32(discount_mixed),
         fade=jnp.float32(fade),
-        hopeless=jnp.float32(0.0),
+        hopeless=jnp.float32(-SOLVED),
     )
 
 
@@ -100,14 +103,14 @@ def take(belief: Belief, task_ids: jax.Array, step: jax.Array | int | None = Non
     """The beliefs of some tasks: [D] arrays in, [M] arrays out, the same prior.
 
     All arrays are copies, so that the belief of the D tasks may be donated while these are still asked.
-    With a step their evidence is what time has left of it.
+    With a step their evidence is what time has left of it, and fades no further.
     """
     taken = jax.tree.map(lambda leaf: leaf[task_ids] if leaf.ndim else jnp.copy(leaf), belief)
     if step is None:
         return taken
     kept = taken.fade ** _age(taken, step)
     evidence = ("successes", "failures", "squares", "tokens")
-    return taken.replace(**{name: kept * getattr(taken, name) for name in evidence})
+    return taken.replace(fade=jnp.float32(1.0), **{name: kept * getattr(taken, name) for name in evidence})
 
 
 def _age(belief: Belief, step: jax.Array | int) -> jax.Array:
@@ -120,30 +123,29 @@ def possible(belief: Belief) -> jax.Array:
     What was never solved has failed so often either because it is hard or because it is hopeless: Bayes' rule,
     with the share of hopeless tasks among all of them as the prior.
     """
-    return 1 - hopeless_after(belief.hopeless, belief.barren)
+    return jnp.exp(log_possible(belief))
 
 
-def hopeless_after(share: jax.Array, barren: jax.Array) -> jax.Array:
-    """Probability of what fails always, after failures alone; shapes broadcast.
+def log_possible(belief: Belief) -> jax.Array:
+    """Its logarithm, which float32 can tell apart where the probability itself would be 0."""
+    return jax.nn.log_sigmoid(belief.barren - belief.hopeless)
+
+
+def fit_hopeless(log_odds: jax.Array, barren: jax.Array, seen: jax.Array) -> jax.Array:
+    """The log-odds of what fails always, by expectation maximisation; float32 scalar.
 
     Args:
-        share: in [0, 1), its probability before.
-        barren: log-probability of the failures if it is not so, SOLVED where there was a success.
+        log_odds: to begin with.
+        barren: log-probability of the failures of each if it does not fail always, SOLVED where there was a success.
+        seen: those that say anything. FEW_HOPELESS more are taken to be seen.
     """
-    log_odds = jnp.log(divide(share, 1 - share)) - barren
-    return jax.nn.sigmoid(log_odds)
+    share, known = FEW_HOPELESS
 
+    def again(_: int, log_odds: jax.Array) -> jax.Array:
+        hopeless = jnp.where(seen, jax.nn.sigmoid(log_odds - barren), 0.0).sum() + share
+        return jnp.log(hopeless) - jnp.log(seen.sum() + known - hopeless)
 
-def fit_hopeless(share: jax.Array, barren: jax.Array, seen: jax.Array) -> jax.Array:
-    """The likeliest share of what fails always, by expectation maximisation; float32 scalar.
-
-    A tenth of one among two is added, so that the share is never 0, from where it could not rise.
-    """
-
-    def again(_: int, share: jax.Array) -> jax.Array:
-        return (jnp.where(seen, hopeless_after(share, barren), 0.0).sum() + 0.1) / (seen.sum() + 2.0)
-
-    return jax.lax.fori_loop(0, 8, again, share)
+    return jax.lax.fori_loop(0, 8, again, log_odds)
 
 
 def posterior(
@@ -151,19 +153,13 @@ def posterior(
 ) -> tuple[jax.Array, jax.Array]:
     """Parameters (alpha [D], beta [D]) of each task's Beta belief if it can be solved, float32, > 0.
 
-    A record is about the policy of its time. What it says of the task is how far that was from what the prior said then;
-    so it moves with the prior: n outcomes count n (m - m_then) successes more, within 0 and n.
-
     Args:
         belief: of D tasks.
         prior_alpha, prior_beta: [..., D] or scalars, other priors than the belief's own.
     """
     alpha = belief.prior_alpha if prior_alpha is None else prior_alpha
     beta = belief.prior_beta if prior_beta is None else prior_beta
-    outcomes = belief.successes + belief.failures
-    moved = jnp.where(belief.prior_then < 0, 0.0, divide(alpha, alpha + beta) - belief.prior_then)
-    successes = jnp.clip(belief.successes + outcomes * moved, 0.0, outcomes)
-    return alpha + successes, beta + outcomes - successes
+    return alpha + belief.successes, beta + belief.failures
 
 
 def mean(belief: Belief) -> jax.Array:
@@ -174,7 +170,7 @@ def mean(belief: Belief) -> jax.Array:
 
 def prior_mean(belief: Belief) -> jax.Array:
     """Expected success rate of each task without its own record, [D] float32 in [0, 1]."""
-    rate = (1 - belief.hopeless) * divide(belief.prior_alpha, belief.prior_alpha + belief.prior_beta)
+    rate = jax.nn.sigmoid(-belief.hopeless) * divide(belief.prior_alpha, belief.prior_alpha + belief.prior_beta)
     return jnp.broadcast_to(rate, belief.visits.shape)
 
 
@@ -185,8 +181,8 @@ def reward_variance(belief: Belief) -> jax.Array:
     are not taken for certainty. For 0/1 rewards this is m (1-m) with the mean m of `mean`.
     """
     alpha, beta = posterior(belief)
-    square = divide(belief.prior_alpha + belief.squares, alpha + beta)
-    return jnp.clip(square - divide(alpha, alpha + beta) ** 2, 0.0, 0.25)
+    square = possible(belief) * divide(belief.prior_alpha + belief.squares, alpha + beta)
+    return jnp.clip(square - mean(belief) ** 2, 0.0, 0.25)
 
 
 def mean_tokens(belief: Belief) -> jax.Array:
@@ -225,7 +221,7 @@ def observe(
         rewards: [R] float32 in [0, 1]; a reward between counts as that fraction of a success.
         prompt_index: [R] int32, the row of task_ids that each rollout belongs to.
         mask: [R] bool, False on padding rows.
-        step: of the training run, kept as the tasks' newest visit; what is observed of one step is one visit.
+        step: of the training run, kept as the tasks' newest visit.
         lengths: [R] int32, response tokens; without them every length counts as 1.
 
     Returns:
@@ -256,24 +252,26 @@ def _observe(
     count = segment_sum(mask.astype(jnp.float32), index, num_prompts)
     mixed = segment_differs(rewards, index, num_prompts)
     keep = jnp.where(mixed, discount_mixed, discount)
-    number, again = count.astype(jnp.int32), old.last_step == step  # of a later round of the same step
-    alpha, beta = posterior(old)
+    number, solved = count.astype(jnp.int32), segment_sum((rewards >= 0.5).astype(jnp.float32), index, num_prompts) > 0
+    # How likely the failures are if the task can be solved, at a rate that may be anything around its prior's mean. A
+    # prior that is sure of a higher rate would take all that is rare for hopeless.
     rate = divide(old.prior_alpha, old.prior_alpha + old.prior_beta)
-    outcomes, then = old.successes + old.failures, jnp.where(old.prior_then < 0, rate, old.prior_then)
-    failed = old.barren + betaln(alpha, beta + count) - betaln(alpha, beta)
+    rate = jnp.clip(rate, 1e-6, 1 - 1e-6)
+    failures = 1 - rate + old.recorded
+    failed = old.barren + betaln(rate, failures + count) - betaln(rate, failures)
     new = old.replace(
         successes=keep * (old.successes + wins),
         failures=keep * (old.failures + count - wins),
-        prior_then=divide(outcomes * then + count * rate, outcomes + count),
         squares=keep * (old.squares + squares),
         tokens=keep * (old.tokens + tokens),
-        visits=old.visits + ~again,
+        visits=old.visits + 1,
         last_step=jnp.full(num_prompts, step, jnp.int32),
         even_streak=jnp.where(mixed, 0, old.even_streak + 1),
         recorded=old.recorded + number,
-        last_count=number + again * old.last_count,
-        last_successes=wins + again * old.last_successes,
-        barren=jnp.where(wins > 0, SOLVED, failed),
+        last_count=number,
+        last_successes=wins,
+        # Once solved, for good; and what happened at a barren of SOLVED stays so.
+        barren=jnp.where(solved | (old.barren > 0), SOLVED, failed),
         recent=_shift_in(old.recent, rewards, index, number),
     )
 
@@ -304,6 +302,7 @@ def update(
 
     Args:
         belief, task_ids, rewards, prompt_index, mask, step, lengths: as for `observe`.
+        known: what was known of the tasks before the step, [M] each, where a prior of their own has informed it.
         fit_prior, fit_discounts: False holds them as they are.
 
     Returns:
@@ -315,7 +314,7 @@ def update(
         belief, old, task_ids, rewards, prompt_index, mask, step, lengths, belief.discount, belief.discount_mixed
     )
     if fit_discounts:
-        even, mixed, fade = _next_discounts(old, ages, rewards, prompt_index, mask)
+        even, mixed, fade = _next_discounts(old.replace(fade=belief.fade), ages, rewards, prompt_index, mask)
         belief = belief.replace(discount=even, discount_mixed=mixed, fade=fade)
     if fit_prior:
         alpha, beta = prior_by_moments(belief)
@@ -378,8 +377,8 @@ def merge(beliefs: Sequence[Belief]) -> Belief:
         beliefs: at least one, of the same D tasks.
 
     Returns:
-        Of each task the record with the newest visit, the earlier belief's if they are level; the prior is
-        fitted to the result, and the discounts are the hosts' means.
+        Of each task the record with the newest visit, the earlier belief's if they are level; prior and share of hopeless
+        tasks are fitted to the result, and the discounts are the hosts' means.
 
     Raises:
         ValueError: no belief, or beliefs of different numbers of tasks.
@@ -395,7 +394,8 @@ def merge(beliefs: Sequence[Belief]) -> Belief:
 
     merged = jax.tree.map(pick, *beliefs)
     alpha, beta = prior_by_moments(merged)
-    return merged.replace(prior_alpha=alpha, prior_beta=beta)
+    hopeless = fit_hopeless(merged.hopeless, merged.barren, merged.visits > 0)
+    return merged.replace(prior_alpha=alpha, prior_beta=beta, hopeless=hopeless)
 
 
 def prior_by_moments(belief: Belief) -> tuple[jax.Array, jax.Array]:

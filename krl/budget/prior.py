@@ -27,7 +27,7 @@ import numpy as np
 from flax import struct
 from jax.scipy.special import betaln, logit
 
-from krl.budget.belief import SOLVED, Belief, fit_hopeless, hopeless_after, possible, posterior
+from krl.budget.belief import SOLVED, Belief, fit_hopeless, possible, posterior
 from krl.masked import divide, segment_sum
 
 MEMORIES = (0.8, 0.95)  # what is left of a source's evidence of a feature after a step whose groups with it are mixed
@@ -48,7 +48,7 @@ class Prior(struct.PyTreeNode):
     scores: jax.Array  # [C, S] float32, discounted log-likelihood of new outcomes for each strength, nats
     shared_score: jax.Array  # [] float32, the same for the prior common to all prompts
     failed: jax.Array  # [W] float32, failures of all prompts with a feature; -1 once one of them was solved
-    hopeless: jax.Array  # [] float32, share of the features with which no prompt is ever solved
+    hopeless: jax.Array  # [] float32, log-odds that a feature is one with which no prompt is ever solved
     source: "Source" = struct.field(pytree_node=False)
 
 
@@ -87,7 +87,7 @@ def init_prior(source: "str | Source", num_features: int) -> Prior:
     source = PRIORS[source] if isinstance(source, str) else source
     evidence = jax.vmap(source.start)(_spreads(num_features))
     scores = jnp.zeros((len(CANDIDATES), len(STRENGTHS)))
-    return Prior(evidence, scores, jnp.float32(0.0), jnp.zeros(num_features), jnp.float32(0.0), source)
+    return Prior(evidence, scores, jnp.float32(0.0), jnp.zeros(num_features), jnp.float32(-SOLVED), source)
 
 
 def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
@@ -100,18 +100,31 @@ def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
 
     Returns:
         The belief with prior_alpha, prior_beta and hopeless [M] float32. The first two are the common ones while the source
-        has predicted no better. A prompt is as hopeless as the most hopeless of its features.
+        has predicted no better. A prompt is as hopeless as the most hopeless of its features. Its record has moved with
+        what the source expects: a record is about the policy of its time, and says how far the prompt was from its kind. Of
+        the candidate that expected m then and expects m' now, n outcomes count n (m' - m) successes more, within 0 and n.
     """
     alphas, betas = _candidates(prior, belief, features)
-    best = prior.scores.argmax()
+    best, strength = jnp.unravel_index(prior.scores.argmax(), prior.scores.shape)
     better = prior.scores.max() > prior.shared_score
-    shape = (belief.visits.shape[0],)
-    of_feature = hopeless_after(prior.hopeless, _barren(prior.failed, belief))
-    worst = of_feature.at[features].get(mode="fill", fill_value=0.0).max(axis=1)
+    rates = divide(alphas, alphas + betas)[:, 0]  # whatever the strength
+    then = jnp.take_along_axis(rates, jnp.maximum(belief.prior_of, 0)[None], axis=0)[0]
+    outcomes = belief.successes + belief.failures
+    move = jnp.where(belief.prior_of < 0, 0.0, outcomes * (then - belief.prior_then))
+    move = jnp.clip(move, -belief.successes, belief.failures)
+    of_feature = prior.hopeless - _barren(prior.failed, belief)
+    worst = of_feature.at[features].get(mode="fill", fill_value=-SOLVED).max(axis=1)
+    solvable = jax.nn.log_sigmoid(-belief.hopeless) + jax.nn.log_sigmoid(-worst)
+    hopeless = jnp.log(-jnp.expm1(solvable)) - solvable
     return belief.replace(
-        hopeless=1 - (1 - belief.hopeless) * (1 - worst),
-        prior_alpha=jnp.where(better, alphas.reshape(-1, *shape)[best], belief.prior_alpha),
-        prior_beta=jnp.where(better, betas.reshape(-1, *shape)[best], belief.prior_beta),
+        hopeless=jnp.maximum(hopeless, -SOLVED),
+        prior_alpha=jnp.where(better, alphas[best, strength], belief.prior_alpha),
+        prior_beta=jnp.where(better, betas[best, strength], belief.prior_beta),
+        successes=belief.successes + move,
+        failures=belief.failures - move,
+        squares=jnp.clip(belief.squares + move, 0.0, outcomes),
+        prior_then=rates[best],
+        prior_of=jnp.where(better, best, -1).astype(jnp.int32) + jnp.zeros_like(belief.prior_of),
     )
 
 
@@ -175,7 +188,7 @@ def prior_metrics(prior: Prior, num_prompts: int) -> dict[str, jax.Array]:
     return {
         "prior_gain": (prior.scores.max() - prior.shared_score) / visits,
         "prior_strength": strength,
-        "hopeless_features": prior.hopeless,
+        "hopeless_features": jax.nn.sigmoid(prior.hopeless),
     }
 
 

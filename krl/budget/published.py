@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from krl.budget.belief import Belief, mean, window_rate
-from krl.budget.solve import Counts, in_proportion, knapsack
+from krl.budget.solve import Counts, Shown, in_proportion, knapsack, spread_evenly
 from krl.budget.value import log_gains
 from krl.masked import divide
 
@@ -81,7 +81,8 @@ def inverse_sqrt_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max
     What minimises the gradient's variance when only successes are learnt from (Yao et al., "GVM-RAFT",
     arXiv 2505.02391, with equal gradient norms). Hopeless prompts take the most. Takes the belief's mean for p.
     """
-    return in_proportion(divide(1.0, jnp.sqrt(mean(belief))), budget, n_min, n_max, group), {}
+    weights = jax.lax.rsqrt(jnp.maximum(mean(belief), 1e-30))
+    return in_proportion(weights, budget, n_min, n_max, group, belief.recorded.sum()), {}
 
 
 def skip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
@@ -92,8 +93,7 @@ def skip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -
     the share 1 / (z + 1), whose pauses double. Which prompts of a step these are is spread evenly over its rows
     (whose order is random), without random numbers.
     """
-    rows = jnp.arange(1, belief.visits.shape[0] + 1)
-    explored = (rows * 0.6180340) % 1.0 * (belief.even_streak + 1) < 1
+    explored = spread_evenly(len(belief.visits)) * (belief.even_streak + 1) < 1
     gains = jnp.where(explored, 0.0, -1.0)[:, None] * jnp.ones(n_max - n_min)
     return knapsack(gains, budget, n_min), {"skipped": (~explored).mean(dtype=jnp.float32)}
 
@@ -131,7 +131,7 @@ def mopps_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, 
 
 
 def pilot_commit_rule(
-    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, given: jax.Array | None = None
+    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, shown: Shown | None = None
 ) -> Counts:
     """A group for as many prompts as half of the budget pays for, then three more for those that succeeded at 1/8 to 3/4.
 
@@ -142,8 +142,8 @@ def pilot_commit_rule(
     References:
         Kim et al., "Pilot-Commit", arXiv 2605.26606.
     """
-    given = jnp.zeros_like(belief.visits) if given is None else given
-    count, wins = jnp.where(given > 0, belief.last_count, 0), jnp.where(given > 0, belief.last_successes, 0.0)
+    given, wins, losses = _of(shown, belief)
+    count = wins + losses
     evicted = (belief.last_count > 0) & (belief.last_successes >= belief.last_count)
     rate = divide(wins, count)
     committed = (count > 0) & (rate >= 0.125) & (rate <= 0.75)
@@ -153,7 +153,7 @@ def pilot_commit_rule(
 
 
 def reinforce_ada_rule(
-    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, given: jax.Array | None = None
+    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, shown: Shown | None = None
 ) -> Counts:
     """Groups for a prompt until it has two successes and two failures, at most four, in as many rounds.
 
@@ -164,9 +164,7 @@ def reinforce_ada_rule(
     References:
         Xiong et al., "Reinforce-Ada", arXiv 2510.04996.
     """
-    given = jnp.zeros_like(belief.visits) if given is None else given
-    wins = jnp.where(given > 0, belief.last_successes, 0.0)
-    losses = jnp.where(given > 0, belief.last_count, 0) - wins
+    given, wins, losses = _of(shown, belief)
     active = (given > 0) & ((wins < 2) | (losses < 2)) & (given < 4 * group)
     priority = jnp.where(active, 2.0, jnp.where(given == 0, 1.0, 0.0))
     wanted = (active | (given == 0)).astype(jnp.int32)
@@ -208,9 +206,7 @@ def coba_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -
     return knapsack(first[:, None] - speed[:, None] * n, budget, n_min), {}
 
 
-def hora_rule(
-    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, given: jax.Array | None = None
-) -> Counts:
+def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None) -> Counts:
     """After n_min rollouts of every prompt, the counts with the most expected prompts that succeed in what they get besides.
 
     The m-th further rollout is the first success with probability E[p (1-p)^(m-1)] under Beta(1 + successes, 1 + failures) of
@@ -219,7 +215,7 @@ def hora_rule(
     References:
         Wang et al., "HORA", arXiv 2605.07114.
     """
-    wins, losses = _of_pilot(belief, given)
+    _, wins, losses = _of(shown, belief)
     a, b = 1 + wins[:, None], 1 + losses[:, None]
     m = jnp.arange(n_max - n_min, dtype=jnp.float32)
     later = jnp.log(b + m) - jnp.log(a + b + 1 + m)
@@ -227,7 +223,7 @@ def hora_rule(
     return knapsack(jnp.log(divide(a, a + b)) + before[:, : n_max - n_min], budget, n_min), {}
 
 
-def gvm_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, given: jax.Array | None = None) -> Counts:
+def gvm_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None) -> Counts:
     """After n_min rollouts of every prompt, the others in proportion to 1 / sqrt(p + alpha / p), and none where p is 0.
 
     p is the rate of the pilot, alpha 1/1000 (and beta 2). The published method throws its pilot away, renews it every ten
@@ -236,15 +232,14 @@ def gvm_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, gi
     References:
         Yao et al., "GVM-RAFT", arXiv 2505.02391.
     """
-    wins, losses = _of_pilot(belief, given)
+    _, wins, losses = _of(shown, belief)
     p = divide(wins, wins + losses)
     weights = jnp.where(p > 0, divide(1.0, jnp.sqrt(p + divide(1e-3, p))), 0.0)
     m = jnp.arange(n_max - n_min, dtype=jnp.float32)
     return knapsack(jnp.log(weights)[:, None] - jnp.log(m + 0.5), budget, n_min), {}
 
 
-def _of_pilot(belief: Belief, given: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """(successes [M], failures [M]) of what this step has shown, 0 before it has shown anything."""
-    known = jnp.zeros_like(belief.visits) if given is None else given
-    wins = jnp.where(known > 0, belief.last_successes, 0.0)
-    return wins, jnp.where(known > 0, belief.last_count, 0) - wins
+def _of(shown: Shown | None, belief: Belief) -> Shown:
+    """What the rounds before have shown; nothing in the first."""
+    none = jnp.zeros_like(belief.visits)
+    return Shown(none, none.astype(jnp.float32), none.astype(jnp.float32)) if shown is None else shown

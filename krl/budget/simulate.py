@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from krl.budget import belief as beliefs
-from krl.budget.allocate import ROUNDS, RULES, Counts, Rule, allocate, rounds_of
+from krl.budget.allocate import ROUNDS, RULES, Rule, allocate, rounds_of
+from krl.budget.solve import Counts, Shown
 from krl.budget.value import grpo_value
 from krl.masked import divide, segment_sum
 
@@ -139,7 +140,8 @@ def replay(
         n_min, n_max: the fewest and the most rollouts of a prompt.
         group, explored: with n_min = 0, where the M prompts are candidates that may get nothing: as for `allocate`.
         prior: (alpha, beta) held fixed; by default it is fitted as the run goes.
-        discounts: of the belief, after even and after mixed groups, held fixed; by default they too are fitted.
+        discounts: of the belief, after even and after mixed groups, held fixed as its `fade` then is; by default all three are
+            fitted.
 
     Returns:
         A Replay.
@@ -193,8 +195,8 @@ def _replay_seeds(
     known: bool,
     rounds: tuple[int, ...],
 ) -> dict[str, jax.Array]:
-    def counts_of(belief: beliefs.Belief, until: int = budget, **given: jax.Array) -> Counts:
-        return allocate(rule, belief, until, n_min, n_max, **dict(pool), **given)
+    def counts_of(belief: beliefs.Belief, until: int = budget, shown: Shown | None = None) -> Counts:
+        return allocate(rule, belief, until, n_min, n_max, **dict(pool), shown=shown)
 
     one = functools.partial(
         _replay_one, counts_of, prompts_per_step=prompts_per_step, budget=budget, n_min=n_min, n_max=n_max,
@@ -238,13 +240,14 @@ def _replay_one(
         draws = jax.random.uniform(luck, (prompts_per_step, n_max)) < p[:, None]
         informed = believed
         if known:
-            always = {"prior_then": jnp.full_like(p, -1.0), "barren": jnp.full_like(p, beliefs.SOLVED)}
+            always = {"barren": jnp.full_like(p, beliefs.SOLVED)}
             informed = believed.replace(successes=KNOWN * p, failures=KNOWN * (1 - p), **always)
         counts, rows, number = jnp.zeros_like(ids), jnp.arange(prompts_per_step), jnp.arange(n_max)
         for until in rounds:
-            given = counts
-            counts, _ = counts_of(informed, until, given=given)
-            new = (number >= given[:, None]) & (number < counts[:, None])
+            drawn = number < counts[:, None]
+            shown = Shown(counts, *((drawn & kind).sum(axis=1, dtype=jnp.float32) for kind in (draws, ~draws)))
+            counts, _ = counts_of(informed, until, shown=shown)
+            new = ~drawn & (number < counts[:, None])
             outcomes = draws.reshape(-1).astype(jnp.float32), jnp.repeat(rows, n_max), new.reshape(-1)
             informed = beliefs.observe(informed, rows, *outcomes, step)
         if not rounds:
@@ -273,9 +276,8 @@ def _measure(
     prompts = len(p)
     wins = segment_sum(rewards, index, prompts)
     mixed = (wins > 0) & (wins < counts)
-    alpha, beta = beliefs.posterior(belief)
-    misfit = counts * jnp.log(alpha + beta) - wins * jnp.log(alpha) - (counts - wins) * jnp.log(beta)
-    rates = p, beliefs.mean(belief)
+    rates = p, jnp.clip(beliefs.mean(belief), 1e-9, 1 - 1e-7)
+    misfit = -wins * jnp.log(rates[1]) - (counts - wins) * jnp.log1p(-rates[1])
     true_bin, believed_bin = (jnp.clip((rate * BINS).astype(jnp.int32), 0, BINS - 1) for rate in rates)
     ones = jnp.ones(prompts)
     return {

@@ -11,7 +11,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,14 @@ import numpy as np
 from krl.budget.value import Bound, check_bounds, log_gain
 
 Counts = tuple[jax.Array, dict[str, Any]]  # counts [M] int32, and what a rule says of them
+
+
+class Shown(NamedTuple):
+    """What the rounds of a step have given so far, and what came of it."""
+
+    counts: jax.Array  # [M] int32, rollouts
+    successes: jax.Array  # [M] float32, sums of their rewards
+    failures: jax.Array  # [M] float32, sums of 1 - reward; those without a reward are in neither
 
 
 def knapsack(
@@ -177,17 +185,35 @@ def _take_largest_by_bisection(
     return low + taken + jnp.where(jnp.cumsum(last, dtype=jnp.int32) <= left, last, 0)
 
 
-def in_proportion(weights: jax.Array, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> jax.Array:
+def in_proportion(
+    weights: jax.Array, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1, turn: jax.Array | int = 0
+) -> jax.Array:
     """Whole counts in proportion to weights [M] within the bounds, by a divisor method: highest w / (n + offset) first.
 
     From n_min on the offset is 1/2 (Webster). From 0 on most shares are below one group, which Webster gives always or
-    never: there offsets lie evenly over (0, 1), as in systematic sampling, so that half a group is one in half of the steps.
+    never: there offsets lie evenly over (0, 1), as in systematic sampling, and are others in every turn, so that half a
+    group is one in half of the turns.
+
+    Args:
+        weights: [M] float32, at least 0.
+        budget: R, a multiple of group.
+        n_min, n_max: the fewest and the most rollouts of a prompt.
+        group: what counts are multiples of where n_min is 0.
+        turn: any number that is another one every time, int32.
+
+    Returns:
+        counts [M] int32.
     """
     prompts = len(weights)
-    spread = jnp.maximum(jnp.arange(1, prompts + 1) * 0.6180340 % 1.0, 1e-6)  # the rows are in random order
-    known = jnp.log(weights), jnp.full(prompts, 0.5) if n_min else spread
+    known = jnp.log(weights), jnp.full(prompts, 0.5) if n_min else spread_evenly(prompts, turn)
     groups = jnp.asarray(budget) // group
     return group * knapsack_large(known, groups, n_min // group, n_max // group, gain=_share_gain)
+
+
+def spread_evenly(size: int, turn: jax.Array | int = 0) -> jax.Array:
+    """[size] float32 in (0, 1), evenly spread in any stretch of them: multiples of the golden ratio, modulo 1."""
+    number = jnp.arange(1, size + 1, dtype=jnp.uint32) + jnp.asarray(turn, jnp.uint32)
+    return jnp.clip((number * np.uint32(2654435769)).astype(jnp.float32) / 2.0**32, 1e-7, 1 - 1e-7)
 
 
 def _share_gain(known: tuple[jax.Array, jax.Array], n: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ def get_config() -> ConfigDict:
     config.alloc.candidates = 128  # C, prompts that a step chooses from with n_min=0; 0 for all of the data
     config.alloc.group = 4  # rollouts of a group with n_min=0
     config.alloc.reach = (
-        0.1  # r of the rule "reach", a success rate: rarer ones are worth no more than those of about r
+        0.01  # r of the rule "reach", a success rate: rarer ones are worth no more than those of about r
     )
     # Share of the budget, with n_min=0, for the candidates that were not sampled for longest: what is unlearnt is seen.
     config.alloc.explored = 0.05
