@@ -321,7 +321,7 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     if alloc.rule == "reach":
         rule = functools.partial(rule, reach=alloc.reach)
     rounds = budget.rounds_of(alloc.rule, num_prompts, alloc.budget, alloc.n_min, alloc.group)
-    explored = round(alloc.explored * num_prompts) if len(rounds) == 1 else 0
+    explored = max(round(alloc.explored * num_prompts), alloc.explored > 0)
     pool = {"group": alloc.group, "explored": explored} if not alloc.n_min else {}
     return Run(
         candidates=candidates, num_prompts=num_prompts, rounds=rounds, config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
@@ -477,7 +477,15 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
             prior = learn_prior(prior, before, features, outcomes, index, scored)
             learnt |= budget.prior_metrics(prior, served)
         belief = run.update_belief(
-            belief, prompts.task_ids, outcomes, index, scored, step, rollouts.lengths, known=known
+            belief,
+            prompts.task_ids,
+            outcomes,
+            index,
+            scored,
+            step,
+            rollouts.lengths,
+            known=known,
+            sampled=drawn.counts > 0,
         )
         learner = jax.block_until_ready(Learner(state, belief, prior))
     check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
@@ -570,6 +578,11 @@ def spend_budget(
         with clock.phase("budget"):
             counts, info = jax.block_until_ready(chosen or run.allocate(known, until, **told))
         rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
+    if counts.sum() != config.alloc.budget:
+        raise ValueError(
+            f"the rule {config.alloc.rule!r} gave {counts.sum()} rollouts, and config.alloc.budget={config.alloc.budget} are to be "
+            "spent; docs/recipes/rule.md says what a rule must keep"
+        )
     rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
     verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
     return Drawn(

@@ -51,15 +51,15 @@ def here(tmp_path, monkeypatch):
         with undrawn():
             return TRAIN(config, workdir)
 
-    rules, rounds, priors = dict(budget.RULES), dict(budget.ROUNDS), dict(budget.PRIORS)
+    kept = [(names, names.copy()) for names in (budget.RULES, budget.CHOOSING_RULES, budget.ROUNDS, budget.PRIORS)]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(krl.train, "train", train)
     yield tmp_path
     sys.modules.pop("mine", None)
-    for kept, before in ((budget.RULES, rules), (budget.ROUNDS, rounds), (budget.PRIORS, priors)):
-        kept.clear()
-        kept.update(before)
+    for names, before in kept:
+        names.clear()
+        names.update(before)
 
 
 def follow(page):

@@ -15,6 +15,7 @@ nothing; groups of two or more do.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -272,7 +273,8 @@ def rounds_of(rule: str, prompts: int, budget: int, n_min: int, group: int = 1) 
     >>> rounds_of("two_round", 8, 64, 2)
     (16, 64)
     """
-    return ROUNDS[rule](prompts, budget, n_min, group) if rule in ROUNDS else (budget,)
+    ends = ROUNDS[rule](prompts, budget, n_min, group) if rule in ROUNDS else (budget,)
+    return tuple(end for before, end in itertools.pairwise((0, *ends)) if end > before)  # none that spends nothing
 
 
 def _check_sum(prompts: int, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> None:

@@ -292,6 +292,7 @@ def update(
     lengths: jax.Array | None = None,
     *,
     known: Belief | None = None,
+    sampled: jax.Array | None = None,
     fit_prior: bool = True,
     fit_discounts: bool = True,
 ) -> Belief:
@@ -303,6 +304,7 @@ def update(
     Args:
         belief, task_ids, rewards, prompt_index, mask, step, lengths: as for `observe`.
         known: what was known of the tasks before the step, [M] each, where a prior of their own has informed it.
+        sampled: [M] bool, which of the tasks had rollouts, also those of which none has a reward; by default those in mask.
         fit_prior, fit_discounts: False holds them as they are.
 
     Returns:
@@ -313,6 +315,9 @@ def update(
     belief = _observe(
         belief, old, task_ids, rewards, prompt_index, mask, step, lengths, belief.discount, belief.discount_mixed
     )
+    if sampled is not None:
+        last = jnp.where(sampled, jnp.asarray(step, jnp.int32), belief.last_step[task_ids])
+        belief = belief.replace(last_step=belief.last_step.at[task_ids].set(last))
     if fit_discounts:
         even, mixed, fade = _next_discounts(old.replace(fade=belief.fade), ages, rewards, prompt_index, mask)
         belief = belief.replace(discount=even, discount_mixed=mixed, fade=fade)

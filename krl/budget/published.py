@@ -102,8 +102,9 @@ def dynamic_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int
     """DAPO's dynamic sampling: uniform groups, of the same policy, until R rollouts lie in mixed ones; then one update.
 
     A step spends R rollouts as ever, and training with this rule updates the policy only in the steps in which there are
-    enough; all that was sampled is paid for, nothing that has a gradient is thrown away. `rounds` is how many steps an update
-    is expected to take.
+    enough (for each of U updates a step, R / U); all that was sampled is paid for, nothing that has a gradient is thrown away.
+    An update goes along the mean gradient of the steps it waited for, a penalty's included. `rounds` is how many steps it is
+    expected to take.
 
     References:
         Yu et al., "DAPO", arXiv 2503.14476, section 3.2.

@@ -68,7 +68,7 @@ def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
 
 
 def check(
-    config: ConfigDict, *, rules: Iterable[str], choosing: Iterable[str], only_choosing: Iterable[str], priors: Iterable[str], templates: Iterable[str],
+    config: ConfigDict, *, rules: Iterable[str], choosing: Iterable[str], only_choosing: Iterable[str], rounds: Iterable[str], priors: Iterable[str], templates: Iterable[str],
     sources: Iterable[str], averages: Iterable[str], scales: Iterable[str], surrogates: Iterable[str], kl_estimators: Iterable[str],
 ) -> None:  # fmt: skip
     """Check every value and combination.
@@ -78,6 +78,7 @@ def check(
         rules: the names of allocation rules.
         choosing: those of them that may give a prompt nothing.
         only_choosing: those of these that cannot give every prompt some.
+        rounds: those that spend a step's budget in several rounds.
         priors: the names of priors besides "shared".
         templates: the names of prompt templates.
         sources: the names of known data sets.
@@ -124,6 +125,11 @@ def check(
     longest = config.sample.max_new_tokens
     need(config.loss.overlong_tokens <= longest, "loss.overlong_tokens", f"at most sample.max_new_tokens={longest}")
     need(
+        not config.loss.overlong_tokens or config.loss.scale != "mean",
+        "loss.overlong_tokens",
+        "0 with loss.scale='mean': the penalty makes rewards negative, and their mean is what advantages are divided by",
+    )
+    need(
         all(isinstance(text, str) and text for text in config.sample.stop),
         "sample.stop",
         "texts with something in them, such as ('<|im_end|>',)",
@@ -142,7 +148,7 @@ def check(
     )
     need(alloc.prior_width <= 1 << 24, "alloc.prior_width", f"at most {1 << 24}: each is a parameter of the prior")
     need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
-    _check_sum(config, need, choosing, only_choosing)
+    _check_sum(config, need, choosing, only_choosing, rounds)
     updates = optim.updates_per_step
     need(alloc.budget % updates == 0, "alloc.budget", f"a multiple of optim.updates_per_step={updates}")
     _check_mesh(config, need)
@@ -152,15 +158,15 @@ def check(
 
 
 def _check_sum(
-    config: ConfigDict, need: Callable[[bool, str, str], None], choosing: Iterable[str], only_choosing: Iterable[str]
-) -> None:
+    config: ConfigDict, need: Callable[[bool, str, str], None], choosing: Iterable[str], only_choosing: Iterable[str], rounds: Iterable[str],
+) -> None:  # fmt: skip
     """The part about how many rollouts a step's prompts can take; `need` refuses."""
     prompts, alloc = config.prompts_per_step, config.alloc
     if alloc.n_min:
         need(
             alloc.rule not in only_choosing,
             "alloc.rule",
-            "another rule where alloc.n_min is above 0: this one chooses the prompts",
+            "another one, or alloc.n_min must be 0: this rule chooses the prompts",
         )
         least, most = prompts * alloc.n_min, prompts * alloc.n_max
         need(
@@ -172,12 +178,18 @@ def _check_sum(
     need(
         alloc.rule in choosing,
         "alloc.rule",
-        f"one of {sorted(choosing)} with alloc.n_min=0: others give every prompt some",
+        f"one of {sorted(choosing)}, or alloc.n_min at least 1: others give every prompt some (a rule of your own that may give "
+        "nothing has its name in krl.budget.CHOOSING_RULES)",
     )
     need(2 <= alloc.group <= alloc.n_max, "alloc.group", f"from 2 to alloc.n_max={alloc.n_max}")
     need(alloc.budget % alloc.group == 0, "alloc.budget", f"a multiple of alloc.group={alloc.group} with alloc.n_min=0")
     need(alloc.budget >= alloc.group, "alloc.budget", f"at least alloc.group={alloc.group}")
     need(alloc.scouts == 0, "alloc.scouts", "0 with alloc.n_min=0: they sample every prompt")
+    need(
+        alloc.candidates > 0 or alloc.rule not in rounds,
+        "alloc.candidates",
+        f"at least 1 with the rule {alloc.rule!r}, which reads all of them",
+    )
     served = alloc.budget // alloc.group
     need(
         alloc.candidates == 0 or alloc.candidates >= served,

@@ -8,7 +8,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # random seed of the parameters, the order of the data and the samples
     config.steps = 200  # training steps; a step samples, scores and learns from alloc.budget rollouts
-    config.prompts_per_step = 64  # M, prompts sampled in a step
+    config.prompts_per_step = 64  # M, prompts sampled in a step; with alloc.n_min=0 alloc.candidates takes its place
     config.max_bad_updates = 5  # updates in a row with a loss or gradient that is not finite, after which the run ends
     # Seconds that one phase of a step may take, compilation included; a longer one ends the run and prints the stacks
     # of all threads. 0 for no limit.
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     # Fewest rollouts of a prompt in a step. 0: a step has alloc.candidates prompts, of which those that are worth it
     # get whole groups of alloc.group rollouts, and the others nothing.
     config.alloc.n_min = 2
-    config.alloc.candidates = 128  # C, prompts that a step chooses from with n_min=0; 0 for all of the data
+    config.alloc.candidates = 256  # C, prompts that a step chooses from with n_min=0; 0 for all of the data
     config.alloc.group = 4  # rollouts of a group with n_min=0
     config.alloc.reach = (
         0.01  # r of the rule "reach", a success rate: rarer ones are worth no more than those of about r

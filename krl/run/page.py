@@ -124,7 +124,13 @@ def _about(runs: Sequence[Run]) -> list[str]:
         settings = run["config"]
         parts = [f"{run['metrics'][-1]['step']:,} steps"]
         if "prompts_per_step" in settings:
-            parts.append(f"of {settings['prompts_per_step']:,} prompts and {settings['alloc.budget']:,} rollouts")
+            chosen = settings.get("alloc.n_min") == 0
+            prompts = (
+                f"up to {settings['alloc.budget'] // settings['alloc.group']:,}"
+                if chosen
+                else f"{settings['prompts_per_step']:,}"
+            )
+            parts.append(f"of {prompts} prompts and {settings['alloc.budget']:,} rollouts")
         source = settings.get("data.name") or settings.get("data.path") or settings.get("data.source")
         parts += [f"on {source}"] if source else []
         lines.add(" ".join(parts))

@@ -38,7 +38,7 @@ from krl.tasks.operators import make_operators
 from krl.tasks.pool import VerifierPool
 
 NAMES: dict[str, Iterable[str]] = {  # what a config may name
-    "rules": budget.RULES, "choosing": budget.CHOOSING_RULES, "only_choosing": budget.ONLY_CHOOSING, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
+    "rules": budget.RULES, "choosing": budget.CHOOSING_RULES, "only_choosing": budget.ONLY_CHOOSING, "rounds": budget.ROUNDS, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
     "averages": learn.AVERAGES, "scales": learn.SCALES, "surrogates": learn.SURROGATES, "kl_estimators": learn.KL_ESTIMATORS,
 }  # fmt: skip
 
@@ -95,7 +95,16 @@ def _set_up(
     ends = find_ends(tokenizer, config.sample.stop, policy_config.vocab_size)
     train = encode(config, tokenizer, tasks["train"])
     test = encode(config, tokenizer, tasks["test"], limit=config.eval.prompts)
-    step_task_ids(len(train), prompts_of_a_step(config, len(train))[0], 0, seed=config.seed)  # refuses too few prompts
+    candidates, _ = prompts_of_a_step(config, len(train))
+    step_task_ids(len(train), candidates, 0, seed=config.seed)  # refuses too few prompts
+    most = candidates * (
+        config.alloc.n_max if config.alloc.n_min else config.alloc.n_max // config.alloc.group * config.alloc.group
+    )
+    if config.alloc.budget > most:
+        raise ValueError(
+            f"config.alloc.budget={config.alloc.budget} must be at most {most}: {candidates} prompts take no more, with "
+            f"alloc.n_max={config.alloc.n_max}"
+        )
     features, num_features = find_features(config, train)
     pairs = find_pairs(config, encode(config, tokenizer, tasks["sft"]), tokenizer) if config.sft.steps else None
     params = abstract_params(policy_config, mesh)
@@ -405,7 +414,7 @@ def find_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return make_optimizer(
         learning_rate=optim.learning_rate, warmup_steps=optim.warmup_steps, decay_steps=optim.decay_steps,
         beta1=optim.beta1, beta2=optim.beta2, weight_decay=optim.weight_decay, grad_clip=optim.grad_clip,
-        wait_for=config.alloc.budget if config.alloc.rule == "dynamic" else 0,
+        wait_for=config.alloc.budget // optim.updates_per_step if config.alloc.rule == "dynamic" else 0,
     )  # fmt: skip
 
 
