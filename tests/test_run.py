@@ -69,10 +69,18 @@ def test_shipped_configs_pass_their_check(module):
         ({"alloc.n_min": -1}, "config.alloc.n_min=-1 must be at least 0"),
         (
             {"alloc.n_min": 0, "alloc.rule": "uniform"},
-            r"config.alloc.rule='uniform' must be one of .*'reach'.* with alloc.n_min=0",
+            r"config.alloc.rule='uniform' must be one of .*'reach'.*, or alloc.n_min at least 1",
         ),
-        ({"alloc.rule": "mopps"}, "config.alloc.rule='mopps' must be another rule where alloc.n_min is above 0"),
+        ({"alloc.rule": "mopps"}, "config.alloc.rule='mopps' must be another one, or alloc.n_min must be 0"),
         ({"alloc.n_min": 0, "alloc.budget": 510}, "config.alloc.budget=510 must be a multiple of alloc.group=4"),
+        (
+            {"alloc.n_min": 0, "alloc.rule": "pilot_commit", "alloc.candidates": 0},
+            "config.alloc.candidates=0 must be at least 1 with the rule 'pilot_commit'",
+        ),
+        (
+            {"loss.scale": "mean", "loss.overlong_tokens": 2},
+            "config.loss.overlong_tokens=2 must be 0 with loss.scale='mean'",
+        ),
         ({"alloc.n_min": 0, "alloc.group": 1}, "config.alloc.group=1 must be from 2 to alloc.n_max=128"),
         (
             {"alloc.n_min": 0, "alloc.candidates": 100},
