@@ -56,7 +56,7 @@ def test_ladder_is_reproducible_and_has_every_rung():
 
 
 def test_ladder_refuses_the_impossible():
-    with pytest.raises(ValueError, match="add digits or ask for fewer"):
+    with pytest.raises(ValueError, match="make them longer or ask for fewer"):
         make_ladder({"addition": 1}, {"warm": 100, "train": 100, "test": 100}, seed=0)
     with pytest.raises(ValueError, match="rungs must map"):
         make_ladder({"division": 1}, SIZES, seed=0)

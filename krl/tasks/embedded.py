@@ -38,7 +38,8 @@ def draw_split(draw: Callable[[], tuple[str, Drawn]], split: str, size: int) -> 
             found[prompt] = more
         elif misses > 50_000:
             raise ValueError(
-                f"there are only {len(found)} different prompts for {split}, not {size}; add digits or ask for fewer"
+                f"there are only {len(found)} different prompts for {split}, not {size}; "
+                "make them longer or ask for fewer"
             )
     return found
 
