@@ -475,6 +475,15 @@ RUNS = {
         "arithmetic.num_test": lambda run: len(run.parts.test) + run.parts.test.dropped == 30,
         "eval.prompts": lambda run: len(run.parts.test) > 0,
     }),
+    "mazes": Trial({
+        "data.source": "maze", "maze.side": 3, "maze.num_warm": 9, "maze.num_train": 6, "maze.num_test": 5,
+        "data.max_prompt_tokens": 10, "sft.steps": 1,
+    }, {
+        "maze.side": lambda run: {len(prompt) for prompt in run.parts.train.tasks.prompts} == {10},
+        "maze.num_warm": lambda run: len(run.parts.pairs[0]) == 9,
+        "maze.num_train": lambda run: len(run.parts.train) == 6,
+        "maze.num_test": lambda run: len(run.parts.test) == 5,
+    }),
     "a spike": Trial({"guard.ratio": 1e-9, "guard.rollbacks": 1}, {
         "guard.ratio": lambda run: "is beyond config.guard.ratio=1e-09" in run.error,
         "guard.rollbacks": lambda run: "after 1 rollbacks (config.guard.rollbacks=1)" in run.error,

@@ -238,9 +238,9 @@ def _check_data(
     config: ConfigDict, need: Callable[[bool, str, str], None], *, templates: Iterable[str], sources: Iterable[str]
 ) -> None:
     """The part about where prompts come from; `need` refuses."""
-    sft, embedded = config.sft, ("arithmetic", "operators")
+    sft, embedded = config.sft, ("arithmetic", "operators", "maze")
     need(not sft.path or bool(sft.completion_field), "sft.completion_field", "the field of sft.path with completions")
-    need(config.data.source in (*embedded, "dataset"), "data.source", "'arithmetic', 'operators' or 'dataset'")
+    need(config.data.source in (*embedded, "dataset"), "data.source", "'arithmetic', 'operators', 'maze' or 'dataset'")
     template = config.data.template
     need(
         template in templates or "{prompt}" in template,
@@ -266,6 +266,7 @@ def _check_data(
         "operators.num_operators",
         "at most 2704, the pairs of letters there are",
     )
+    need(config.maze.side >= 2, "maze.side", "at least 2: a maze of one cell has no path")
     if config.data.source in embedded:
         for key in _OF_DATA:
             need(
@@ -340,14 +341,16 @@ _LAST_SEED = 2**32 - 2  # JAX drops the bits above the 32nd; evaluations take th
 _COLDEST = 0.001  # temperature: below it, logits that are divided by it leave float32
 _AT_LEAST_ONE = (
     "prompts_per_step", "max_bad_updates", "alloc.group", "alloc.prior_width", "data.max_prompt_tokens", "arithmetic.num_train",
-    "arithmetic.num_test", "operators.num_operators", "operators.num_train", "operators.num_test", "sample.max_new_tokens", "optim.updates_per_step", "optim.micro_tokens", "eval.samples",
+    "arithmetic.num_test", "operators.num_operators", "operators.num_train", "operators.num_test",
+    "maze.num_train", "maze.num_test", "sample.max_new_tokens", "optim.updates_per_step", "optim.micro_tokens", "eval.samples",
     "checkpoint.every", "checkpoint.keep", "tokenizer.vocab_size", "policy.embed_size", "policy.num_layers",
     "policy.num_heads", "policy.num_kv_heads", "policy.head_size", "policy.mlp_size", "policy.unroll", "sft.batch_size",
     "sft.save_every", "verify.items_per_worker",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "steps", "alloc.n_min", "alloc.candidates", "alloc.scouts", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
-    "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "sample.slots", "sample.memory_gb", "profile.steps", "sample.top_k", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
+    "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "maze.num_warm",
+    "sample.slots", "sample.memory_gb", "profile.steps", "sample.top_k", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
     "eval.every", "eval.prompts", "eval.temperature", "loss.clip_high", "loss.advantage_clip", "loss.importance_cap",
     "loss.kl_coefficient", "loss.entropy_coefficient", "loss.overlong_tokens", "verify.workers", "guard.loss", "guard.ratio", "guard.kl", "guard.rollbacks", "stuck_seconds",
     "log.rollouts_gb", "log.texts_every",

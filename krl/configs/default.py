@@ -94,7 +94,7 @@ def get_config() -> ConfigDict:
 def _add_tasks(config: ConfigDict) -> None:
     # Where prompts come from and how responses are rewarded.
     config.data = ConfigDict()
-    config.data.source = "arithmetic"  # "arithmetic" or "operators" (embedded), or "dataset"
+    config.data.source = "arithmetic"  # "arithmetic", "operators" or "maze" (embedded), or "dataset"
     # "exact" (the whole response is the answer), "math" (the final answer that the response marks), "math_or_number"
     # (or its last number where it marks none), or your own "package.module:function" of (prompt, response, answer) or
     # (prompt, response, answer, row). Or a sum of several with weights, "math*1.0,mine:format*0.1"; accuracy is of the
@@ -145,6 +145,13 @@ def _add_tasks(config: ConfigDict) -> None:
     config.operators.num_warm = 30000  # demonstrations for supervised fine-tuning
     config.operators.num_train = 4096  # D, training prompts
     config.operators.num_test = 2048  # held-out prompts
+
+    # The maze task: the way through a maze that has one, and set sizes.
+    config.maze = ConfigDict()
+    config.maze.side = 5  # cells along a side; a prompt has a token for each cell and one for its end
+    config.maze.num_warm = 30000  # mazes for supervised fine-tuning
+    config.maze.num_train = 4096  # D, training prompts
+    config.maze.num_test = 1024  # held-out prompts
 
     # The tokenizer.
     config.tokenizer = ConfigDict()

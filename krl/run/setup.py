@@ -34,6 +34,7 @@ from krl.sharding import make_mesh, reshape_mesh, tree_sharding
 from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks, step_task_ids
 from krl.tasks.arithmetic import make_ladder
 from krl.tasks.files import has_split
+from krl.tasks.maze import make_mazes
 from krl.tasks.operators import make_operators
 from krl.tasks.pool import VerifierPool
 
@@ -146,6 +147,11 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
             sizes, seed=config.seed, num_operators=o.num_operators, shown_well=o.shown_well, impossible=o.impossible, wrong=o.wrong
         )  # fmt: skip
         return {"sft": drawn["warm"], "train": drawn["train"], "test": drawn["test"]}
+    if config.data.source == "maze":
+        m = config.maze
+        sizes = {"warm": m.num_warm, "train": m.num_train, "test": m.num_test}
+        mazes = make_mazes(sizes, seed=config.seed, side=m.side)
+        return {"sft": mazes["warm"], "train": mazes["train"], "test": mazes["test"]}
     data, sft, source = config.data, config.sft, SOURCES.get(config.data.name)
     further = [name.strip() for name in data.fields.split(",") if name.strip()]
 
