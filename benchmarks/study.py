@@ -39,6 +39,7 @@ TASKS: dict[str, tuple[str, dict[str, Any]]] = {  # a file of configs/, and what
     "half": ("operators", {"operators.impossible": 0.5}),
     "wrong": ("operators", {"operators.wrong": 0.05}),
     "solved": ("operators", {"operators.shown_well": 0.8}),
+    "maze": ("maze", {}),
     "arithmetic": ("arithmetic", {"optim.decay_steps": 0}),
 }
 

@@ -34,14 +34,14 @@ def make_mazes(sizes: Mapping[str, int], *, seed: int, side: int = 5) -> dict[st
             n * n - 1 moves.
 
     Returns:
-        A TaskSet for each of SPLITS, with the field "length", the moves of the path.
+        A TaskSet for each of SPLITS; "test" has the field "length", the moves of the path.
 
     Raises:
         ValueError: a side below 2, or more mazes than there are.
 
     >>> tasks = make_mazes({"warm": 1, "train": 1, "test": 1}, seed=0, side=3)["train"]
-    >>> tasks.prompts, tasks.answers, tasks.fields["length"]
-    (('222122110=',), ('DRDR',), ('4',))
+    >>> tasks.prompts, tasks.answers
+    (('222122110=',), ('DRDR',))
     """
     if side < 2:
         raise ValueError(f"side={side} must be at least 2: a maze of one cell has no path")
@@ -60,8 +60,9 @@ def _draw(split: str, size: int, side: int, rng: np.random.Generator) -> TaskSet
 
     found = draw_split(draw, split, size)
     answers = tuple(found.values())
-    lengths = tuple(str(len(moves)) for moves in answers)
-    return TaskSet(tuple(f"{maze}=" for maze in found), answers, answers, {"length": lengths})
+    # Of training prompts it is not told how long their path is: that would tell a prior what no text shows.
+    fields = {"length": tuple(str(len(moves)) for moves in answers)} if split == "test" else {}
+    return TaskSet(tuple(f"{maze}=" for maze in found), answers, answers, fields)
 
 
 def _grow(side: int, rng: np.random.Generator) -> list[int]:
