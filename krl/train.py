@@ -569,7 +569,8 @@ def spend_budget(
         seen = draw(every, num_prompts * scouts, free, first_sample=config.alloc.n_max)
         known, *_ = learn_from(budget.init_belief(num_prompts), *seen)
     counts = jnp.zeros_like(prompts.task_ids)
-    shown, rounds = budget.Shown(counts, counts * 0.0, counts * 0.0), []
+    shown = budget.Shown(counts, counts * 0.0, counts * 0.0)
+    rounds: list[tuple[Rollouts, Verdicts]] = []
     for spent, until in itertools.pairwise((0, *run.rounds)):
         if rounds:
             known, wins, losses = learn_from(known, *rounds[-1])

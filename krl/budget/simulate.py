@@ -160,7 +160,7 @@ def replay(
     if discounts is not None:
         start = start.replace(discount=jnp.float32(discounts[0]), discount_mixed=jnp.float32(discounts[1]))
     choose = "knapsack" if rule == "known" else rule
-    pool = (("group", group), ("explored", explored))
+    pool: tuple[tuple[str, Any], ...] = (("group", group), ("explored", explored))
     some = beliefs.take(start, jnp.arange(prompts_per_step))
     rounds = rounds_of(rule, prompts_per_step, budget, n_min, group) if rule in ROUNDS else ()
     allocate(choose, some, budget, n_min, n_max, **dict(pool))  # refuses what cannot be
@@ -189,7 +189,7 @@ def _replay_seeds(
     budget: int,
     n_min: int,
     n_max: int,
-    pool: tuple[tuple[str, int], ...],
+    pool: tuple[tuple[str, Any], ...],
     fit_prior: bool,
     fit_discounts: bool,
     known: bool,
@@ -245,8 +245,8 @@ def _replay_one(
         counts, rows, number = jnp.zeros_like(ids), jnp.arange(prompts_per_step), jnp.arange(n_max)
         for until in rounds:
             drawn = number < counts[:, None]
-            shown = Shown(counts, *((drawn & kind).sum(axis=1, dtype=jnp.float32) for kind in (draws, ~draws)))
-            counts, _ = counts_of(informed, until, shown=shown)
+            so_far = Shown(counts, *((drawn & kind).sum(axis=1, dtype=jnp.float32) for kind in (draws, ~draws)))
+            counts, _ = counts_of(informed, until, shown=so_far)
             new = ~drawn & (number < counts[:, None])
             outcomes = draws.reshape(-1).astype(jnp.float32), jnp.repeat(rows, n_max), new.reshape(-1)
             informed = beliefs.observe(informed, rows, *outcomes, step)
