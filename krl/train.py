@@ -321,7 +321,7 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
     if alloc.rule == "reach":
         rule = functools.partial(rule, reach=alloc.reach)
     rounds = budget.rounds_of(alloc.rule, num_prompts, alloc.budget, alloc.n_min, alloc.group)
-    explored = max(round(alloc.explored * num_prompts), alloc.explored > 0)
+    explored = max(round(alloc.explored * num_prompts), math.ceil(alloc.explored))  # one at least of a share above 0
     pool = {"group": alloc.group, "explored": explored} if not alloc.n_min else {}
     return Run(
         candidates=candidates, num_prompts=num_prompts, rounds=rounds, config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
