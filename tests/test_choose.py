@@ -316,3 +316,51 @@ def test_how_fast_it_fades_follows_the_data(drift):
         belief = budget.update(belief, seen, jnp.float32(rewards), index, every, step)
     kept = float(belief.fade) ** 10 * float(belief.discount_mixed)  # of what a mixed group showed ten steps ago
     assert kept > 0.7 if drift == 0 else kept < 0.4
+
+
+# ---------------------------------------------------------------- what a step must not do
+
+
+def test_a_pool_of_as_many_prompts_as_groups_explores_too():
+    good = np.arange(128) < 8
+    belief = budget.init_belief(128).replace(
+        successes=jnp.float32(5 * good), failures=jnp.float32(np.where(good, 5, 400)), last_step=127 - jnp.arange(128)
+    )
+    rest = np.asarray(budget.allocate("knapsack", belief, 512 - 6 * 4, 0, 128, group=4)[0])
+    longest = np.flatnonzero(rest == 0)[-6:]  # the last rows were not sampled for longest
+    explored, _ = budget.allocate("knapsack", belief, 512, 0, 128, group=4, explored=6)
+    assert explored.tolist() == (rest + 4 * np.isin(np.arange(128), longest)).tolist()
+
+
+@pytest.mark.parametrize("prompts", [10_000, 100_000])
+def test_shares_are_fair_in_large_pools(prompts):
+    rng = np.random.default_rng(0)
+    weights, light = np.where(np.arange(prompts) < prompts // 2, 1.0, 3.0).astype(np.float32), 0.0
+    solve = jax.jit(lambda w: budget.in_proportion(w, 512, 0, 64, 4))
+    for _ in range(20):
+        order = rng.permutation(prompts)
+        light += np.asarray(solve(jnp.asarray(weights[order])))[order < prompts // 2].sum() / 512 / 20
+    assert light == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_share_of_a_tenth_of_a_group_is_served_in_a_tenth_of_the_turns():
+    """Of fifty groups, which a hundred prompts share, one has a fifth of the others' weight."""
+    solve = jax.jit(lambda turn: budget.in_proportion(jnp.ones(100).at[37].set(0.2), 200, 0, 64, 4, turn))
+    served = [int(solve(turn)[37] > 0) for turn in range(400)]
+    assert np.mean(served) == pytest.approx(0.1, abs=0.03)
+
+
+def test_prompts_without_a_reward_were_sampled_all_the_same():
+    belief = budget.init_belief(2)
+    none = jnp.zeros(8, bool)
+    after = budget.update(
+        belief, jnp.arange(2), jnp.zeros(8), jnp.repeat(jnp.arange(2), 4), none, 5, sampled=jnp.array([True, False])
+    )
+    assert after.last_step.tolist() == [5, -1]
+    assert after.visits.tolist() == [0, 0]
+
+
+def test_the_variance_of_what_may_be_hopeless_is_that_of_its_mean():
+    belief = budget.init_belief(3).replace(hopeless=jnp.float32([4.0, -1, -9]), barren=jnp.zeros(3))
+    mean = np.asarray(budget.mean(belief))
+    np.testing.assert_allclose(budget.reward_variance(belief), mean * (1 - mean), rtol=1e-5)
