@@ -20,7 +20,8 @@ from krl.train import train
 ROOT = pathlib.Path(__file__).parent.parent
 WARM = tempfile.TemporaryDirectory(prefix="krl-sft-")  # the warm starts of all runs of this process
 TINY = {
-    "steps": 4, "prompts_per_step": 4, "alloc.budget": 16, "alloc.n_max": 8, "arithmetic.addition": 1,
+    "steps": 4, "prompts_per_step": 4, "alloc.rule": "knapsack", "alloc.budget": 16, "alloc.n_min": 2, "alloc.n_max": 8,
+    "arithmetic.addition": 1,
     "arithmetic.multiplication": 0, "arithmetic.num_warm": 40, "arithmetic.num_train": 12, "arithmetic.num_test": 6,
     "policy.embed_size": 16, "policy.num_heads": 2, "policy.num_kv_heads": 1, "policy.head_size": 4,
     "policy.mlp_size": 32, "policy.unroll": 1, "sft.steps": 300, "sft.batch_size": 32,

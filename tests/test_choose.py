@@ -104,6 +104,17 @@ def test_shares_below_one_group_are_kept_on_average():
     np.testing.assert_allclose(given_to[:32].sum(), shares[:32].sum(), rtol=0.03)
 
 
+def test_uniform_serves_all_candidates_alike():
+    belief, *_ = believed(np.random.default_rng(4), 24)
+    solve, given_to = jax.jit(lambda b: budget.allocate("uniform", b, 36, 0, 36, group=4)[0]), np.zeros(24)
+    for turn in range(200):
+        counts = np.asarray(solve(belief.replace(recorded=belief.recorded.at[0].set(turn))))
+        assert set(counts.tolist()) <= {0, 4}
+        given_to += counts / 4 / 200
+    np.testing.assert_allclose(given_to, 9 / 24, atol=0.06)
+    assert budget.allocate("uniform", belief, 24 * 8, 0, 36, group=4)[0].tolist() == [8] * 24
+
+
 @given(st.sampled_from((1, 4, 17)), st.integers(0, 12), st.sampled_from((0, 1, 3, 25)), st.integers(0, 1000))
 @settings(max_examples=40, deadline=None)
 def test_those_that_wait_longest_get_a_group(tasks, groups, explored, seed):
@@ -168,8 +179,8 @@ def test_a_long_prompt_is_served_last_and_then_more():
 
 def test_what_cannot_be_chosen_is_refused():
     belief = budget.init_belief(4)
-    with pytest.raises(ValueError, match="'uniform' gives every prompt some; with n_min=0 take one of"):
-        budget.allocate("uniform", belief, 8, 0, 8, group=4)
+    with pytest.raises(ValueError, match="'vip' gives every prompt some; with n_min=0 take one of"):
+        budget.allocate("vip", belief, 8, 0, 8, group=4)
     with pytest.raises(ValueError, match=r"2 to n_max=8 rollouts, got group=1"):
         budget.allocate("reach", belief, 8, 0, 8)
     with pytest.raises(ValueError, match="budget 10 cannot be met: it must be a multiple of group=4"):

@@ -21,6 +21,7 @@ def write_whole_run(
     settings |= {
         "alloc.rule": rule,
         "alloc.budget": 8 * prompts,
+        "alloc.n_min": 2,
         "prompts_per_step": prompts,
         "steps": steps,
         "seed": seed,

@@ -195,6 +195,7 @@ CHOOSING_RULES = {
     "knapsack_continuous",
     "reach",
     "variance",
+    "uniform",
     "inverse_sqrt",
     *ONLY_CHOOSING,
 }

@@ -13,9 +13,14 @@ from krl.budget.value import log_gains
 from krl.masked import divide
 
 
-def uniform_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
-    """Plain GRPO (Shao et al., arXiv 2402.03300): every prompt the same; the remainder to the first ones."""
+def uniform_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
+    """Plain GRPO (Shao et al., arXiv 2402.03300): every prompt the same; the remainder to the first ones.
+
+    Of more candidates than there are groups, each has one as often as any other.
+    """
     prompts = belief.visits.shape[0]
+    if not n_min:
+        return in_proportion(jnp.ones(prompts), budget, n_min, n_max, group, belief.recorded.sum()), {}
     share, remainder = jnp.divmod(jnp.asarray(budget, jnp.int32), max(prompts, 1))
     counts = share + (jnp.arange(prompts) < remainder)
     return counts.astype(jnp.int32), {}

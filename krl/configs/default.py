@@ -8,7 +8,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # random seed of the parameters, the order of the data and the samples
     config.steps = 200  # training steps; a step samples, scores and learns from alloc.budget rollouts
-    config.prompts_per_step = 64  # M, prompts sampled in a step; with alloc.n_min=0 alloc.candidates takes its place
+    config.prompts_per_step = 64  # M, prompts of a step where every one gets some, that is with alloc.n_min above 0
     config.max_bad_updates = 5  # updates in a row with a loss or gradient that is not finite, after which the run ends
     # Seconds that one phase of a step may take, compilation included; a longer one ends the run and prints the stacks
     # of all threads. 0 for no limit.
@@ -16,12 +16,12 @@ def get_config() -> ConfigDict:
 
     # How many rollouts each prompt gets.
     config.alloc = ConfigDict()
-    config.alloc.rule = "knapsack"  # a key of krl.budget.RULES: "knapsack", or "uniform" for plain GRPO
+    config.alloc.rule = "reach"  # a key of krl.budget.RULES: "reach", "knapsack" (the paper's value), "uniform" (plain GRPO)
     config.alloc.budget = 512  # R, rollouts per step, over all prompts
     # Fewest rollouts of a prompt in a step. 0: a step has alloc.candidates prompts, of which those that are worth it
     # get whole groups of alloc.group rollouts, and the others nothing.
-    config.alloc.n_min = 2
-    config.alloc.candidates = 256  # C, prompts that a step chooses from with n_min=0; 0 for all of the data
+    config.alloc.n_min = 0
+    config.alloc.candidates = 256  # C, prompts that a step chooses from with n_min=0; all of the data for 0 or if it has fewer
     config.alloc.group = 4  # rollouts of a group with n_min=0
     config.alloc.reach = (
         0.01  # r of the rule "reach", a success rate: rarer ones are worth no more than those of about r

@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     """What differs from the default."""
     config = default.get_config()
     config.steps = 100
-    config.prompts_per_step = 16
     config.alloc.budget = 128
+    config.alloc.candidates = 64
     config.alloc.n_max = 64
 
     config.data.source = "dataset"

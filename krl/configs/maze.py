@@ -18,9 +18,8 @@ def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.source = "maze"
     config.steps = 200
-    config.prompts_per_step = 32
     config.alloc.budget = 256
-    config.alloc.rule = "knapsack_log"  # longer ways are found rarely
+    config.alloc.candidates = 128
     config.maze.side = 5
     config.data.max_prompt_tokens = 26  # a digit for each of 25 cells, "="
     config.sample.max_new_tokens = 25  # of at most 24 moves and the end

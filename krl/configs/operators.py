@@ -1,10 +1,10 @@
 """Knapsack-GRPO on the embedded operators, a minute or two on two CPU cores after the warm start.
 
     python train.py --config configs/operators.py --workdir runs/operators
-    python train.py --config configs/operators.py --workdir runs/uniform --config.alloc.rule=uniform
+    python train.py --config configs/operators.py --workdir runs/uniform --config.alloc.rule=uniform --config.alloc.n_min=4
 
 The policy can execute eight string functions and must find out by trial which one each of 52 letters means.
-`make demo` trains it with uniform budgets, twice as many of them, and the knapsack.
+`make demo` trains it with uniform budgets, four times as many of them, and with prompts that are chosen.
 """
 
 from ml_collections import ConfigDict
@@ -17,9 +17,8 @@ def get_config() -> ConfigDict:
     config = default.get_config()
     config.data.source = "operators"
     config.steps = 400
-    config.prompts_per_step = 32
     config.alloc.budget = 256
-    config.alloc.rule = "knapsack_log"  # rare successes are what this task is about
+    config.alloc.candidates = 128
     config.data.max_prompt_tokens = 6  # a letter, four digits, "="
     config.sample.max_new_tokens = 5  # four digits and the end
     config.tokenizer.vocab_size = 68  # every character is a piece of its own

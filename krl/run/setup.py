@@ -276,7 +276,7 @@ def prompts_of_a_step(config: ConfigDict, num_tasks: int) -> tuple[int, int]:
     """(C, M): the prompts that a step chooses from and those that it can serve; the same where every prompt gets some."""
     if config.alloc.n_min:
         return config.prompts_per_step, config.prompts_per_step
-    candidates = config.alloc.candidates or num_tasks
+    candidates = min(config.alloc.candidates or num_tasks, num_tasks)
     if config.alloc.rule in budget.ROUNDS:
         return candidates, candidates  # which of them are served is not known before the first round
     return candidates, min(config.alloc.budget // config.alloc.group, candidates)
