@@ -1,4 +1,4 @@
-# make demo   from one warm start: uniform budgets, uniform with twice the rollouts, the knapsack; and compare
+# make demo   from one warm start: uniform budgets, uniform with four times the rollouts, the knapsack; and compare
 # make pod    two processes on this machine that train one policy
 # make test   the test suite, or TESTS="tests/test_budget.py ..." of it
 # make oldest the same with the oldest versions that requirements.txt admits, in .venv-oldest
@@ -15,18 +15,18 @@ TESTS ?=
 RUNS ?= runs/demo
 PORT ?= 9876
 TRAIN = JAX_COMPILATION_CACHE_DIR=$(RUNS)/compiled $(VENV)/bin/python train.py \
-  --config configs/operators.py --config.eval.samples=8 --config.sft.dir=$(RUNS)/sft
+  --config configs/operators.py --config.eval.samples=4 --config.sft.dir=$(RUNS)/sft
 REQUIREMENTS := -r requirements.txt
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo pod test oldest slow check site clean same-python
 
 demo: $(VENV)/runtime-installed
-	@$(TRAIN) --workdir $(RUNS)/uniform --config.alloc.rule=uniform
-	@$(TRAIN) --workdir $(RUNS)/uniform_512 --config.alloc.rule=uniform --config.alloc.budget=512
+	@$(TRAIN) --workdir $(RUNS)/uniform --config.alloc.rule=uniform --config.alloc.n_min=4
+	@$(TRAIN) --workdir $(RUNS)/uniform_1024 --config.alloc.rule=uniform --config.alloc.n_min=16 --config.alloc.budget=1024
 	@$(TRAIN) --workdir $(RUNS)/knapsack
 	@echo
-	@$(VENV)/bin/python -m krl.run.report $(RUNS)/uniform $(RUNS)/uniform_512 $(RUNS)/knapsack --out $(RUNS)
+	@$(VENV)/bin/python -m krl.run.report $(RUNS)/uniform $(RUNS)/uniform_1024 $(RUNS)/knapsack --out $(RUNS)
 
 pod: $(VENV)/runtime-installed
 	@$(TRAIN) --workdir $(RUNS)/warm --config.steps=0

@@ -271,8 +271,15 @@ class Run:
     measure: Callable  # params -> what `krl.run.evaluate.evaluate` finds on the held-out prompts
 
 
-inform, learn_prior = jax.jit(budget.inform), jax.jit(budget.learn_prior)
+take, inform, learn_prior = jax.jit(budget.take), jax.jit(budget.inform), jax.jit(budget.learn_prior)
 mean_tokens = jax.jit(budget.mean_tokens)
+
+
+@functools.partial(jax.jit, static_argnames="most")
+def served_rows(counts: jax.Array, candidates: Any, most: int) -> tuple[jax.Array, Any]:
+    """(rows of the candidates that get any, filled up to `most` with others; what is known of these)."""
+    rows = jnp.argsort(counts == 0, stable=True)[:most]
+    return rows, jax.tree.map(lambda x: x[rows] if x.ndim else x, candidates)
 
 
 def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, reference: dict | None) -> Run:
@@ -452,16 +459,17 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
     sample_key, shuffle_key = jax.random.split(jax.random.fold_in(key, draw) if draw else key)
     with clock.phase("budget"):
         task_ids = step_task_ids(len(run.tasks), run.candidates, step, seed=config.seed)
-        before = known = budget.take(belief, run.place(task_ids), step)
+        before = known = take(belief, run.place(task_ids), step)
         features = run.place(run.features[task_ids])
         if prior is not None:
             known = inform(prior, before, features)
         chosen = None
         if run.candidates > run.num_prompts:
             counts, info = run.allocate(known, config.alloc.budget)
-            rows = jnp.argsort(counts == 0, stable=True)[: run.num_prompts]  # those that get any come first
-            before, known, features = jax.tree.map(lambda x: x[rows] if x.ndim else x, (before, known, features))
-            task_ids, chosen = task_ids[np.asarray(rows)], (counts[rows], info)
+            rows, (before, known, features, counts) = served_rows(
+                counts, (before, known, features, counts), most=run.num_prompts
+            )
+            task_ids, chosen = task_ids[np.asarray(rows)], (counts, info)
         prompts = run.place(Prompts(run.tasks.tokens[task_ids], run.tasks.mask[task_ids], task_ids))
     drawn = spend_budget(run, state.params, prompts, known, step, sample_key, clock, chosen)
     rollouts, rewards, said = drawn.rollouts, drawn.rewards, drawn.verdicts

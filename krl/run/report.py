@@ -1,6 +1,6 @@
 """What runs showed: one table, one sentence, the figures and the page.
 
-    python -m krl.run.report runs/uniform runs/uniform_512 runs/knapsack --out runs
+    python -m krl.run.report runs/uniform runs/uniform_1024 runs/knapsack --out runs
 
 compares runs of the same prompts; --out report.html writes the page alone. Runs may differ in their rule, their rollouts a step and their steps.
 """
