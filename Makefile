@@ -15,7 +15,7 @@ TESTS ?=
 RUNS ?= runs/demo
 PORT ?= 9876
 TRAIN = JAX_COMPILATION_CACHE_DIR=$(RUNS)/compiled $(VENV)/bin/python train.py \
-  --config configs/operators.py --config.eval.samples=4 --config.sft.dir=$(RUNS)/sft
+  --config configs/operators.py --config.steps=200 --config.sft.dir=$(RUNS)/sft
 REQUIREMENTS := -r requirements.txt
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
