@@ -1,7 +1,7 @@
 """Knapsack-GRPO on the embedded operators, a minute or two on two CPU cores after the warm start.
 
     python train.py --config configs/operators.py --workdir runs/operators
-    python train.py --config configs/operators.py --workdir runs/uniform --config.alloc.rule=uniform --config.alloc.n_min=4
+    python train.py --config configs/operators.py --workdir runs/uniform --config.alloc.rule=uniform
 
 The policy can execute eight string functions and must find out by trial which one each of 52 letters means.
 `make demo` trains it with uniform budgets, four times as many of them, and with prompts that are chosen.
