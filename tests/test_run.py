@@ -71,7 +71,10 @@ def test_shipped_configs_pass_their_check(module):
             {"alloc.rule": "vip"},
             r"config.alloc.rule='vip' must be one of .*'reach'.*, or alloc.n_min at least 1",
         ),
-        ({"alloc.n_min": 2, "alloc.rule": "mopps"}, "config.alloc.rule='mopps' must be another one, or alloc.n_min must be 0"),
+        (
+            {"alloc.n_min": 2, "alloc.rule": "mopps"},
+            "config.alloc.rule='mopps' must be another one, or alloc.n_min must be 0",
+        ),
         ({"alloc.budget": 510}, "config.alloc.budget=510 must be a multiple of alloc.group=4"),
         (
             {"alloc.rule": "pilot_commit", "alloc.candidates": 0},
@@ -116,7 +119,10 @@ def test_shipped_configs_pass_their_check(module):
         ({"eval.top_p": 0.0}, "config.eval.top_p=0.0 must be above 0"),
         ({"data.template": "Q:"}, "config.data.template='Q:' must be one of .* or a text with"),
         ({"sample.temperature": 0.0}, "config.sample.temperature=0.0 must be above 0"),
-        ({"alloc.n_min": 2, "arithmetic.num_train": 10}, "config.arithmetic.num_train=10 must be at least prompts_per_step=64"),
+        (
+            {"alloc.n_min": 2, "arithmetic.num_train": 10},
+            "config.arithmetic.num_train=10 must be at least prompts_per_step=64",
+        ),
         ({"arithmetic.num_train": 0}, "config.arithmetic.num_train=0 must be at least 1"),
         ({"seed": -1}, "config.seed=-1 must be at least 0"),
         ({"sample.slots": -1}, "config.sample.slots=-1 must be at least 0"),

@@ -16,12 +16,16 @@ def get_config() -> ConfigDict:
 
     # How many rollouts each prompt gets.
     config.alloc = ConfigDict()
-    config.alloc.rule = "reach"  # a key of krl.budget.RULES: "reach", "knapsack" (the paper's value), "uniform" (plain GRPO)
+    config.alloc.rule = (
+        "reach"  # a key of krl.budget.RULES: "reach", "knapsack" (the paper's value), "uniform" (plain GRPO)
+    )
     config.alloc.budget = 512  # R, rollouts per step, over all prompts
     # Fewest rollouts of a prompt in a step. 0: a step has alloc.candidates prompts, of which those that are worth it
     # get whole groups of alloc.group rollouts, and the others nothing.
     config.alloc.n_min = 0
-    config.alloc.candidates = 256  # C, prompts that a step chooses from with n_min=0; all of the data for 0 or if it has fewer
+    config.alloc.candidates = (
+        256  # C, prompts that a step chooses from with n_min=0; all of the data for 0 or if it has fewer
+    )
     config.alloc.group = 4  # rollouts of a group with n_min=0
     config.alloc.reach = (
         0.01  # r of the rule "reach", a success rate: rarer ones are worth no more than those of about r
