@@ -16,20 +16,16 @@ def get_config() -> ConfigDict:
 
     # How many rollouts each prompt gets.
     config.alloc = ConfigDict()
-    config.alloc.rule = (
-        "reach"  # a key of krl.budget.RULES: "reach", "knapsack" (the paper's value), "uniform" (plain GRPO)
-    )
+    # A key of krl.budget.RULES: "reach", "knapsack" for the paper's value, "uniform" for plain GRPO.
+    config.alloc.rule = "reach"
     config.alloc.budget = 512  # R, rollouts per step, over all prompts
     # Fewest rollouts of a prompt in a step. 0: a step has alloc.candidates prompts, of which those that are worth it
     # get whole groups of alloc.group rollouts, and the others nothing.
     config.alloc.n_min = 0
-    config.alloc.candidates = (
-        256  # C, prompts that a step chooses from with n_min=0; all of the data for 0 or if it has fewer
-    )
+    # C, prompts that a step chooses from with n_min=0; all of the data if that is fewer, or for 0.
+    config.alloc.candidates = 256
     config.alloc.group = 4  # rollouts of a group with n_min=0
-    config.alloc.reach = (
-        0.01  # r of the rule "reach", a success rate: rarer ones are worth no more than those of about r
-    )
+    config.alloc.reach = 0.01  # r of the rule "reach", a success rate: rarer ones are worth no more than about r
     # Share of the budget, with n_min=0, for the candidates that were not sampled for longest: what is unlearnt is seen.
     config.alloc.explored = 0.05
     config.alloc.n_max = 128  # most rollouts of a prompt in a step
