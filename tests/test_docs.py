@@ -51,7 +51,7 @@ def here(tmp_path, monkeypatch):
         with undrawn():
             return TRAIN(config, workdir)
 
-    kept = [(names, names.copy()) for names in (budget.RULES, budget.CHOOSING_RULES, budget.ROUNDS, budget.PRIORS)]
+    kept = [(names, names.copy()) for names in (budget.RULES, budget.ROUNDS, budget.PRIORS)]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(krl.train, "train", train)

@@ -40,7 +40,7 @@ from krl.tasks.operators import FUNCTIONS, operator_meanings
 from tests import bpe
 
 TINY: dict[str, Any] = {
-    "steps": 2, "prompts_per_step": 4, "alloc.budget": 16, "alloc.n_max": 8, "alloc.prior_width": 32, "data.source": "operators",
+    "steps": 2, "prompts_per_step": 4, "alloc.rule": "knapsack", "alloc.budget": 16, "alloc.n_min": 2, "alloc.n_max": 8, "alloc.prior_width": 32, "data.source": "operators",
     "data.reward": "tests.rewards:coin", "data.max_prompt_tokens": 8, "operators.num_operators": 3, "operators.num_warm": 20,
     "operators.num_train": 4, "operators.num_test": 4, "operators.wrong": 1.0, "tokenizer.vocab_size": 20, "policy.embed_size": 8, "policy.num_layers": 1,
     "policy.num_heads": 8, "policy.num_kv_heads": 4, "policy.head_size": 4, "policy.mlp_size": 12, "policy.unroll": 1,
@@ -229,6 +229,7 @@ STEPS = {
     "the sizes of a step": Trial(TINY, {
         "prompts_per_step": lambda run: len(run.task_ids) == 4,
         "alloc.budget": lambda run: run.counts.sum() == 16 == len(run.rewards),
+        "alloc.n_min": lambda run: run.counts.min() >= 2 and len(run.counts) == 4,
         "data.reward": lambda run: set(run.rewards) == {0.0, 1.0},
         "data.max_prompt_tokens": lambda run: run.parts.train.tokens.shape == (4, 8),
         "sample.max_new_tokens": lambda run: run.tokens.shape == (16, 5),
@@ -262,8 +263,7 @@ STEPS = {
         "alloc.fit_discounts": lambda run: run.plain.steps[1][1]["discount_mixed"] != 0.25,
     }),
     "some of the candidates": Trial(POOL, {
-        "alloc.n_min": lambda run: len(run.task_ids) == 2 and chosen_again(run),
-        "alloc.candidates": lambda run: run.metrics["candidates"] == 3 and max(map(max, served(run))) <= 3,
+        "alloc.candidates": lambda run: run.metrics["candidates"] == 3 and len(run.task_ids) == 2 and chosen_again(run) and max(map(max, served(run))) <= 3,
         "alloc.group": lambda run: set(run.counts) == {8},
     }),
     "rarer successes": Trial(POOL | {"alloc.reach": 0.5}, {"alloc.reach": lambda run: chosen_again(run, reach=0.5)}),
@@ -767,6 +767,8 @@ BUDGETS = [
 
 @pytest.mark.parametrize("changes", BUDGETS)
 def test_rules_priors_and_discounts_go_together(changes, plain):
+    if budget.must_choose(changes["alloc.rule"]):
+        changes = changes | {"alloc.n_min": 0, "alloc.scouts": 0}
     seen = take_steps(make_config(changes | {"alloc.prior_field": "operator"}), plain.parts, plain)
     for learner, _, groups, _ in seen.steps:
         assert groups["counts"].sum() == 16

@@ -82,8 +82,14 @@ def test_settings_that_differ_come_first(tmp_path):
     text = written(runs, tmp_path / "report.html")
     shown = text[text.index('<section id="settings">') : text.index("<details>")]
     keys = re.findall(r"<td>([a-z_]+(?:\.\w+)?)</td>", shown)
-    assert keys == ["alloc.rule", "alloc.budget", "prompts_per_step", "steps"]  # the rest has its default
-    own = '<td class="own">&#34;uniform&#34;</td><td>&#34;knapsack&#34;</td> <td>&#34;knapsack&#34;</td>'
+    assert keys == [
+        "alloc.rule",
+        "alloc.budget",
+        "alloc.n_min",
+        "prompts_per_step",
+        "steps",
+    ]  # the rest has its default
+    own = '<td class="own">&#34;uniform&#34;</td><td class="own">&#34;knapsack&#34;</td> <td>&#34;reach&#34;</td>'
     assert own in " ".join(shown.split())
 
 

@@ -20,7 +20,7 @@ ACCELERATOR = Accelerator(memory_gb=1.0, flops=1e9, bandwidth=1e8, links=1e7)
 def make_config(**changes):
     config = arithmetic.get_config()
     config.update_from_flattened_dict(
-        {"prompts_per_step": PROMPTS, "alloc.budget": ROLLOUTS, "mesh.shape": (GROUPS, SPLIT), "policy.num_layers": 2,
+        {"prompts_per_step": PROMPTS, "alloc.budget": ROLLOUTS, "alloc.n_min": 2, "mesh.shape": (GROUPS, SPLIT), "policy.num_layers": 2,
          "mesh.axis_names": ("fsdp", "model"), "sample.slots": SLOTS, "loss.importance_cap": 2.0, "policy.unroll": 1}
         | changes
     )  # fmt: skip

@@ -31,7 +31,7 @@ def rounds(rule, prompts, total, n_min, n_max, group, outcomes):
 @pytest.mark.parametrize("rule", sorted(budget.ROUNDS))
 def test_rounds_add_up_and_take_nothing_back(rule):
     rng = np.random.default_rng(0)
-    n_min, group = (0, 4) if rule in budget.CHOOSING_RULES else (4, 1)
+    n_min, group = (0, 4) if budget.may_choose(rule) else (4, 1)
     for _ in range(5):
         outcomes = rng.random((20, 32)) < rng.beta(0.4, 0.4, (20, 1))
         shown = rounds(rule, 20, 160, n_min, 32, group, outcomes)

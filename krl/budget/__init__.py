@@ -1,11 +1,11 @@
 """How many rollouts each prompt gets: pure jnp, no model, no input or output."""
 
 from krl.budget.allocate import (
-    CHOOSING_RULES,
-    ONLY_CHOOSING,
     ROUNDS,
     RULES,
     allocate,
+    may_choose,
+    must_choose,
     reach_weights,
     rounds_of,
     value_rule,
@@ -53,8 +53,6 @@ from krl.budget.value import (
 )
 
 __all__ = [
-    "CHOOSING_RULES",
-    "ONLY_CHOOSING",
     "PRIORS",
     "ROUNDS",
     "RULES",
@@ -82,9 +80,11 @@ __all__ = [
     "log_gains_beta",
     "logged_rates",
     "max_plus_dp",
+    "may_choose",
     "mean",
     "mean_tokens",
     "merge",
+    "must_choose",
     "number_groups",
     "observe",
     "possible",

@@ -5,7 +5,7 @@ Where a rule from the literature was stated otherwise, its docstring says what w
 the bounds and the sum, so that runs and simulations can be compared at equal cost.
 
 The natural items of the knapsack are more prompts than a step can serve, of which most are best left alone for now. So
-the CHOOSING_RULES also take `group`: with n_min = 0 a prompt gets nothing or whole groups of that many rollouts, which
+those that may choose prompts also take `group`: with n_min = 0 a prompt gets nothing or whole groups of that many rollouts, which
 teach by their comparison. In units of groups the problem is a separable concave one as before,
 
     maximise sum_i V_i(g k_i)  subject to  sum_i k_i = R / g,  0 <= k_i <= n_max / g,
@@ -15,6 +15,7 @@ nothing; groups of two or more do.
 """
 
 import functools
+import inspect
 import itertools
 from collections.abc import Callable
 
@@ -28,7 +29,7 @@ from krl.budget.solve import Counts, Shown, in_proportion, knapsack, price
 from krl.budget.value import Value, check_bounds, continuous_value, gains_of, log_gains_beta
 from krl.masked import divide
 
-Rule = Callable[..., Counts]  # (belief, budget, n_min, n_max), and of CHOOSING_RULES group= too
+Rule = Callable[..., Counts]  # (belief, budget, n_min, n_max), and group= too where it may choose prompts
 
 
 def knapsack_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
@@ -185,20 +186,17 @@ ROUNDS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
     "pilot_commit": _half_and_rest,
     "reinforce_ada": _half_and_three,
 }
-# Rules that choose prompts and cannot do otherwise.
-ONLY_CHOOSING = {"mopps", "pilot_commit", "reinforce_ada"}
-# Rules that may give nothing to a prompt: they take `group`.
-CHOOSING_RULES = {
-    "knapsack",
-    "knapsack_log",
-    "knapsack_tokens",
-    "knapsack_continuous",
-    "reach",
-    "variance",
-    "uniform",
-    "inverse_sqrt",
-    *ONLY_CHOOSING,
-}
+
+
+def may_choose(rule: str | Rule) -> bool:
+    """Whether a rule may give prompts nothing: one that takes `group`."""
+    return "group" in inspect.signature(RULES[rule] if isinstance(rule, str) else rule).parameters
+
+
+def must_choose(rule: str | Rule) -> bool:
+    """Whether a rule cannot give every prompt some: one that takes `group`, and has no default for it."""
+    taken = inspect.signature(RULES[rule] if isinstance(rule, str) else rule).parameters
+    return "group" in taken and taken["group"].default is inspect.Parameter.empty
 
 
 def allocate(
@@ -215,8 +213,8 @@ def allocate(
     """The counts of a step under a rule.
 
     Args:
-        rule: a key of RULES, or any function (belief, budget, n_min, n_max) -> (counts, info). With n_min = 0 a key of
-            CHOOSING_RULES, or a function that takes `group` too and gives each prompt nothing or a multiple of it.
+        rule: a key of RULES, or any function (belief, budget, n_min, n_max) -> (counts, info). With n_min = 0 one that
+            takes `group` too and gives each prompt nothing or a multiple of it.
         belief: what is known of the step's M prompts, see `krl.budget.take`.
         budget: R, rollouts to spend; with n_min = 0 a multiple of group.
         n_min, n_max: the fewest and the most rollouts of a prompt, static.
@@ -234,16 +232,14 @@ def allocate(
         ValueError: an unknown name, bounds with n_min < 0 or n_max < n_min, a budget out of range, a rule that cannot
             give nothing where n_min is 0.
     """
-    if isinstance(rule, str):
-        if rule not in RULES:
-            raise ValueError(f"unknown allocation rule {rule!r}; the rules are {sorted(RULES)}")
-        if not n_min and rule not in CHOOSING_RULES:
-            raise ValueError(
-                f"the rule {rule!r} gives every prompt some; with n_min=0 take one of {sorted(CHOOSING_RULES)}"
-            )
-        if n_min and rule in ONLY_CHOOSING:
-            raise ValueError(f"the rule {rule!r} chooses which prompts get any; it needs n_min=0, got {n_min}")
-        rule = RULES[rule]
+    if isinstance(rule, str) and rule not in RULES:
+        raise ValueError(f"unknown allocation rule {rule!r}; the rules are {sorted(RULES)}")
+    if not n_min and not may_choose(rule):
+        names = sorted(filter(may_choose, RULES))
+        raise ValueError(f"the rule {rule!r} gives every prompt some; with n_min=0 take one of {names}")
+    if n_min and must_choose(rule):
+        raise ValueError(f"the rule {rule!r} chooses which prompts get any; it needs n_min=0, got {n_min}")
+    rule = RULES[rule] if isinstance(rule, str) else rule
     check_bounds(n_min, n_max, least=0)
     more, explored = ({}, explored) if shown is None else ({"shown": shown}, 0)
     prompts = belief.visits.shape[0]

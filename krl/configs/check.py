@@ -68,17 +68,16 @@ def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
 
 
 def check(
-    config: ConfigDict, *, rules: Iterable[str], choosing: Iterable[str], only_choosing: Iterable[str], rounds: Iterable[str], priors: Iterable[str], templates: Iterable[str],
-    sources: Iterable[str], averages: Iterable[str], scales: Iterable[str], surrogates: Iterable[str], kl_estimators: Iterable[str],
+    config: ConfigDict, *, rules: Iterable[str], may_choose: Callable[[str], bool], must_choose: Callable[[str], bool], rounds: Iterable[str], priors: Iterable[str],
+    templates: Iterable[str], sources: Iterable[str], averages: Iterable[str], scales: Iterable[str], surrogates: Iterable[str], kl_estimators: Iterable[str],
 ) -> None:  # fmt: skip
     """Check every value and combination.
 
     Args:
         config: the whole configuration.
         rules: the names of allocation rules.
-        choosing: those of them that may give a prompt nothing.
-        only_choosing: those of these that cannot give every prompt some.
-        rounds: those that spend a step's budget in several rounds.
+        may_choose, must_choose: whether the rule of a name may give a prompt nothing, and whether it can do no other.
+        rounds: the rules that spend a step's budget in several rounds.
         priors: the names of priors besides "shared".
         templates: the names of prompt templates.
         sources: the names of known data sets.
@@ -148,7 +147,8 @@ def check(
     )
     need(alloc.prior_width <= 1 << 24, "alloc.prior_width", f"at most {1 << 24}: each is a parameter of the prior")
     need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
-    _check_sum(config, need, choosing, only_choosing, rounds)
+    choosing = sorted(filter(may_choose, rules))
+    _check_sum(config, need, choosing, must_choose(alloc.rule), rounds)
     updates = optim.updates_per_step
     need(alloc.budget % updates == 0, "alloc.budget", f"a multiple of optim.updates_per_step={updates}")
     _check_mesh(config, need)
@@ -158,13 +158,13 @@ def check(
 
 
 def _check_sum(
-    config: ConfigDict, need: Callable[[bool, str, str], None], choosing: Iterable[str], only_choosing: Iterable[str], rounds: Iterable[str],
+    config: ConfigDict, need: Callable[[bool, str, str], None], choosing: Sequence[str], must_choose: bool, rounds: Iterable[str],
 ) -> None:  # fmt: skip
     """The part about how many rollouts a step's prompts can take; `need` refuses."""
     prompts, alloc = config.prompts_per_step, config.alloc
     if alloc.n_min:
         need(
-            alloc.rule not in only_choosing,
+            not must_choose,
             "alloc.rule",
             "another one, or alloc.n_min must be 0: this rule chooses the prompts",
         )
@@ -178,8 +178,8 @@ def _check_sum(
     need(
         alloc.rule in choosing,
         "alloc.rule",
-        f"one of {sorted(choosing)}, or alloc.n_min at least 1: others give every prompt some (a rule of your own that may give "
-        "nothing has its name in krl.budget.CHOOSING_RULES)",
+        f"one of {choosing}, or alloc.n_min at least 1: others give every prompt some (a rule of your own that may give "
+        "nothing takes `group`)",
     )
     need(2 <= alloc.group <= alloc.n_max, "alloc.group", f"from 2 to alloc.n_max={alloc.n_max}")
     need(alloc.budget % alloc.group == 0, "alloc.budget", f"a multiple of alloc.group={alloc.group} with alloc.n_min=0")

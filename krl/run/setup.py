@@ -8,7 +8,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -38,8 +38,8 @@ from krl.tasks.maze import make_mazes
 from krl.tasks.operators import make_operators
 from krl.tasks.pool import VerifierPool
 
-NAMES: dict[str, Iterable[str]] = {  # what a config may name
-    "rules": budget.RULES, "choosing": budget.CHOOSING_RULES, "only_choosing": budget.ONLY_CHOOSING, "rounds": budget.ROUNDS, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
+NAMES: dict[str, Any] = {  # what a config may name
+    "rules": budget.RULES, "may_choose": budget.may_choose, "must_choose": budget.must_choose, "rounds": budget.ROUNDS, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
     "averages": learn.AVERAGES, "scales": learn.SCALES, "surrogates": learn.SURROGATES, "kl_estimators": learn.KL_ESTIMATORS,
 }  # fmt: skip
 
