@@ -142,7 +142,7 @@ def _counts(axis, runs: list[Run]) -> None:
         axis.plot(rate, median, line, color=colour, alpha=alpha, markersize=3.5, label=name)
     even = np.mean(run["groups"][-1]["counts"])
     axis.axhline(even, color=FAINT, linewidth=0.9, linestyle=(0, (4, 3)))
-    axis.text(0.5, even * 0.93, "the same for all", color=FAINT, ha="center", va="top", fontsize=7.5)
+    axis.text(0.5, even * 0.93, "on average", color=FAINT, ha="center", va="top", fontsize=7.5)
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.set(title=f"Rollouts given by {run['name']}", xlabel="believed success rate of a prompt", xlim=(0, 1))
