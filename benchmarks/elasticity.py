@@ -30,8 +30,8 @@ def main():
 
 
 def job(task: str, changes: dict, seed: int, budget: int) -> Job:
-    """A run with uniform budgets."""
-    uniform = {"alloc.rule": "uniform", "alloc.prior": "shared", "alloc.budget": budget}
+    """A run with uniform budgets, of config.prompts_per_step prompts."""
+    uniform = {"alloc.rule": "uniform", "alloc.prior": "shared", "alloc.n_min": 1, "alloc.budget": budget}
     return Job(task, f"uniform_{budget}", changes | uniform | {"seed": seed})
 
 

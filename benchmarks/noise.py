@@ -1,6 +1,6 @@
 """What a step's gradient is worth under each rule, at one checkpoint: signal, noise, and where the noise comes from.
 
-    python train.py --config configs/operators.py --workdir runs/early --config.steps=100
+    python train.py --config configs/operators.py --workdir runs/early --config.steps=100 --config.alloc.n_min=2
     python -m benchmarks.noise runs/early [--batches 64]
 
 Every rule chooses counts for the same batches of prompts from the same belief, and each batch is sampled twice. Of

@@ -466,6 +466,7 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
         chosen = None
         if run.candidates > run.num_prompts:
             counts, info = run.allocate(known, config.alloc.budget)
+            check_counts(config.alloc, counts, config.alloc.budget)
             rows, (before, known, features, counts) = served_rows(
                 counts, (before, known, features, counts), most=run.num_prompts
             )
@@ -583,15 +584,11 @@ def spend_budget(
         if rounds:
             known, wins, losses = learn_from(known, *rounds[-1])
             shown = budget.Shown(counts, shown.successes + wins, shown.failures + losses)
-        told = {"shown": shown} if len(run.rounds) > 1 else {}
+        told = {"shown": shown} if config.alloc.rule in budget.ROUNDS else {}
         with clock.phase("budget"):
             counts, info = jax.block_until_ready(chosen or run.allocate(known, until, **told))
+        check_counts(config.alloc, counts, until)
         rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
-    if counts.sum() != config.alloc.budget:
-        raise ValueError(
-            f"the rule {config.alloc.rule!r} gave {counts.sum()} rollouts, and config.alloc.budget={config.alloc.budget} are to be "
-            "spent; docs/recipes/rule.md says what a rule must keep"
-        )
     rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
     verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
     return Drawn(
@@ -599,6 +596,27 @@ def spend_budget(
         rewards=run.place(as_float32(verdicts.rewards)),
         scored=rollouts.mask & run.place(verdicts.faults == 0),
     )  # fmt: skip
+
+
+def check_counts(alloc: ConfigDict, counts: jax.Array, spent: int) -> None:
+    """Refuse counts that a rule must not give: it is named, with what is wrong.
+
+    Args:
+        alloc: the part of the config about the budget.
+        counts: of a step's prompts or candidates.
+        spent: what they are to sum to, config.alloc.budget but for earlier rounds.
+    """
+    given, wrong = np.asarray(counts), ""
+    if not np.issubdtype(given.dtype, np.integer):
+        wrong = f"counts of type {given.dtype}, which are to be whole numbers"
+    elif given.sum() != spent:
+        wrong = f"{given.sum()} rollouts, and {spent} of config.alloc.budget={alloc.budget} are to be spent"
+    elif given.min() < alloc.n_min or given.max() > alloc.n_max:
+        wrong = f"a prompt {given.min()} rollouts and another {given.max()}, and config.alloc.n_min={alloc.n_min} to n_max={alloc.n_max} are allowed"
+    elif not alloc.n_min and (given % alloc.group).any():
+        wrong = f"a prompt {given[given % alloc.group > 0][0]} rollouts, and config.alloc.group={alloc.group} or a multiple of it are allowed"
+    if wrong:
+        raise ValueError(f"the rule {alloc.rule!r} gave {wrong}; docs/recipes/rule.md says what a rule must keep")
 
 
 def evaluate_held_out(run: Run, learner: Learner, log: MetricsLog, step: int) -> dict[str, float]:

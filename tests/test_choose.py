@@ -371,6 +371,18 @@ def test_prompts_without_a_reward_were_sampled_all_the_same():
     assert after.visits.tolist() == [0, 0]
 
 
+def test_records_fade_through_a_visit_without_a_reward():
+    belief = budget.init_belief(1).replace(successes=jnp.float32([4]), last_step=jnp.int32([0]), fade=jnp.float32(0.5))
+    none, ids, index = jnp.zeros(4, bool), jnp.arange(1), jnp.zeros(4, jnp.int32)
+    visited = budget.update(
+        belief, ids, jnp.zeros(4), index, none, 9, sampled=jnp.array([True]), fit_prior=False, fit_discounts=False
+    )
+    assert visited.last_step.tolist() == [9]
+    for step in (10, 12):
+        left, alone = (budget.take(one, ids, step).successes for one in (visited, belief))
+        np.testing.assert_allclose(left, alone, rtol=1e-6)
+
+
 def test_the_variance_of_what_may_be_hopeless_is_that_of_its_mean():
     belief = budget.init_belief(3).replace(hopeless=jnp.float32([4.0, -1, -9]), barren=jnp.zeros(3))
     mean = np.asarray(budget.mean(belief))

@@ -168,7 +168,7 @@ ROWS = {
         ("blank.jsonl", "data file blank.jsonl is empty; it needs a row for each prompt"),
         ("broken.jsonl", "cannot read data file broken.jsonl as json, row 1: JSON parse error: .*; mend or remove that row"),
         ("text.jsonl", "cannot read data file text.jsonl as json, row 0: JSON parse error: .*; mend or remove that row"),
-        ("one.jsonl", "the training data has a single row; it needs config.prompts_per_step of them, and some to hold out"),
+        ("one.jsonl", "the training data has a single row; a run needs some to train on and some to hold out"),
         ("rows.csv", "data file rows.csv must end in .jsonl, .json, .parquet or .arrow"),
     ],
 )  # fmt: skip

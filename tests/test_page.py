@@ -41,7 +41,7 @@ def test_numbers_and_texts_are_in_the_page(tmp_path):
     assert {chart["name"] for chart in data["charts"]} == {"accuracy", "flow", "effective", "budgets", "counts"}
     for name, said in (
         ("price", "The rule has no price"), ("calibration", "Too few groups"), ("lengths", "No lengths were recorded"),
-        ("mismatch", "was not recorded"), ("phases", "No times were recorded"),
+        ("mismatch", "was not recorded"), ("phases", "No times were recorded"), ("waiting", "was not recorded"),
     ):  # fmt: skip
         figure = re.search(rf'<figure id="{name}">.*?</figure>', text, re.S).group()
         assert said in figure

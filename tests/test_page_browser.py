@@ -16,7 +16,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 EVIL = '<script>document.title="hacked"</script><img src=x onerror="document.title=\'hacked\'">'
-CHARTS = ["accuracy", "flow", "effective", "price", "counts", "calibration", "budgets", "lengths", "mismatch", "phases"]
+CHARTS = [
+    "accuracy",
+    "flow",
+    "effective",
+    "price",
+    "counts",
+    "calibration",
+    "budgets",
+    "waiting",
+    "lengths",
+    "mismatch",
+    "phases",
+]
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,7 +23,19 @@ from krl.eval import measure
 from krl.policy.hf import export
 from krl.run.lock import hold_workdir
 from krl.train import train
-from tests.command_line import ROOT, TINY, command, environment, files_of, learnt, rollouts, rows, run, run_here
+from tests.command_line import (
+    ROOT,
+    TINY,
+    command,
+    config_with,
+    environment,
+    files_of,
+    learnt,
+    rollouts,
+    rows,
+    run,
+    run_here,
+)
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +255,23 @@ def test_prompts_that_get_nothing_are_left_out_and_the_run_continues_as_exactly(
     assert rates.shape == (4, 12)
     shown = budget.replay("reach", rates[None], jax.random.split(jax.random.key(0), 1), prompts_per_step=10, budget=16, n_min=0, n_max=8, group=4)  # fmt: skip
     assert shown.counts.shape == (1, 20)
+
+
+@pytest.mark.parametrize(
+    ("counts", "wrong"),
+    [
+        ([4, 0, 0], "4 rollouts, and 16 of config.alloc.budget=16 are to be spent"),
+        ([12, 4, 0], "a prompt 0 rollouts and another 12, and config.alloc.n_min=0 to n_max=8 are allowed"),
+        ([8, 5, 3], "a prompt 5 rollouts, and config.alloc.group=4 or a multiple of it are allowed"),
+        ([20, -4, 0], "a prompt -4 rollouts and another 20"),
+        ([8.0, 8.0, 0.0], "counts of type float32, which are to be whole numbers"),
+    ],
+)
+def test_counts_that_a_rule_must_not_give_are_refused_by_its_name(counts, wrong):
+    alloc = config_with(**POOL).alloc
+    script.check_counts(alloc, np.array([8, 4, 4]), 16)
+    with pytest.raises(ValueError, match=re.escape(f"the rule 'reach' gave {wrong}")):
+        script.check_counts(alloc, np.asarray(counts, np.float32 if isinstance(counts[0], float) else np.int32), 16)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

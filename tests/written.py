@@ -58,6 +58,7 @@ def _metrics(rng: np.random.Generator, step: int) -> dict:
         "price": float(rng.normal(-5.0, 0.3)), "count_max": float(rng.integers(8, 40)), "seconds/step": sum(seconds.values()),
         "tokens_per_second": 1000.0, "response_length_mean": 100.0 + step / 7, "response_length_max": 512.0,
         "truncation_rate": float(rng.uniform(0, 0.1)), "mismatch": 1e-3 * float(rng.uniform(0.5, 2)), "mismatch_max": 0.02,
+        "staleness_mean": step / 3, "staleness_max": float(step),
     }  # fmt: skip
 
 

@@ -14,7 +14,6 @@ and the largest gains of whole groups are exact. Single rollouts would not fall 
 nothing; groups of two or more do.
 """
 
-import functools
 import inspect
 import itertools
 from collections.abc import Callable
@@ -249,16 +248,18 @@ def allocate(
     if not 2 <= group <= n_max:
         raise ValueError(f"a group must have 2 to n_max={n_max} rollouts, got group={group}")
     _check_sum(prompts, budget, 0, group * (n_max // group), group)
-    rule = functools.partial(rule, n_min=0, n_max=n_max, group=group, **more)
-    return _choose(rule, belief, jnp.asarray(budget, jnp.int32), group, min(explored, prompts))
+    counts_of = lambda budget: rule(belief, budget, 0, n_max, group=group, **more)  # noqa: E731
+    return _choose(counts_of, belief, jnp.asarray(budget, jnp.int32), group, min(explored, prompts))
 
 
-def _choose(rule: Rule, belief: Belief, budget: jax.Array, group: int, explored: int) -> Counts:
+def _choose(
+    counts_of: Callable[[jax.Array], Counts], belief: Belief, budget: jax.Array, group: int, explored: int
+) -> Counts:
     """Counts of 0 or whole groups, of which `explored` go to prompts that the rule gives nothing."""
     # Each of the rule's groups serves one prompt at most, so with as many prompts as groups at least `kept` get none of them.
     groups = budget // group
     kept = jnp.where(len(belief.visits) >= groups, jnp.minimum(explored, groups), 0)
-    counts, info = rule(belief, budget - group * kept)
+    counts, info = counts_of(budget - group * kept)
     waiting = jnp.where(counts == 0, belief.last_step, np.iinfo(np.int32).max)
     _, longest = jax.lax.top_k(-waiting, explored)
     return counts.at[longest].add(jnp.where(jnp.arange(explored) < kept, group, 0)), info

@@ -1,8 +1,8 @@
 """What is known of every prompt's success rate, and how a step's rewards change it.
 
-Each task's rate is believed to be Beta(prior_alpha + successes, prior_beta + failures). The prior
-is the same for all tasks and is fitted to the data set's own statistics as training goes (empirical
-Bayes). Evidence is discounted, because the policy moves. It moves most on the prompts it learns from: a
+Each task's rate is believed to be Beta(prior_alpha + successes, prior_beta + failures), or 0 if the task is
+one of those that cannot be solved. The prior is fitted to the data set's own statistics as training goes (empirical
+Bayes), and is the same for all tasks unless krl/budget/prior.py gives each one of its own. What was seen long ago fades. Evidence is discounted, because the policy moves. It moves most on the prompts it learns from: a
 group whose rewards differ makes a gradient, and what it showed is about a policy that this very step
 replaces; an even group makes none. So all of a task's evidence, the step's own too, is discounted by
 `discount_mixed` after a mixed group and by `discount` after an even one. Both follow the data: if new
@@ -311,13 +311,17 @@ def update(
         The new belief.
     """
     old = take(belief, task_ids, step) if known is None else known
-    ages = _age(old, step)
+    ages, faded = _age(old, step), take(belief, task_ids, step + 1)
     belief = _observe(
         belief, old, task_ids, rewards, prompt_index, mask, step, lengths, belief.discount, belief.discount_mixed
     )
-    if sampled is not None:
-        last = jnp.where(sampled, jnp.asarray(step, jnp.int32), belief.last_step[task_ids])
-        belief = belief.replace(last_step=belief.last_step.at[task_ids].set(last))
+    if sampled is not None:  # of those without a reward the record fades on from here
+        missed = sampled & (belief.last_step[task_ids] != step)
+        faded = faded.replace(last_step=jnp.full_like(faded.last_step, step))
+        belief = jax.tree.map(
+            lambda whole, part: whole.at[task_ids].set(jnp.where(missed, part, whole[task_ids])) if whole.ndim else whole,
+            belief, faded,
+        )  # fmt: skip
     if fit_discounts:
         even, mixed, fade = _next_discounts(old.replace(fade=belief.fade), ages, rewards, prompt_index, mask)
         belief = belief.replace(discount=even, discount_mixed=mixed, fade=fade)

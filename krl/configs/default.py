@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
     config.alloc.candidates = 256
     config.alloc.group = 4  # rollouts of a group with n_min=0
     config.alloc.reach = 0.01  # r of the rule "reach", a success rate: rarer ones are worth no more than about r
-    # Share of the budget, with n_min=0, for the candidates that were not sampled for longest: what is unlearnt is seen.
+    # Share of the budget, with n_min=0, for the candidates that were not sampled for longest, a group at least unless it
+    # is 0: what is unlearnt is seen. Nothing where the data has fewer prompts than the budget has groups.
     config.alloc.explored = 0.05
     config.alloc.n_max = 128  # most rollouts of a prompt in a step
     # What a prompt's success rate is expected to be before it is sampled: "shared" (one prior for all prompts),

@@ -27,7 +27,7 @@ HERE = pathlib.Path(__file__).parent
 NONE = "\N{EN DASH}"  # in the place of a number that is not there
 SECTIONS = (  # headings and the charts under them
     ("What it learnt", ("accuracy", "differences", "flow")),
-    ("The budget", ("effective", "price", "counts", "calibration", "budgets")),
+    ("The budget", ("effective", "price", "counts", "calibration", "budgets", "waiting")),
     ("How it ran", ("lengths", "mismatch", "phases")),
 )
 ROLLOUTS = 400  # that the page holds, of all runs together

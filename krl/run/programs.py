@@ -165,7 +165,7 @@ def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) ->
 
 
 def _prompts(config: ConfigDict, mesh: Mesh) -> Prompts:
-    _, served = prompts_of_a_step(config, config.alloc.budget)
+    _, served = prompts_of_a_step(config, max(config.alloc.candidates, config.alloc.budget))  # of enough data
     shape = (served, config.data.max_prompt_tokens)
     return Prompts(_array(mesh, shape, jnp.int32), _array(mesh, shape, bool), _array(mesh, shape[:1], jnp.int32))
 

@@ -166,9 +166,7 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
 
     train = read("train", data.path, data.max_train)
     if len(train) < 2:
-        raise ValueError(
-            "the training data has a single row; it needs config.prompts_per_step of them, and some to hold out"
-        )
+        raise ValueError("the training data has a single row; a run needs some to train on and some to hold out")
     subset, held_out = (source.subset, "test") if source else (data.subset, data.test_split)
     in_path = held_out != data.train_split and has_split(data.path, subset=subset, split=held_out)
     test_path = data.test_path or (data.path if in_path else "")
