@@ -465,8 +465,7 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
             known = inform(prior, before, features)
         chosen = None
         if run.candidates > run.num_prompts:
-            counts, info = run.allocate(known, config.alloc.budget)
-            check_counts(config.alloc, counts, config.alloc.budget)
+            counts, info = choose_counts(run, known, config.alloc.budget)
             rows, (before, known, features, counts) = served_rows(
                 counts, (before, known, features, counts), most=run.num_prompts
             )
@@ -586,8 +585,7 @@ def spend_budget(
             shown = budget.Shown(counts, shown.successes + wins, shown.failures + losses)
         told = {"shown": shown} if config.alloc.rule in budget.ROUNDS else {}
         with clock.phase("budget"):
-            counts, info = jax.block_until_ready(chosen or run.allocate(known, until, **told))
-        check_counts(config.alloc, counts, until)
+            counts, info = chosen or choose_counts(run, known, until, **told)
         rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
     rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
     verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
@@ -598,13 +596,23 @@ def spend_budget(
     )  # fmt: skip
 
 
+def choose_counts(run: Run, known: budget.Belief, spent: int, **told: budget.Shown) -> tuple[jax.Array, dict]:
+    """What the rule gives of the first `spent` rollouts of a step, checked, and what it says of that."""
+    counts, info = jax.block_until_ready(run.allocate(known, spent, **told))
+    check_counts(run.config.alloc, counts, spent)
+    return counts, info
+
+
 def check_counts(alloc: ConfigDict, counts: jax.Array, spent: int) -> None:
     """Refuse counts that a rule must not give: it is named, with what is wrong.
 
     Args:
         alloc: the part of the config about the budget.
-        counts: of a step's prompts or candidates.
+        counts: of a step's prompts or candidates, [M] or [C].
         spent: what they are to sum to, config.alloc.budget but for earlier rounds.
+
+    Raises:
+        ValueError: counts that are no integers, do not sum to it, leave the bounds, or split a group.
     """
     given, wrong = np.asarray(counts), ""
     if not np.issubdtype(given.dtype, np.integer):

@@ -310,6 +310,15 @@ def test_the_study_tunes_and_resumes(options, monkeypatch, capsys):
     assert (options.out / "operators.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("task", ["operators", "arithmetic", "maze"])
+def test_elasticity_asks_for_runs_that_can_be(task):
+    rollouts = int(runs.read_config(task, {})["alloc.budget"])
+    for total in (rollouts // 2, rollouts, 2 * rollouts, 4 * rollouts):
+        config = importlib.import_module(f"krl.configs.{task}").get_config()
+        config.update_from_flattened_dict(elasticity.job(task, {}, 0, total).changes)
+        check(config, **NAMES)
+
+
 def test_the_verdict_on_elasticity():
     budgets = [4, 8, 16, 32]
     gains = {1: 0.02, 2: 0.04, 3: 0.03}  # 0.03 with a standard error of 0.01 / sqrt(3)

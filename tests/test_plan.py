@@ -7,7 +7,7 @@ from rich.console import Console
 from krl.configs import arithmetic
 from krl.rollout.sampler import PROGRAMS
 from krl.run.plan import advise, find_sizes, plan, show
-from krl.run.programs import abstract_sampler
+from krl.run.programs import _prompts, abstract_sampler
 from krl.run.roofline import Accelerator, decode_layouts, seconds
 from krl.run.setup import abstract_params
 from krl.sharding import make_mesh
@@ -54,6 +54,14 @@ def test_a_program_holds_what_lives_beside_it(planned):
     assert decode.results < 0.1 * planned.parts["keys and values of slots"]  # the state is given away
     assert update.beside < 0.01 * update.arguments
     assert update.arguments > kept
+
+
+def test_rules_in_rounds_hold_the_prompts_of_all_candidates():
+    held = {}
+    for rule in ("reinforce_ada", "reach"):
+        config = make_config(**{"alloc.n_min": 0, "alloc.rule": rule, "alloc.candidates": 2 * ROLLOUTS})
+        held[rule] = len(_prompts(config, make_mesh((1,), ("data",))).tokens)
+    assert held == {"reinforce_ada": 2 * ROLLOUTS, "reach": ROLLOUTS // 4}
 
 
 def test_loops_are_multiplied_out(planned):

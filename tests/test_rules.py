@@ -171,6 +171,17 @@ def test_values_of_rare_successes_keep_their_digits():
     assert int(budget.knapsack(gains, 50, 1).sum()) == 50
 
 
+def test_small_gains_that_are_found_by_large_numbers_fall():
+    """1 - p^n - (1 - p)^n rounds as numbers near 1 do; a rise that is more than that is still refused."""
+    p = jnp.array([0.5, 2e-4, 5e-5, 1e-5])
+    gains = np.asarray(budget.gains_of(lambda p, n: 1 - p**n - (1 - p) ** n, p, 2, 24))
+    assert (gains[:, 1:] <= gains[:, :-1]).all()
+    np.testing.assert_allclose(np.exp(gains[1]), 2e-4 * (1 - 2e-4) ** np.arange(2, 24), rtol=0.01)
+    rising = budget.gains_of(lambda p, n: jnp.where(p < 0.1, 1e-5 * n**2, n**0.5), p, 2, 24)
+    with pytest.raises(ValueError, match="rises along row 1"):
+        budget.knapsack(rising, 20, 2)
+
+
 @pytest.mark.parametrize("value", [budget.grpo_value, budget.rloo_value, budget.reinforce_value])
 def test_values_of_estimators_are_concave(value):
     p = jnp.linspace(0.001, 0.999, 97)

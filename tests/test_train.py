@@ -452,6 +452,29 @@ def test_rules_that_choose_prompts_in_other_ways_train(tmp_path, rule):
     assert len(shown) == 32  # later rounds go on from the samples of the first
 
 
+def test_a_pool_has_no_more_prompts_than_the_data_and_says_what_it_does_not_use():
+    config = config_with(**POOL | {"alloc.candidates": 50})
+    assert script.prompts_of_a_step(config, 12) == (12, 4)
+    assert script.describe_step(config, 12).startswith(
+        "up to 4 of 12 prompts and 16 rollouts a step (prompts_per_step=4"
+    )
+    config.prompts_per_step = 64
+    assert script.describe_step(config, 100) == "up to 4 of 50 prompts and 16 rollouts a step"
+
+
+def test_rounds_that_come_to_one_are_shown_nothing_and_run(tmp_path, monkeypatch):
+    """A rule of ROUNDS takes `shown` without a default; its bounds may be called anything."""
+
+    def look(belief, rollouts, least, most, group, shown):
+        assert shown.counts.shape == belief.visits.shape
+        return budget.allocate("uniform", belief, rollouts, least, most, group=group)
+
+    monkeypatch.setitem(budget.RULES, "look", look)
+    monkeypatch.setitem(budget.ROUNDS, "look", lambda prompts, rollouts, n_min, group: (rollouts,))
+    run_here(tmp_path / "work", **POOL | {"alloc.rule": "look", "sft.steps": 2, "steps": 1})
+    assert sum(rows(tmp_path / "work", "groups")[0]["counts"]) == 16
+
+
 def test_dynamic_updates_wait_for_enough_rollouts_that_teach(tmp_path):
     changes = {"alloc.rule": "dynamic", "alloc.budget": 16, "sft.steps": 2, "steps": 6, "loss.kl_coefficient": 0.0}
     run_here(tmp_path / "work", **changes)

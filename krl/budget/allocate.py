@@ -5,8 +5,8 @@ Where a rule from the literature was stated otherwise, its docstring says what w
 the bounds and the sum, so that runs and simulations can be compared at equal cost.
 
 The natural items of the knapsack are more prompts than a step can serve, of which most are best left alone for now. So
-those that may choose prompts also take `group`: with n_min = 0 a prompt gets nothing or whole groups of that many rollouts, which
-teach by their comparison. In units of groups the problem is a separable concave one as before,
+those that may choose prompts also take `group`: with n_min = 0 a prompt gets nothing or whole groups of that many
+rollouts, which teach by their comparison. In units of groups the problem is a separable concave one as before,
 
     maximise sum_i V_i(g k_i)  subject to  sum_i k_i = R / g,  0 <= k_i <= n_max / g,
 
@@ -248,7 +248,10 @@ def allocate(
     if not 2 <= group <= n_max:
         raise ValueError(f"a group must have 2 to n_max={n_max} rollouts, got group={group}")
     _check_sum(prompts, budget, 0, group * (n_max // group), group)
-    counts_of = lambda budget: rule(belief, budget, 0, n_max, group=group, **more)  # noqa: E731
+
+    def counts_of(budget: jax.Array) -> Counts:
+        return rule(belief, budget, 0, n_max, group=group, **more)
+
     return _choose(counts_of, belief, jnp.asarray(budget, jnp.int32), group, min(explored, prompts))
 
 

@@ -2,8 +2,8 @@
 
 Each task's rate is believed to be Beta(prior_alpha + successes, prior_beta + failures), or 0 if the task is
 one of those that cannot be solved. The prior is fitted to the data set's own statistics as training goes (empirical
-Bayes), and is the same for all tasks unless krl/budget/prior.py gives each one of its own. What was seen long ago fades. Evidence is discounted, because the policy moves. It moves most on the prompts it learns from: a
-group whose rewards differ makes a gradient, and what it showed is about a policy that this very step
+Bayes), and is the same for all tasks unless krl/budget/prior.py gives each one of its own. What was seen long ago
+fades. Evidence is discounted, because the policy moves. It moves most on the prompts it learns from: a group whose rewards differ makes a gradient, and what it showed is about a policy that this very step
 replaces; an even group makes none. So all of a task's evidence, the step's own too, is discounted by
 `discount_mixed` after a mixed group and by `discount` after an even one. Both follow the data: if new
 outcomes would have been likelier with less evidence, more is forgotten from then on.

@@ -264,8 +264,8 @@ def gains_of(value: Value, p: jax.Array, n_min: Bound, n_max: Bound, *, columns:
     after = jnp.broadcast_to(value(p, n + 1), shape)
     gain = after - jnp.broadcast_to(value(p, n), shape)
     falling = jax.lax.cummin(gain, axis=1)
-    # Rounding makes flat stretches wiggle, by as much as of the largest value, since 1 - (1 - p)^n is a small number that
-    # is found by large ones; a rise beyond that is the function's own and is left to be seen.
+    # Rounding makes flat stretches wiggle, by as much as it does in the largest value, since 1 - (1 - p)^n may be small
+    # and is computed from numbers near 1. A rise beyond that is the function's own and is left to be seen.
     rounding = 8 * np.finfo(np.float32).eps * jnp.abs(after).max(initial=0.0)
     gain = jnp.where((gain > falling + rounding).any(axis=1, keepdims=True), gain, falling)
     return jnp.where(gain <= 0, -jnp.inf, jnp.log(jnp.where(gain <= 0, 1.0, gain)))

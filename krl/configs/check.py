@@ -287,9 +287,9 @@ def _check_data(
             warm,
             "at least 1: the tokenizer is trained on them",
         )
-        key, prompts = f"{config.data.source}.num_train", config.prompts_per_step
-        fewest, why = (prompts, f"prompts_per_step={prompts}") if config.alloc.n_min else (1, "1")
-        need(flatten(config)[key] >= fewest, key, f"at least {why}")
+        key, fewest = f"{config.data.source}.num_train", config.prompts_per_step if config.alloc.n_min else 1
+        why = "prompts_per_step=" if config.alloc.n_min else ""
+        need(flatten(config)[key] >= fewest, key, f"at least {why}{fewest}")
     elif config.data.name in sources:
         for key in ("data.subset", "data.prompt_field", "data.answer_field", "data.completion_field"):
             known = f"left empty: data.name={config.data.name!r} is known with its fields (data.name='' reads any file)"

@@ -18,6 +18,7 @@ import optax
 from ml_collections import ConfigDict
 
 from krl import budget, learn, policy
+from krl.configs import default
 from krl.configs.check import FREE_KEYS, flatten, parse_arguments
 from krl.policy.hf import check_hf
 from krl.policy.hf_config import config_json
@@ -283,8 +284,14 @@ def prompts_of_a_step(config: ConfigDict, num_tasks: int) -> tuple[int, int]:
 def describe_step(config: ConfigDict, num_tasks: int) -> str:
     """How many prompts and rollouts a step has, for the line at the start."""
     candidates, served = prompts_of_a_step(config, num_tasks)
-    prompts = f"{served} prompts" if config.alloc.n_min else f"up to {served} of {candidates} prompts"
-    return f"{prompts} and {config.alloc.budget} rollouts a step"
+    rollouts = f"{config.alloc.budget} rollouts a step"
+    if config.alloc.n_min:
+        return f"{served} prompts and {rollouts}"
+    asked = config.prompts_per_step
+    unused = asked != default.get_config().prompts_per_step  # a config that was made for alloc.n_min above 0
+    return f"up to {served} of {candidates} prompts and {rollouts}" + unused * (
+        f" (prompts_per_step={asked} is not used with alloc.n_min=0: alloc.candidates and alloc.group take its place)"
+    )
 
 
 def find_slots(config: ConfigDict, policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh) -> int | None:
