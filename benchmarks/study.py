@@ -84,6 +84,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "odds": pool("reach", reach=0.0),
     "variance": pool("variance"),
     "inverse_sqrt_32": fixed("inverse_sqrt"),
+    "reach_untilted": pool("reach", **{"loss.average": "candidates"}),
     **{
         f"{name}_{scale}": setting | {"loss.scale": scale}
         for scale in ("none", "mean")

@@ -264,7 +264,8 @@ class Run:
     num_prompts: int  # M, prompts that are served at most
     rounds: tuple[int, ...]  # rollouts spent by the end of each of a step's rounds: `krl.budget.rounds_of`
     allocate: Callable  # (belief of C prompts, R) -> (counts [C], what the rule says of them)
-    advantages: Callable  # (rewards [R], R rollouts) -> [R]
+    chances: Callable | None  # belief of C candidates -> [C], with which each is served; None if the loss does not ask
+    advantages: Callable  # (rewards [R], R rollouts, chances [M] or None) -> [R]
     update_policy: Callable  # (state, prompts, rollouts, advantages, key) -> (state, metrics)
     update_belief: Callable  # `krl.budget.update`
     describe: Callable  # (steps finished, groups, the rest of what `take_step` returns) -> rows of the rollout log
@@ -334,6 +335,7 @@ def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransfor
         candidates=candidates, num_prompts=num_prompts, rounds=rounds, config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
         rewards=parts.verifiers.names, hear=hear,
         allocate=shared_jit(budget.allocate, rule, n_min=alloc.n_min, n_max=alloc.n_max, **pool),
+        chances=shared_jit(budget.reach_chances, budget=alloc.budget, reach=alloc.reach, **pool) if loss.average == "candidates" else None,
         advantages=shared_jit(
             step_advantages, FrozenConfigDict(loss), num_prompts, config.sample.max_new_tokens
         ),
@@ -360,9 +362,12 @@ def rewards_to_compare(scale: str, said: Verdicts, *, summed: bool) -> np.ndarra
 
 
 def step_advantages(
-    loss: FrozenConfigDict, num_prompts: int, longest: int, rewards: jax.Array, rollouts: Rollouts
-) -> jax.Array:
-    """The advantages of a step's rollouts, [R] float32, by config.loss; responses have at most `longest` tokens."""
+    loss: FrozenConfigDict, num_prompts: int, longest: int, rewards: jax.Array, rollouts: Rollouts, chances: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """The advantages of a step's rollouts, [R] float32, by config.loss; responses have at most `longest` tokens.
+
+    Prompts were served with the chances [M], which the average "candidates" needs.
+    """
     groups, lengths = (rollouts.prompt_index, rollouts.mask, num_prompts), rollouts.lengths
     if loss.overlong_tokens:
         rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
@@ -371,7 +376,7 @@ def step_advantages(
         clip=loss.advantage_clip or math.inf,
     )  # fmt: skip
     values = jnp.where(rollouts.finished, values, 0.0) if loss.mask_truncated else values
-    return values * learn.token_weights(loss.average, lengths, *groups, longest)
+    return values * learn.token_weights(loss.average, lengths, *groups, longest, chances)
 
 
 def start_or_continue(
@@ -463,11 +468,12 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
         features = run.place(run.features[task_ids])
         if prior is not None:
             known = inform(prior, before, features)
+        chances = run.chances(known) if run.chances else None
         chosen = None
         if run.candidates > run.num_prompts:
             counts, info = choose_counts(run, known, config.alloc.budget)
-            rows, (before, known, features, counts) = served_rows(
-                counts, (before, known, features, counts), most=run.num_prompts
+            rows, (before, known, features, counts, chances) = served_rows(
+                counts, (before, known, features, counts, chances), most=run.num_prompts
             )
             task_ids, chosen = task_ids[np.asarray(rows)], (counts, info)
         prompts = run.place(Prompts(run.tasks.tokens[task_ids], run.tasks.mask[task_ids], task_ids))
@@ -477,7 +483,7 @@ def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Lea
     served = int((drawn.counts > 0).sum())
     with clock.phase("update"):
         compared = rewards_to_compare(config.loss.scale, said, summed=len(run.rewards) > 1)
-        advantages = run.advantages(run.place(compared), heard)
+        advantages = run.advantages(run.place(compared), heard, chances)
         state, learnt = run.update_policy(state, prompts, heard, advantages, shuffle_key)
         outcomes = jnp.clip(rewards, 0.0, 1.0)  # beliefs are about shares of success
         index, scored = rollouts.prompt_index, drawn.scored

@@ -104,6 +104,27 @@ def test_shares_below_one_group_are_kept_on_average():
     np.testing.assert_allclose(given_to[:32].sum(), shares[:32].sum(), rtol=0.03)
 
 
+@pytest.mark.parametrize(("groups", "explored"), [(20, 3), (20, 0), (4, 1)])
+def test_reach_serves_prompts_with_the_chances_that_it_states(groups, explored):
+    rng = np.random.default_rng(5)
+    tasks, turns = 48, 600
+    belief = budget.init_belief(tasks).replace(
+        successes=jnp.float32(rng.uniform(0, 30, tasks)), failures=jnp.float32(rng.uniform(0, 90, tasks))
+    )
+    chances = np.asarray(budget.reach_chances(belief, 4 * groups, group=4, explored=explored))
+    served, last = np.zeros(tasks), np.full(tasks, -1)
+    for turn in range(turns):
+        order = rng.permutation(tasks)
+        now = budget.take(belief.replace(last_step=jnp.int32(last)), order)
+        counts = np.asarray(allocate("reach", now, 4 * groups, 0, 128, group=4, explored=explored)[0])
+        served[order] += (counts > 0) / turns
+        last[order[counts > 0]] = turn
+    assert chances.max() > 3 * chances.min()
+    # What is rare waits longest, so exploration favours it more than stated.
+    np.testing.assert_allclose(served, chances, atol=0.12 if explored else 4 * np.sqrt(0.25 / turns))
+    np.testing.assert_allclose(served.sum(), chances.sum(), rtol=0.03)
+
+
 def test_uniform_serves_all_candidates_alike():
     belief, *_ = believed(np.random.default_rng(4), 24)
     solve, given_to = jax.jit(lambda b: budget.allocate("uniform", b, 36, 0, 36, group=4)[0]), np.zeros(24)

@@ -212,6 +212,27 @@ def chosen_again(run: Seen, reach: float = 0.01, explored: int = 0) -> bool:
     return True
 
 
+def weighed_by_chances(run: Seen, reach: float) -> bool:
+    """Advantages of the last step are rewards less their group's mean, times what each prompt stands for."""
+    (learner, *_), last = run.steps[-2], run.steps[-1]
+    ids, step = np.asarray(last[2]["task_ids"]), len(run.steps) - 1
+    candidates = step_task_ids(4, run.config.alloc.candidates, step, seed=run.config.seed)
+    known = budget.take(learner.belief, candidates, step)
+    chances = dict(
+        zip(
+            candidates.tolist(), budget.reach_chances(known, 16, group=8, explored=1, reach=reach).tolist(), strict=True
+        )
+    )
+    each, rollouts = last[3], last[3]["rollouts"]
+    index, lengths = np.asarray(rollouts.prompt_index), np.asarray(rollouts.lengths, float)
+    rewards = np.asarray(each["rewards"])
+    centred_rewards = rewards - (np.bincount(index, rewards, len(ids)) / np.bincount(index, minlength=len(ids)))[index]
+    stands_for = np.array([1 / chances[task] for task in ids])
+    weights = (stands_for / np.bincount(index, lengths, len(ids)) / stands_for.sum())[index] * lengths.sum()
+    apart = stands_for.max() > stands_for.min() and centred_rewards.any()
+    return apart and np.allclose(each["advantages"], centred_rewards * weights, atol=1e-4)
+
+
 LETTERS = set("abcdefghijklmnopqrstuvwxyz")
 PLAIN = {"loss.average": "tokens", "loss.scale": "none"}  # advantages are rewards less their group's mean
 
@@ -265,6 +286,9 @@ STEPS = {
     "some of the candidates": Trial(POOL, {
         "alloc.candidates": lambda run: run.metrics["candidates"] == 3 and len(run.task_ids) == 2 and chosen_again(run) and max(map(max, served(run))) <= 3,
         "alloc.group": lambda run: set(run.counts) == {8},
+    }),
+    "all candidates alike": Trial(POOL | PLAIN | {"alloc.reach": 0.5, "loss.average": "candidates"}, {
+        "loss.average": lambda run: chosen_again(run, reach=0.5) and weighed_by_chances(run, reach=0.5),
     }),
     "rarer successes": Trial(POOL | {"alloc.reach": 0.5}, {"alloc.reach": lambda run: chosen_again(run, reach=0.5)}),
     "what waits": Trial(POOL | {"steps": 5, "alloc.candidates": 0, "alloc.explored": 0.5}, {
@@ -784,9 +808,10 @@ GRADIENTS = {
     "loss.importance_cap": (0.0, 2.0), "loss.overlong_tokens": (0, 2), "loss.mask_truncated": (False, True),
 }  # fmt: skip
 # In `make test` every average once; `make slow` has every two settings together.
+OF_ALL = tuple(average for average in learn.AVERAGES if average != "candidates")
 LOSSES = [
-    *cycled("loss.average", learn.AVERAGES, pairwise(GRADIENTS)),
-    *slow(pairwise({"loss.average": tuple(learn.AVERAGES)} | GRADIENTS)),
+    *cycled("loss.average", OF_ALL, pairwise(GRADIENTS)),
+    *slow(pairwise({"loss.average": OF_ALL} | GRADIENTS)),
 ]
 
 

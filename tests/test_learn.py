@@ -86,10 +86,14 @@ def test_permuting_rollouts_permutes_advantages():
     np.testing.assert_allclose(shuffled, np.asarray(straight)[order], rtol=1e-5, atol=1e-6)
 
 
+CHANCES = (1.0, 0.1, 0.0, 0.25, 0.5)
 AVERAGES = {
     "tokens": lambda sums, lengths, index: sums.sum() / lengths.sum(),
     "sequences": lambda sums, lengths, index: (sums / lengths).mean(),
     "prompts": lambda sums, lengths, index: np.mean([sums[index == i].sum() / lengths[index == i].sum() for i in (0, 1, 3)]),
+    "candidates": lambda sums, lengths, index: np.average(
+        [sums[index == i].sum() / lengths[index == i].sum() for i in (0, 1, 3)], weights=[1 / CHANCES[i] for i in (0, 1, 3)]
+    ),
     "constant": lambda sums, lengths, index: sums.sum() / (13 * 9),
 }  # fmt: skip
 
@@ -101,10 +105,27 @@ def test_weights_make_the_token_mean_another_mean(average):
     losses = [rng.normal(size=length) for length in lengths]  # of any surrogate, proportional to the advantage
     sums = np.array([loss.sum() for loss in losses])
     mask = jnp.append(jnp.ones(13, bool), False)
-    weights = token_weights(average, jnp.append(lengths, 9), jnp.append(index, 1), mask, 5, 9)
+    weights = token_weights(average, jnp.append(lengths, 9), jnp.append(index, 1), mask, 5, 9, jnp.array(CHANCES))
     assert weights[-1] == 0
     token_mean = (np.asarray(weights)[:13] * sums).sum() / lengths.sum()
     np.testing.assert_allclose(token_mean, AVERAGES[average](sums, lengths, index), rtol=1e-5)
+
+
+def test_weights_by_chances_undo_an_uneven_choice():
+    """Prompts served with probabilities c, weighed by 1 / c, have the mean of all prompts."""
+    rng = np.random.default_rng(0)
+    chances = rng.uniform(0.1, 1.0, 60)
+    worth = 2 + 3 * chances + rng.normal(size=60)  # what is served more often is worth more
+    ones, index = jnp.ones(60, jnp.int32), jnp.arange(60)
+    found: dict[str, list] = {"candidates": [], "prompts": []}
+    for _ in range(500):
+        served = rng.random(60) < chances
+        for average, means in found.items():
+            weights = token_weights(average, ones, index, jnp.asarray(served), 60, 1, jnp.float32(chances))
+            means.append((np.asarray(weights) * worth).sum() / served.sum())
+    assert abs(np.mean(found["candidates"]) - worth.mean()) < 0.05 < 0.3 < np.mean(found["prompts"]) - worth.mean()
+    with pytest.raises(ValueError, match="needs the chances"):
+        token_weights("candidates", ones, index, jnp.asarray(served), 60, 1)
 
 
 def test_leaving_one_out_compares_with_the_mean_of_the_others():

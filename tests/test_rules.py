@@ -262,6 +262,17 @@ def test_explain_says_why():
     assert known["value"][0] == pytest.approx(float(budget.grpo_value(0.5, 5)), rel=1e-3)
 
 
+def test_explain_tells_what_waited_from_what_was_chosen():
+    belief = visited([[0] * 200, [1, 0] * 10, [0] * 100, [1] + [0] * 60, [1, 1, 0] * 5]).replace(
+        last_step=jnp.array([4, 5, 3, 5, 5])
+    )
+    plain = budget.explain(belief, 8, 0, 8, rule="knapsack", group=4)
+    table = budget.explain(belief, 12, 0, 8, rule="knapsack", group=4, explored=1)
+    assert (table["count"] - plain["count"]).tolist() == [0, 0, 4, 0, 0]
+    assert table["why"][2] == "waited" != plain["why"][2]
+    assert (table["price"] == plain["price"]).all()
+
+
 def replayed(rule, rates, **options):
     keys = jax.random.split(jax.random.key(1), len(rates))
     sizes = {"prompts_per_step": 16, "budget": 128, "n_min": 2, "n_max": 32}

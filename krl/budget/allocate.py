@@ -107,6 +107,25 @@ def reach_weights(belief: Belief, reach: float) -> jax.Array:
     return possible(belief) * divide(weighed, mass)
 
 
+def reach_chances(
+    belief: Belief, budget: jax.Array | int, *, group: int = 1, explored: int = 0, reach: float = 0.01
+) -> jax.Array:
+    """The probability with which each of C candidates gets any rollouts from `reach_rule`, up to n_max.
+
+    Args:
+        belief, budget, group, explored: as for `allocate` with n_min = 0.
+        reach: r of the rule.
+
+    Returns:
+        [C] float32 in (0, 1]; 0 only for what cannot be served.
+    """
+    weights, groups = reach_weights(belief, reach), jnp.asarray(budget) // group
+    kept = kept_groups(len(weights), groups, explored)
+    chosen = jnp.minimum(divide(weights, weights.sum()) * (groups - kept), 1.0)
+    # Over many steps what is kept for exploration goes to all that are left alike.
+    return chosen + (1 - chosen) * jnp.minimum(divide(kept, (1 - chosen).sum()), 1.0)
+
+
 def variance_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
     """Counts in proportion to sqrt(p (1-p)), the reward's standard deviation.
 
@@ -259,13 +278,17 @@ def _choose(
     counts_of: Callable[[jax.Array], Counts], belief: Belief, budget: jax.Array, group: int, explored: int
 ) -> Counts:
     """Counts of 0 or whole groups, of which `explored` go to prompts that the rule gives nothing."""
-    # Each of the rule's groups serves one prompt at most, so with as many prompts as groups at least `kept` get none of them.
-    groups = budget // group
-    kept = jnp.where(len(belief.visits) >= groups, jnp.minimum(explored, groups), 0)
+    kept = kept_groups(len(belief.visits), budget // group, explored)
     counts, info = counts_of(budget - group * kept)
     waiting = jnp.where(counts == 0, belief.last_step, np.iinfo(np.int32).max)
     _, longest = jax.lax.top_k(-waiting, explored)
     return counts.at[longest].add(jnp.where(jnp.arange(explored) < kept, group, 0)), info
+
+
+def kept_groups(prompts: int, groups: jax.Array | int, explored: int) -> jax.Array:
+    """How many groups of a step are kept for prompts that the rule gives nothing."""
+    # Each of the rule's groups serves one prompt at most, so with as many prompts as groups at least so many get none.
+    return jnp.where(prompts >= groups, jnp.minimum(explored, groups), 0)
 
 
 def rounds_of(rule: str, prompts: int, budget: int, n_min: int, group: int = 1) -> tuple[int, ...]:

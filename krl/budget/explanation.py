@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from krl.budget.allocate import Rule, allocate, whole_groups
+from krl.budget.allocate import Rule, allocate, kept_groups, whole_groups
 from krl.budget.belief import Belief, mean, possible, posterior
 from krl.budget.solve import price
 from krl.budget.value import log_gains_beta
@@ -18,6 +18,7 @@ def explain(
     *,
     rule: str | Rule = "knapsack",
     group: int = 1,
+    explored: int = 0,
     interval: float = 0.9,
 ) -> dict[str, np.ndarray]:
     """A table of a step's allocation, one row per prompt: `pandas.DataFrame(explain(...))` shows it.
@@ -26,22 +27,25 @@ def explain(
         belief: of the step's M prompts, see `krl.budget.take`.
         budget: R, rollouts.
         n_min, n_max: the fewest and the most rollouts of a prompt.
-        rule, group: as for `allocate`. Gains and prices are the knapsack's, so that other rules can be judged by them; with
-            n_min = 0 they are those of whole groups.
+        rule, group, explored: as for `allocate`, such as functools.partial(budget.RULES["reach"], reach=0.1). Gains and prices
+            are the knapsack's, so that other rules can be judged by them; with n_min = 0 they are those of whole groups.
         interval: probability of the interval of the success rate.
 
     Returns:
         Arrays of shape [M]: `mean`, `low`, `high` (success rate; the last two of what can be solved), `visits`, `count`, `value` (expected value of the count),
         `gain` (of the last rollout it got), `next_gain` (of one more), `price` (the smallest gain that any prompt's
-        last rollout beyond n_min has, the same in every row, inf if none got more than n_min), and `why`, the first
-        of these that holds: "n_max" (bound from above), "unseen" (its belief is the prior), "n_min" or, where that is 0,
+        last rollout beyond n_min has, those that waited left out; the same in every row, inf if none got more than n_min), and
+        `why`, the first of these that holds: "waited" (the rule gave it nothing, but few were not sampled for longer), "n_max"
+        (bound from above), "unseen" (its belief is the prior), "n_min" or, where that is 0,
         "nothing" (one rollout more is worth no more than the price), "price" (it got rollouts until the next was worth no
         more). The last two reasons are the knapsack's.
 
     Raises:
         ValueError: as for `allocate`.
     """
-    counts, _ = allocate(rule, belief, budget, n_min, n_max, group=group)
+    counts, _ = allocate(rule, belief, budget, n_min, n_max, group=group, explored=explored)
+    kept = 0 if n_min else int(kept_groups(len(counts), budget // group, explored))
+    chosen, _ = allocate(rule, belief, budget - group * kept, n_min, n_max, group=group)
     alpha, beta = posterior(belief)
     log_gains = log_gains_beta(
         alpha, beta, 1, n_max + (group if not n_min else 1)
@@ -51,18 +55,18 @@ def explain(
     first, unit = (1, 1) if n_min else (0, group)
     if not n_min:
         log_gains = whole_groups(log_gains, group)
-    gains, taken = jnp.exp(log_gains), (counts - first) // unit
+    gains, taken, by_price = jnp.exp(log_gains), (counts - first) // unit, (chosen - first) // unit
     spent = jnp.arange(gains.shape[1]) < taken[:, None]
     rows = jnp.arange(len(counts))
     free = max(n_min - 1, 0)
-    smallest = price(log_gains[:, free:], taken - free, 0)
+    smallest = price(log_gains[:, free:], by_price - free, 0)
     number = np.asarray(counts)
     from scipy import stats  # slow to import; jax itself needs scipy
 
     low, high = stats.beta.interval(interval, np.asarray(alpha, np.float64), np.asarray(beta, np.float64))
     why = np.select(
-        [number > n_max - unit, np.asarray(belief.visits) == 0, number == n_min],
-        ["n_max", "unseen", "n_min" if n_min else "nothing"],
+        [number > np.asarray(chosen), number > n_max - unit, np.asarray(belief.visits) == 0, number == n_min],
+        ["waited", "n_max", "unseen", "n_min" if n_min else "nothing"],
         "price",
     )
     columns = {

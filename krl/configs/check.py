@@ -121,6 +121,11 @@ def check(
         ("kl_estimator", kl_estimators),
     ):
         need(config.loss[key] in known, f"loss.{key}", f"one of {sorted(known)}")
+    need(
+        config.loss.average != "candidates" or (alloc.rule == "reach" and not alloc.n_min),
+        "loss.average",
+        "another one unless alloc.rule='reach' chooses prompts (alloc.n_min=0): only its probabilities are known",
+    )
     longest = config.sample.max_new_tokens
     need(config.loss.overlong_tokens <= longest, "loss.overlong_tokens", f"at most sample.max_new_tokens={longest}")
     need(

@@ -234,7 +234,8 @@ def _add_learning(config: ConfigDict) -> None:
     # Tokens before the limit T over which a response's reward falls by up to 1 (DAPO's soft penalty); 0 for no penalty.
     config.loss.overlong_tokens = 0
     config.loss.mask_truncated = False  # leave responses without an end token out of the gradient
-    # What the surrogate loss is a mean over: "tokens", "sequences", "prompts" or "constant" (Dr. GRPO).
+    # What the surrogate loss is a mean over: "tokens", "sequences", "prompts" (those that were sampled), "candidates" (all
+    # that the rule "reach" chose from, by the probability of its choice), or "constant" (Dr. GRPO).
     config.loss.average = "prompts"
     config.loss.surrogate = "ppo"  # or "gspo", the ratio of whole responses, or "cispo", weights without gradient
     config.loss.clip_low = 0.2  # how far the probability ratio may fall below 1

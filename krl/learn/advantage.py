@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,7 +155,13 @@ def fit_float32(rewards: np.ndarray, prompt_index: np.ndarray, mask: np.ndarray,
 
 
 def token_weights(
-    average: str, lengths: jax.Array, prompt_index: jax.Array, mask: jax.Array, num_prompts: int, max_tokens: int
+    average: str,
+    lengths: jax.Array,
+    prompt_index: jax.Array,
+    mask: jax.Array,
+    num_prompts: int,
+    max_tokens: int,
+    chances: jax.Array | None = None,
 ) -> jax.Array:
     """What an advantage is to be multiplied by, so that a mean over all the tokens of a step is another mean.
 
@@ -166,6 +173,8 @@ def token_weights(
         "sequences"  the mean over rollouts of each one's token mean
         "prompts"    the mean over prompts of each one's token mean, whatever its count: a budget then decides how
                      well a prompt's gradient is known, and not how much it counts
+        "candidates" the same over all that the step chose its prompts from: a prompt that is served with probability c
+                     counts for 1 / c of them, so that what is maximised is what uniform budgets maximise
         "constant"   sum l / (R T): a token counts the same in every step, and a long answer more than a short one
 
     Args:
@@ -175,16 +184,18 @@ def token_weights(
         mask: [R] bool, False on padding rows and on rollouts without a reward, which take no share.
         num_prompts: M, static; prompts without a token take no share.
         max_tokens: T.
+        chances: [M] float32 in (0, 1], the probability with which each prompt got any rollouts; for "candidates".
 
     Returns:
         [R] float32, 0 on padding rows.
 
     Raises:
-        ValueError: an unknown average.
+        ValueError: an unknown average, or no chances for "candidates".
 
     References:
         Shao et al., arXiv 2402.03300, equation 3 ("sequences"); Yu et al., "DAPO", arXiv 2503.14476, equation 8
-        ("tokens"); Liu et al., "Understanding R1-Zero-Like Training", arXiv 2503.20783, section 3.2 ("constant").
+        ("tokens"); Liu et al., "Understanding R1-Zero-Like Training", arXiv 2503.20783, section 3.2 ("constant"); Horvitz and
+        Thompson, J. American Statistical Association 47, 1952 ("candidates", divided by the sum of its weights).
 
     >>> lengths, index, mask = jnp.array([5, 5, 5]), jnp.array([0, 0, 1]), jnp.ones(3, bool)
     >>> token_weights("prompts", lengths, index, mask, 2, 8).tolist()
@@ -192,22 +203,31 @@ def token_weights(
     """
     if average not in AVERAGES:
         raise ValueError(f"average {average!r} must be one of {sorted(AVERAGES)}")
+    if average == "candidates" and chances is None:
+        raise ValueError("the average 'candidates' needs the chances of the prompts")
     lengths = jnp.where(mask, lengths, 0).astype(jnp.float32)
     index = jnp.where(mask, prompt_index, num_prompts)
-    share = AVERAGES[average](lengths, index, mask, num_prompts, max_tokens)
+    share = AVERAGES[average](lengths, index, mask, num_prompts, max_tokens, chances)
     return jnp.where(mask, share * lengths.sum(), 0.0)
 
 
-def _prompts_alike(
-    lengths: jax.Array, index: jax.Array, mask: jax.Array, num_prompts: int, max_tokens: int
-) -> jax.Array:
+def _prompts_alike(lengths: jax.Array, index: jax.Array, mask: jax.Array, num_prompts: int, *_: Any) -> jax.Array:
     tokens = segment_sum(lengths, index, num_prompts)
     return jnp.append(divide(1.0, tokens * (tokens > 0).sum()), 0.0)[index]
+
+
+def _candidates_alike(
+    lengths: jax.Array, index: jax.Array, mask: jax.Array, num_prompts: int, max_tokens: int, chances: jax.Array
+) -> jax.Array:
+    tokens = segment_sum(lengths, index, num_prompts)
+    stands_for = jnp.where(tokens > 0, divide(1.0, chances), 0.0)
+    return jnp.append(divide(stands_for, tokens * stands_for.sum()), 0.0)[index]
 
 
 AVERAGES: dict[str, Callable[..., jax.Array]] = {  # what a token of each rollout counts in a loss that is a sum, [R]
     "tokens": lambda lengths, *_: divide(1.0, lengths.sum()),
     "sequences": lambda lengths, index, mask, *_: divide(1.0, lengths * mask.sum()),
     "prompts": _prompts_alike,
-    "constant": lambda lengths, index, mask, num_prompts, max_tokens: divide(1.0, mask.sum() * max_tokens),
+    "candidates": _candidates_alike,
+    "constant": lambda lengths, index, mask, num_prompts, max_tokens, *_: divide(1.0, mask.sum() * max_tokens),
 }
