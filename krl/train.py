@@ -11,7 +11,6 @@ rollouts -> rewards -> advantages -> updates -> belief -> metrics; docs/architec
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
@@ -23,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -70,7 +68,6 @@ from krl.run.setup import (
     Setup,
     about_run,
     describe_step,
-    find_optimizer,
     find_slots,
     prompts_of_a_step,
     say_ends,
@@ -87,7 +84,7 @@ from krl.run.update import (
 )
 from krl.run.writers import check_writers, find_writers
 from krl.sharding import named_sharding, reshape_mesh
-from krl.tasks import EncodedTasks, step_task_ids
+from krl.tasks import step_task_ids
 from krl.tasks.pool import FAULTS
 from krl.tasks.rewards import as_float32
 from krl.types import Prompts, Rollouts, TrainState
@@ -160,15 +157,16 @@ def take_steps(
         "finished"; "stopped", everything being saved; or "went back": the same call goes on from the last checkpoint.
     """
     # ---------------------------------------------------------------- where the run starts from
-    optimizer = find_optimizer(config)
-    step, learner, reference = start_or_continue(config, parts, optimizer, checkpoints, about, should_stop)
+    from krl.run.rollouts import describe_rollouts  # with Arrow, for which help and refusals need not wait
+
+    step, learner, reference = start_or_continue(config, parts, checkpoints, about, should_stop)
     if learner is None:
         say("krl: stopped during supervised fine-tuning; the same command continues it")
         return "stopped"
     if step == 0 and is_first():
         held_out = parts.test.tasks
         write_json(workdir / "held_out.json", {"prompts": held_out.prompts, "fields": dict(held_out.fields)})
-    run = make_run(config, parts, optimizer, reference)
+    hear = FaultWatch(parts.verifiers, config.verify.may_fail)
     highest, newest = best.about_newest().get("accuracy", -math.inf), None
 
     # ---------------------------------------------------------------- the loop
@@ -184,7 +182,7 @@ def take_steps(
         profile(workdir / "profile", begin=step + 2, steps=config.profile.steps if is_first() else 0) as record,
     ):
         if step == 0 and config.eval.every and not should_stop():
-            metrics = {"rollouts_total": 0} | evaluate_held_out(run, learner, log, 0)
+            metrics = {"rollouts_total": 0} | evaluate_held_out(config, parts, learner, log, 0, hear)
             log.write(0, metrics)
             newest = metrics["eval/accuracy"]
             show(0, f"accuracy {short(newest)}")
@@ -192,7 +190,8 @@ def take_steps(
             checkpoints.save(0, saved(learner), about | {"step": 0})
         while step < config.steps and not should_stop():
             record(step)
-            learner, metrics, groups, rollouts = take_step(run, learner, step, draws_before(rollbacks, step))
+            draw = draws_before(rollbacks, step)
+            learner, metrics, groups, rollouts = take_step(config, parts, learner, step, draw, reference)
             step += 1
             spike = find_spike(metrics, config.guard)
             if spike:
@@ -201,7 +200,7 @@ def take_steps(
             every = gather({k: v for k, v in metrics.items() if k.startswith("seconds/")} | memory_used())
             metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)} | over_processes(every)
             if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
-                metrics |= evaluate_held_out(run, learner, log, step)
+                metrics |= evaluate_held_out(config, parts, learner, log, step, hear)
                 if metrics["eval/accuracy"] > highest:
                     highest = metrics["eval/accuracy"]
                     best.save(step, {"params": learner.state.params}, about | {"step": step, "accuracy": highest})
@@ -211,9 +210,9 @@ def take_steps(
             log.write_groups(step, {name: np.asarray(values)[served] for name, values in groups.items()})
             log.write_processes(step, every)
             if config.log.rollouts_gb or config.log.texts_every:
-                log.write_rollouts(step, run.describe(step, groups, **rollouts))
+                log.write_rollouts(step, describe_rollouts(parts.train, step, groups, **rollouts))
             show(step, status_line(metrics, newest))
-            run.hear(sum(metrics[f"verifier/{kind}"] for kind in FAULTS), config.alloc.budget, f"step {step}")
+            hear(int(sum(metrics[f"verifier/{kind}"] for kind in FAULTS)), config.alloc.budget, f"step {step}")
             refuse_bad_updates(learner.state, config.max_bad_updates)
             if step % config.checkpoint.every == 0 or step == config.steps:
                 check_copies(learner.state.params)
@@ -237,7 +236,7 @@ def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:
     return rows[-1] if rows else {}
 
 
-# -------------------------------------------------------------------- what changes, and what does not
+# -------------------------------------------------------------------- what a run carries from step to step
 
 
 class Learner(NamedTuple):
@@ -248,141 +247,9 @@ class Learner(NamedTuple):
     prior: budget.Prior | None  # None where all prompts share one
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What stays the same from step to step."""
-
-    config: ConfigDict
-    tasks: EncodedTasks  # the D training prompts
-    features: np.ndarray  # [D, F] int32, what their prior goes by
-    place: Callable  # host arrays -> the same on every device
-    sample: Callable  # `krl.rollout.generate` of the policy, as training rollouts are drawn
-    begin_scoring: Callable  # (questions, answers, counts [M], rows) -> `krl.run.evaluate.Scoring` of rollouts to come
-    rewards: tuple[str, ...]  # the names of several rewards; () for one
-    hear: Callable  # (responses without a reward, all, where) -> None: `krl.run.evaluate.FaultWatch`
-    candidates: int  # C, prompts that a step chooses from; M where every prompt gets some
-    num_prompts: int  # M, prompts that are served at most
-    rounds: tuple[int, ...]  # rollouts spent by the end of each of a step's rounds: `krl.budget.rounds_of`
-    allocate: Callable  # (belief of C prompts, R) -> (counts [C], what the rule says of them)
-    chances: Callable | None  # belief of C candidates -> [C], with which each is served; None if the loss does not ask
-    advantages: Callable  # (rewards [R], R rollouts, chances [M] or None) -> [R]
-    update_policy: Callable  # (state, prompts, rollouts, advantages, key) -> (state, metrics)
-    update_belief: Callable  # `krl.budget.update`
-    describe: Callable  # (steps finished, groups, the rest of what `take_step` returns) -> rows of the rollout log
-    measure: Callable  # params -> what `krl.run.evaluate.evaluate` finds on the held-out prompts
-
-
-take, inform, learn_prior = jax.jit(budget.take), jax.jit(budget.inform), jax.jit(budget.learn_prior)
-mean_tokens = jax.jit(budget.mean_tokens)
-
-
-@functools.partial(jax.jit, static_argnames="most")
-def served_rows(counts: jax.Array, candidates: Any, most: int) -> tuple[jax.Array, Any]:
-    """(rows of the candidates that get any, filled up to `most` with others; what is known of these)."""
-    rows = jnp.argsort(counts == 0, stable=True)[:most]
-    return rows, jax.tree.map(lambda x: x[rows] if x.ndim else x, candidates)
-
-
-def make_run(config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, reference: dict | None) -> Run:
-    """Bind the functions of a step to their part of the config."""
-    from krl.run.rollouts import describe_rollouts  # with Arrow, for which help and refusals need not wait
-
-    ends, alloc, loss = parts.ends, config.alloc, config.loss
-    layout = reshape_mesh(parts.mesh, tuple(config.mesh.decode))
-    place = functools.partial(place_whole, parts.mesh)
-    generate_here = functools.partial(
-        rollout.generate, parts.policy_config, max_new_tokens=config.sample.max_new_tokens,
-        eos_ids=ends.eos_ids, stop_table=ends.table, pad_id=parts.tokenizer.pad_id,
-        num_slots=find_slots(config, parts.policy_config, layout),
-    )  # fmt: skip
-
-    def generate(params, *others, expected_tokens=None, **options):
-        elsewhere = layout != parts.mesh  # arrays know the mesh that they were made on, and programs take those of one
-        if elsewhere:
-            others, expected_tokens = jax.device_put((others, expected_tokens), named_sharding(layout))
-        with jax.set_mesh(layout):
-            rollouts = generate_here(params, *others, expected_tokens=expected_tokens, **options)
-        return jax.device_put(rollouts, named_sharding(parts.mesh)) if elsewhere else rollouts
-
-    sample = functools.partial(
-        generate, temperature=config.sample.temperature, top_k=config.sample.top_k, top_p=config.sample.top_p,
-        min_p=config.sample.min_p,
-    )  # fmt: skip
-    score = functools.partial(score_rollouts, ends, first_reward(parts.verifiers))
-    hear = FaultWatch(parts.verifiers, config.verify.may_fail)
-    begin_scoring = functools.partial(Scoring, ends, parts.verifiers)
-    update_policy = for_this_backend(
-        policy_update, parts.policy_config, optimizer,
-        num_updates=config.optim.updates_per_step, micro_tokens=config.optim.micro_tokens, packed=config.optim.packed,
-        temperature=config.sample.temperature, surrogate=loss.surrogate, clip_low=loss.clip_low,
-        clip_high=loss.clip_high, dual_clip=loss.dual_clip, importance_cap=loss.importance_cap,
-        kl_coefficient=loss.kl_coefficient, kl_estimator=loss.kl_estimator,
-        entropy_coefficient=loss.entropy_coefficient,
-    )  # fmt: skip
-    measure = functools.partial(
-        evaluate, functools.partial(generate, temperature=config.eval.temperature, top_p=config.eval.top_p), score,
-        encoded=parts.test, key=jax.random.key(config.seed + 1), samples=config.eval.samples,
-        num_rollouts=alloc.budget, place=place, hear=hear,
-    )  # fmt: skip
-    candidates, num_prompts = prompts_of_a_step(config, len(parts.train))
-    rule = budget.RULES[alloc.rule]
-    if alloc.rule == "reach":
-        rule = functools.partial(rule, reach=alloc.reach)
-    rounds = budget.rounds_of(alloc.rule, num_prompts, alloc.budget, alloc.n_min, alloc.group)
-    explored = max(round(alloc.explored * num_prompts), math.ceil(alloc.explored))  # one at least of a share above 0
-    pool = {"group": alloc.group, "explored": explored} if not alloc.n_min else {}
-    return Run(
-        candidates=candidates, num_prompts=num_prompts, rounds=rounds, config=config, tasks=parts.train, features=parts.features, place=place, sample=sample, begin_scoring=begin_scoring,
-        rewards=parts.verifiers.names, hear=hear,
-        allocate=shared_jit(budget.allocate, rule, n_min=alloc.n_min, n_max=alloc.n_max, **pool),
-        chances=shared_jit(budget.reach_chances, budget=alloc.budget, reach=alloc.reach, **pool) if loss.average == "candidates" else None,
-        advantages=shared_jit(
-            step_advantages, FrozenConfigDict(loss), num_prompts, config.sample.max_new_tokens
-        ),
-        update_policy=functools.partial(update_policy, reference=reference), measure=measure,
-        update_belief=shared_jit(budget.update, fit_discounts=alloc.fit_discounts, donate=(0,)),
-        describe=functools.partial(describe_rollouts, parts.train),
-    )  # fmt: skip
-
-
-def rewards_to_compare(scale: str, said: Verdicts, *, summed: bool) -> np.ndarray:
-    """A step's rewards as float32, [R], from which its advantages are right: see `krl.learn.fit_float32`.
-
-    Raises:
-        ValueError: a negative reward where advantages are divided by the mean one.
-    """
-    if scale != "mean":
-        return learn.fit_float32(said.rewards, said.prompt_index, said.faults == 0, summed=summed)
-    if (said.rewards[said.faults == 0] < 0).any():
-        raise ValueError(
-            f"a reward of {said.rewards[said.faults == 0].min():g}: config.loss.scale='mean' divides by the mean reward of a "
-            "prompt and needs rewards of at least 0; set it to 'std' or 'none'"
-        )
-    return as_float32(said.rewards)
-
-
-def step_advantages(
-    loss: FrozenConfigDict, num_prompts: int, longest: int, rewards: jax.Array, rollouts: Rollouts, chances: jax.Array | None,
-) -> jax.Array:  # fmt: skip
-    """The advantages of a step's rollouts, [R] float32, by config.loss; responses have at most `longest` tokens.
-
-    Prompts were served with the chances [M], which the average "candidates" needs.
-    """
-    groups, lengths = (rollouts.prompt_index, rollouts.mask, num_prompts), rollouts.lengths
-    if loss.overlong_tokens:
-        rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
-    values = learn.group_advantages(
-        rewards, *groups, scale_by_std=loss.scale == "std", scale_by_mean=loss.scale == "mean", leave_one_out=loss.leave_one_out,
-        clip=loss.advantage_clip or math.inf,
-    )  # fmt: skip
-    values = jnp.where(rollouts.finished, values, 0.0) if loss.mask_truncated else values
-    return values * learn.token_weights(loss.average, lengths, *groups, longest, chances)
-
-
 def start_or_continue(
-    config: ConfigDict, parts: Setup, optimizer: optax.GradientTransformation, checkpoints: Checkpoints, about: dict,
-    should_stop: Callable[[], bool],
-) -> tuple[int, Learner | None, dict | None]:  # fmt: skip
+    config: ConfigDict, parts: Setup, checkpoints: Checkpoints, about: dict, should_stop: Callable[[], bool]
+) -> tuple[int, Learner | None, dict | None]:
     """Read the newest checkpoint, or begin, after fine-tuning.
 
     Returns:
@@ -405,8 +272,8 @@ def start_or_continue(
     if reference is not None:
         about["reference"] = digest(reference)
     if begins:
-        return 0, Learner(init_state(parts.policy_config, optimizer, params), belief, prior), reference
-    like = saved(Learner(abstract_state(parts.policy_config, optimizer, parts.params), belief, prior))
+        return 0, Learner(init_state(parts.policy_config, parts.optimizer, params), belief, prior), reference
+    like = saved(Learner(abstract_state(parts.policy_config, parts.optimizer, parts.params), belief, prior))
     found = checkpoints.restore(like)
     assert found is not None  # latest_step has seen it
     first, trees = found
@@ -445,83 +312,87 @@ def saved(learner: Learner) -> dict:
 
 # -------------------------------------------------------------------- one step
 
+# The programs of a step that are small; what is static is hashable and the same in every step.
+take, inform, learn_prior = jax.jit(budget.take), jax.jit(budget.inform), jax.jit(budget.learn_prior)
+mean_tokens = jax.jit(budget.mean_tokens)
+allocate = jax.jit(budget.allocate, static_argnames=("rule", "n_min", "n_max", "group", "explored"))
+reach_chances = jax.jit(budget.reach_chances, static_argnames=("group", "explored", "reach"))
+update_belief = jax.jit(budget.update, static_argnames="fit_discounts", donate_argnums=0)
 
-def take_step(run: Run, learner: Learner, step: int, draw: int = 0) -> tuple[Learner, dict[str, float], dict, dict]:
+
+def take_step(
+    config: ConfigDict, parts: Setup, learner: Learner, step: int, draw: int = 0, reference: dict | None = None
+) -> tuple[Learner, dict[str, float], dict, dict]:
     """One step: choose prompts and counts, sample, score, and learn.
 
     Args:
-        run: what stays the same.
+        config, parts: of the run.
         learner: before the step; its buffers are given away.
         step: steps done before this one; it decides prompts and random keys.
         draw: how often it was taken before, and undone: every time its rollouts are others.
+        reference: the parameters to stay close to, if there is a penalty.
 
     Returns:
         (learner after the step, its metrics, [M] quantities of its groups, its rollouts with [R] quantities of each);
         docs/metrics.md defines metrics and groups.
     """
-    config, clock, (state, belief, prior) = run.config, PhaseClock(run.config.stuck_seconds), learner
+    clock, (state, belief, prior) = PhaseClock(config.stuck_seconds), learner
+    place = functools.partial(place_whole, parts.mesh)
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     sample_key, shuffle_key = jax.random.split(jax.random.fold_in(key, draw) if draw else key)
     with clock.phase("budget"):
-        task_ids = step_task_ids(len(run.tasks), run.candidates, step, seed=config.seed)
-        before = known = take(belief, run.place(task_ids), step)
-        features = run.place(run.features[task_ids])
+        candidates, num_prompts = prompts_of_a_step(config, len(parts.train))
+        task_ids = step_task_ids(len(parts.train), candidates, step, seed=config.seed)
+        before = known = take(belief, place(task_ids), step)
+        features = place(parts.features[task_ids])
         if prior is not None:
             known = inform(prior, before, features)
-        chances = run.chances(known) if run.chances else None
-        chosen = None
-        if run.candidates > run.num_prompts:
-            counts, info = choose_counts(run, known, config.alloc.budget)
+        chances, chosen = find_chances(config, num_prompts, known), None
+        if candidates > num_prompts:
+            counts, info = choose_counts(config, num_prompts, known, config.alloc.budget)
             rows, (before, known, features, counts, chances) = served_rows(
-                counts, (before, known, features, counts, chances), most=run.num_prompts
+                counts, (before, known, features, counts, chances), most=num_prompts
             )
             task_ids, chosen = task_ids[np.asarray(rows)], (counts, info)
-        prompts = run.place(Prompts(run.tasks.tokens[task_ids], run.tasks.mask[task_ids], task_ids))
-    drawn = spend_budget(run, state.params, prompts, known, step, sample_key, clock, chosen)
+        prompts = place(Prompts(parts.train.tokens[task_ids], parts.train.mask[task_ids], task_ids))
+    drawn = spend_budget(config, parts, state.params, prompts, known, step, sample_key, clock, chosen)
     rollouts, rewards, said = drawn.rollouts, drawn.rewards, drawn.verdicts
     heard = rollouts.replace(mask=drawn.scored)  # a rollout without a reward teaches nothing
     served = int((drawn.counts > 0).sum())
     with clock.phase("update"):
-        compared = rewards_to_compare(config.loss.scale, said, summed=len(run.rewards) > 1)
-        advantages = run.advantages(run.place(compared), heard, chances)
-        state, learnt = run.update_policy(state, prompts, heard, advantages, shuffle_key)
+        compared = place(rewards_to_compare(config.loss.scale, said, summed=len(parts.verifiers.names) > 1))
+        advantages = find_advantages(config, compared, heard, num_prompts, chances)
+        state, learnt = update_policy(config, parts, reference, state, prompts, heard, advantages, shuffle_key)
         outcomes = jnp.clip(rewards, 0.0, 1.0)  # beliefs are about shares of success
         index, scored = rollouts.prompt_index, drawn.scored
         if prior is not None:
             prior = learn_prior(prior, before, features, outcomes, index, scored)
             learnt |= budget.prior_metrics(prior, served)
-        belief = run.update_belief(
-            belief,
-            prompts.task_ids,
-            outcomes,
-            index,
-            scored,
-            step,
-            rollouts.lengths,
-            known=known,
-            sampled=drawn.counts > 0,
-        )
+        belief = update_belief(
+            belief, prompts.task_ids, outcomes, index, scored, step, rollouts.lengths, known=known, sampled=drawn.counts > 0,
+            fit_discounts=config.alloc.fit_discounts,
+        )  # fmt: skip
         learner = jax.block_until_ready(Learner(state, belief, prior))
     check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
 
     # ---------------------------------------------------------------- what the step showed
     shown = step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages, scored)
-    has_reward = (said.faults == 0) & (said.prompt_index < run.num_prompts)
+    has_reward = (said.faults == 0) & (said.prompt_index < num_prompts)
     metrics = {"reward_mean": mean_of(said.rewards, has_reward)}
     metrics |= {k: float(v) for k, v in (shown | learnt | drawn.info).items()}
     seconds = sum(clock.seconds.values())
     metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
     metrics |= {f"verifier/{kind}": int((said.faults == 1 + number).sum()) for number, kind in enumerate(FAULTS)}
-    several = dict(zip(run.rewards, said.parts.T, strict=True))
+    several = dict(zip(parts.verifiers.names, said.parts.T, strict=True))
     metrics |= {f"reward/{name}": mean_of(values, has_reward) for name, values in several.items()}
     metrics |= {
         "discount": float(belief.discount), "discount_mixed": float(belief.discount_mixed), "fade": float(belief.fade),
-        "hopeless": float(jax.nn.sigmoid(belief.hopeless)), "candidates": run.candidates, **staleness(belief.last_step, step),
+        "hopeless": float(jax.nn.sigmoid(belief.hopeless)), "candidates": candidates, **staleness(belief.last_step, step),
         "seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds,
         "rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1],
     }  # fmt: skip
     given, wins, tokens = (
-        jax.ops.segment_sum(x, index, num_segments=run.num_prompts)
+        jax.ops.segment_sum(x, index, num_segments=num_prompts)
         for x in (scored.astype(jnp.int32), jnp.where(scored, outcomes, 0.0), rollouts.lengths)
     )
     groups: dict[str, Any] = {
@@ -549,64 +420,109 @@ class Drawn(NamedTuple):
 
 
 def spend_budget(
-    run: Run, params: dict, prompts: Prompts, known: budget.Belief, step: int, key: jax.Array, clock: PhaseClock,
-    chosen: tuple[jax.Array, dict] | None,
+    config: ConfigDict, parts: Setup, params: dict, prompts: Prompts, known: budget.Belief, step: int, key: jax.Array,
+    clock: PhaseClock, chosen: tuple[jax.Array, dict] | None,
 ) -> Drawn:  # fmt: skip
     """Choose the counts of M prompts by what is known of them, [M] each, if they are not `chosen`; sample and score.
 
     A rule of ROUNDS sees what the rounds before have shown; a round's samples of a prompt go on from there.
     Scouts come before all rounds: the counts follow from what they alone show, and nothing else does.
     """
-    config, num_prompts = run.config, len(prompts.task_ids)
-    tasks = run.tasks.tasks.take(np.asarray(prompts.task_ids).tolist())
+    alloc, num_prompts, place = config.alloc, len(prompts.task_ids), functools.partial(place_whole, parts.mesh)
+    tasks = parts.train.tasks.take(np.asarray(prompts.task_ids).tolist())
 
     def draw(counts, num_rollouts, clock=clock, **options):
         with clock.phase("rollout"):
-            scoring = run.begin_scoring(tasks.prompts, tasks.answers, counts, tasks.rows)
+            scoring = Scoring(parts.ends, parts.verifiers, tasks.prompts, tasks.answers, counts, tasks.rows)
             options |= {"num_rollouts": num_rollouts, "expected_tokens": lengths, "watch": scoring.watch}
-            rollouts = jax.block_until_ready(run.sample(params, prompts, counts, key, **options))
+            options |= {name: config.sample[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+            rollouts = jax.block_until_ready(generate(config, parts, params, prompts, counts, key, **options))
         with clock.phase("verify"):
             verdicts = scoring.finish(num_rollouts)
         with clock.phase("wait"):  # for the other processes
             return rollouts, verdicts.of_all_processes()
 
     def learn_from(known, rollouts, verdicts):
-        outcomes, has_reward = run.place((np.float32(verdicts.rewards.clip(0.0, 1.0)), verdicts.faults == 0))
+        outcomes, has_reward = place((np.float32(verdicts.rewards.clip(0.0, 1.0)), verdicts.faults == 0))
         index, scored, lengths = rollouts.prompt_index, rollouts.mask & has_reward, rollouts.lengths
         seen = budget.observe(known, jnp.arange(num_prompts), outcomes, index, scored, step, lengths)
         sums = (jnp.where(scored, x, 0.0) for x in (outcomes, 1 - outcomes))
         return seen, *(jax.ops.segment_sum(x, index, num_segments=num_prompts) for x in sums)
 
-    lengths, scouts = mean_tokens(known), config.alloc.scouts
+    lengths, scouts = mean_tokens(known), alloc.scouts
     if scouts:  # their samples are numbered after those that count, and neither they nor their time do
         every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock(config.stuck_seconds)
-        seen = draw(every, num_prompts * scouts, free, first_sample=config.alloc.n_max)
+        seen = draw(every, num_prompts * scouts, free, first_sample=alloc.n_max)
         known, *_ = learn_from(budget.init_belief(num_prompts), *seen)
     counts = jnp.zeros_like(prompts.task_ids)
     shown = budget.Shown(counts, counts * 0.0, counts * 0.0)
     rounds: list[tuple[Rollouts, Verdicts]] = []
-    for spent, until in itertools.pairwise((0, *run.rounds)):
+    ends = budget.rounds_of(alloc.rule, num_prompts, alloc.budget, alloc.n_min, alloc.group)
+    for spent, until in itertools.pairwise((0, *ends)):
         if rounds:
             known, wins, losses = learn_from(known, *rounds[-1])
             shown = budget.Shown(counts, shown.successes + wins, shown.failures + losses)
-        told = {"shown": shown} if config.alloc.rule in budget.ROUNDS else {}
+        told = {"shown": shown} if alloc.rule in budget.ROUNDS else {}
         with clock.phase("budget"):
-            counts, info = chosen or choose_counts(run, known, until, **told)
+            counts, info = chosen or choose_counts(config, num_prompts, known, until, **told)
         rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
     rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
     verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
     return Drawn(
         counts=counts, believed=budget.mean(known), info=info, rollouts=rollouts, verdicts=verdicts,
-        rewards=run.place(as_float32(verdicts.rewards)),
-        scored=rollouts.mask & run.place(verdicts.faults == 0),
+        rewards=place(as_float32(verdicts.rewards)),
+        scored=rollouts.mask & place(verdicts.faults == 0),
     )  # fmt: skip
 
 
-def choose_counts(run: Run, known: budget.Belief, spent: int, **told: budget.Shown) -> tuple[jax.Array, dict]:
+def choose_counts(
+    config: ConfigDict, num_prompts: int, known: budget.Belief, spent: int, **told: budget.Shown
+) -> tuple[jax.Array, dict]:
     """What the rule gives of the first `spent` rollouts of a step, checked, and what it says of that."""
-    counts, info = jax.block_until_ready(run.allocate(known, spent, **told))
-    check_counts(run.config.alloc, counts, spent)
+    alloc, rule = config.alloc, budget.RULES[config.alloc.rule]
+    if alloc.rule == "reach":
+        rule = reach_rule(alloc.reach)
+    counts, info = jax.block_until_ready(
+        allocate(
+            rule,
+            known,
+            spent,
+            alloc.n_min,
+            alloc.n_max,
+            group=alloc.group,
+            explored=explored(alloc, num_prompts),
+            **told,
+        )
+    )
+    check_counts(alloc, counts, spent)
     return counts, info
+
+
+@functools.cache
+def reach_rule(reach: float) -> budget.Rule:
+    """The rule "reach" with an r; the same function for the same r, so that it is compiled once."""
+    return functools.partial(budget.RULES["reach"], reach=reach)
+
+
+def explored(alloc: ConfigDict, num_prompts: int) -> int:
+    """How many prompts of a step are sampled since they waited longest; one at least of a share above 0."""
+    return max(round(alloc.explored * num_prompts), math.ceil(alloc.explored))
+
+
+def find_chances(config: ConfigDict, num_prompts: int, known: budget.Belief) -> jax.Array | None:
+    """The probabilities [C] with which candidates are served, where the loss asks for them."""
+    alloc = config.alloc
+    if config.loss.average != "candidates":
+        return None
+    groups = {"group": alloc.group, "explored": explored(alloc, num_prompts)}
+    return reach_chances(known, alloc.budget, **groups, reach=alloc.reach)
+
+
+@functools.partial(jax.jit, static_argnames="most")
+def served_rows(counts: jax.Array, candidates: Any, most: int) -> tuple[jax.Array, Any]:
+    """(rows of the candidates that get any, filled up to `most` with others; what is known of these)."""
+    rows = jnp.argsort(counts == 0, stable=True)[:most]
+    return rows, jax.tree.map(lambda x: x[rows] if x.ndim else x, candidates)
 
 
 def check_counts(alloc: ConfigDict, counts: jax.Array, spent: int) -> None:
@@ -633,12 +549,110 @@ def check_counts(alloc: ConfigDict, counts: jax.Array, spent: int) -> None:
         raise ValueError(f"the rule {alloc.rule!r} gave {wrong}; docs/recipes/rule.md says what a rule must keep")
 
 
-def evaluate_held_out(run: Run, learner: Learner, log: MetricsLog, step: int) -> dict[str, float]:
+# -------------------------------------------------------------------- sampling and learning, by the keys of a config
+
+
+def generate(
+    config: ConfigDict,
+    parts: Setup,
+    params: dict,
+    *inputs: Any,
+    expected_tokens: jax.Array | None = None,
+    **options: Any,
+) -> Rollouts:
+    """`krl.rollout.generate` of the policy: params, then its prompts, counts and key, and its other options.
+
+    It decodes on the mesh of config.mesh.decode; what goes in and comes out is on that of the run.
+    """
+    layout = reshape_mesh(parts.mesh, tuple(config.mesh.decode))
+    elsewhere = layout != parts.mesh  # arrays know the mesh that they were made on, and programs take those of one
+    if elsewhere:
+        inputs, expected_tokens = jax.device_put((inputs, expected_tokens), named_sharding(layout))
+    with jax.set_mesh(layout):
+        rollouts = rollout.generate(
+            parts.policy_config, params, *inputs, max_new_tokens=config.sample.max_new_tokens, eos_ids=parts.ends.eos_ids,
+            stop_table=parts.ends.table, pad_id=parts.tokenizer.pad_id, num_slots=find_slots(config, parts.policy_config, layout),
+            expected_tokens=expected_tokens, **options,
+        )  # fmt: skip
+    return jax.device_put(rollouts, named_sharding(parts.mesh)) if elsewhere else rollouts
+
+
+def rewards_to_compare(scale: str, said: Verdicts, *, summed: bool) -> np.ndarray:
+    """A step's rewards as float32, [R], from which its advantages are right: see `krl.learn.fit_float32`.
+
+    Raises:
+        ValueError: a negative reward where advantages are divided by the mean one.
+    """
+    if scale != "mean":
+        return learn.fit_float32(said.rewards, said.prompt_index, said.faults == 0, summed=summed)
+    if (said.rewards[said.faults == 0] < 0).any():
+        raise ValueError(
+            f"a reward of {said.rewards[said.faults == 0].min():g}: config.loss.scale='mean' divides by the mean reward of a "
+            "prompt and needs rewards of at least 0; set it to 'std' or 'none'"
+        )
+    return as_float32(said.rewards)
+
+
+def find_advantages(
+    config: ConfigDict, rewards: jax.Array, rollouts: Rollouts, num_prompts: int, chances: jax.Array | None
+) -> jax.Array:
+    """The advantages of a step's rollouts, [R] float32, by config.loss.
+
+    Prompts were served with the chances [M], which the average "candidates" needs.
+    """
+    weigh = shared_jit(step_advantages, FrozenConfigDict(config.loss), num_prompts, config.sample.max_new_tokens)
+    return weigh(rewards, rollouts, chances)
+
+
+def step_advantages(
+    loss: FrozenConfigDict, num_prompts: int, longest: int, rewards: jax.Array, rollouts: Rollouts, chances: jax.Array | None,
+) -> jax.Array:  # fmt: skip
+    """What `find_advantages` computes; responses have at most `longest` tokens."""
+    groups, lengths = (rollouts.prompt_index, rollouts.mask, num_prompts), rollouts.lengths
+    if loss.overlong_tokens:
+        rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
+    values = learn.group_advantages(
+        rewards, *groups, scale_by_std=loss.scale == "std", scale_by_mean=loss.scale == "mean", leave_one_out=loss.leave_one_out,
+        clip=loss.advantage_clip or math.inf,
+    )  # fmt: skip
+    values = jnp.where(rollouts.finished, values, 0.0) if loss.mask_truncated else values
+    return values * learn.token_weights(loss.average, lengths, *groups, longest, chances)
+
+
+def update_policy(
+    config: ConfigDict, parts: Setup, reference: dict | None, state: TrainState, *drawn: Any
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """`krl.run.update.policy_update` of the state on what was drawn: prompts, rollouts, advantages and a key."""
+    optim, loss = config.optim, config.loss
+    update = for_this_backend(
+        policy_update, parts.policy_config, parts.optimizer,
+        num_updates=optim.updates_per_step, micro_tokens=optim.micro_tokens, packed=optim.packed,
+        temperature=config.sample.temperature, surrogate=loss.surrogate, clip_low=loss.clip_low,
+        clip_high=loss.clip_high, dual_clip=loss.dual_clip, importance_cap=loss.importance_cap,
+        kl_coefficient=loss.kl_coefficient, kl_estimator=loss.kl_estimator,
+        entropy_coefficient=loss.entropy_coefficient,
+    )  # fmt: skip
+    return update(state, *drawn, reference=reference)
+
+
+def measure(config: ConfigDict, parts: Setup, params: dict, hear: FaultWatch) -> tuple[dict[str, float], np.ndarray]:
+    """What `krl.run.evaluate.evaluate` finds on the held-out prompts."""
+    sample = functools.partial(generate, config, parts, temperature=config.eval.temperature, top_p=config.eval.top_p)
+    return evaluate(
+        sample, functools.partial(score_rollouts, parts.ends, first_reward(parts.verifiers)), params, parts.test,
+        jax.random.key(config.seed + 1), samples=config.eval.samples, num_rollouts=config.alloc.budget,
+        place=functools.partial(place_whole, parts.mesh), hear=hear,
+    )  # fmt: skip
+
+
+def evaluate_held_out(
+    config: ConfigDict, parts: Setup, learner: Learner, log: MetricsLog, step: int, hear: FaultWatch
+) -> dict[str, float]:
     """The metrics of the held-out prompts after some steps; the solved samples of each prompt go to the log."""
-    with PhaseClock(run.config.stuck_seconds).phase("evaluation"):
-        measured, solved = run.measure(params=learner.state.params)
-    spent = step * run.config.alloc.budget
-    log.write_evaluation(step, rollouts_total=spent, samples=run.config.eval.samples, solved=solved)
+    with PhaseClock(config.stuck_seconds).phase("evaluation"):
+        measured, solved = measure(config, parts, learner.state.params, hear)
+    spent = step * config.alloc.budget
+    log.write_evaluation(step, rollouts_total=spent, samples=config.eval.samples, solved=solved)
     return {f"eval/{name}": value for name, value in measured.items()}
 
 

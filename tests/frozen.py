@@ -105,7 +105,7 @@ def write_sums(path: pathlib.Path) -> pathlib.Path:
 
 def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
     """A line for each kind of row in which two runs differ."""
-    kinds = {"metrics": learnt, "rollouts": rollouts}
+    kinds = {"metrics": lambda workdir: [row | {"slowest_process": 0} for row in learnt(workdir)], "rollouts": rollouts}
     kinds |= {kind: lambda workdir, kind=kind: rows(workdir, kind) for kind in ("groups", "evaluations")}
     told = []
     for kind, read in kinds.items():

@@ -16,9 +16,9 @@ def spikes_at(monkeypatch, *calls):
     """Have the given calls of take_step, counted from 1, show a large loss."""
     take_step, seen = script.take_step, []
 
-    def spiked(run, learner, step, draw):
+    def spiked(config, parts, learner, step, draw, reference):
         seen.append((step, draw))
-        learner, metrics, *more = take_step(run, learner, step, draw)
+        learner, metrics, *more = take_step(config, parts, learner, step, draw, reference)
         return learner, metrics | ({"loss": -50.0} if len(seen) in calls else {}), *more
 
     monkeypatch.setattr(script, "take_step", spiked)

@@ -549,7 +549,7 @@ def optimizer_of(told: str) -> optax.GradientTransformation:
     """One optimiser for equal configs, whose updates are compiled once."""
     config = default.get_config()
     config.update_from_flattened_dict(json.loads(told))
-    return script.find_optimizer(config)
+    return setup.find_optimizer(config)
 
 
 STARTS: dict = {}  # what one set-up begins from: a policy and its optimiser for each seed, mesh and optimiser
@@ -582,8 +582,8 @@ def take_steps(config, parts: setup.Setup, plain: Seen | None = None) -> Seen:
         parts = dataclasses.replace(parts, mesh=mesh, params=setup.abstract_params(parts.policy_config, mesh))
     if config.verify.workers:
         parts = dataclasses.replace(parts, verifiers=setup.make_verifiers(config))
-    parts = dataclasses.replace(parts, features=features, num_features=num_features)
     optimizer = optimizer_of(json.dumps({f"optim.{key}": value for key, value in config.optim.items()}))
+    parts = dataclasses.replace(parts, features=features, num_features=num_features, optimizer=optimizer)
     seen = Seen(config, pathlib.Path(), plain, parts)  # type: ignore[arg-type]
     nothing: Any = SimpleNamespace(latest_step=lambda: None)
     starts: Any = {
@@ -598,13 +598,14 @@ def take_steps(config, parts: setup.Setup, plain: Seen | None = None) -> Seen:
         spy_on_sampler(seen),
         parts.verifiers if config.verify.workers else contextlib.nullcontext(),
     ):
-        _, learner, reference = script.start_or_continue(config, parts, optimizer, nothing, {}, lambda: False)
-        run, seen.begun = script.make_run(config, parts, optimizer, reference), on_host(learner.state.params)
+        _, learner, reference = script.start_or_continue(config, parts, nothing, {}, lambda: False)
+        seen.begun = on_host(learner.state.params)
         for step in range(config.steps):
-            learner, *rest = script.take_step(run, learner, step)
+            learner, *rest = script.take_step(config, parts, learner, step, 0, reference)
             seen.steps.append((on_host(learner), *on_host(rest)))
         if config.eval.samples != TINY["eval.samples"]:
-            seen.measured = run.measure(params=learner.state.params)
+            hear = script.FaultWatch(parts.verifiers, config.verify.may_fail)
+            seen.measured = script.measure(config, parts, learner.state.params, hear)
     check_finite(seen)
     return seen
 
@@ -642,9 +643,9 @@ def spied(monkeypatch) -> Callable[[Any, pathlib.Path, Seen], Seen]:
             seen.parts = set_up(*arguments)
             return seen.parts
 
-        def take_step_seen(run, learner, *arguments):
+        def take_step_seen(config, parts, learner, *arguments):
             seen.begun = seen.begun or on_host(learner.state.params)
-            learner, *rest = take_step(run, learner, *arguments)
+            learner, *rest = take_step(config, parts, learner, *arguments)
             seen.steps.append((on_host(learner), *on_host(rest)))
             return learner, *rest
 

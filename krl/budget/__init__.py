@@ -3,6 +3,7 @@
 from krl.budget.allocate import (
     ROUNDS,
     RULES,
+    Rule,
     allocate,
     may_choose,
     must_choose,
@@ -60,6 +61,7 @@ __all__ = [
     "Belief",
     "Prior",
     "Replay",
+    "Rule",
     "Shown",
     "Source",
     "allocate",

@@ -61,6 +61,7 @@ class Setup:
     num_features: int  # how many different ones there are
     pairs: Pairs | None  # of supervised fine-tuning, None without one
     cache: pathlib.Path  # directory of the policy fine-tuned for this config on these pairs
+    optimizer: optax.GradientTransformation  # of the policy
 
 
 def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence[str]) -> Setup:
@@ -117,7 +118,7 @@ def _set_up(
     return Setup(
         mesh=mesh, verifiers=verifiers, tokenizer=tokenizer, ends=ends, policy_config=policy_config, params=params,
         train=train, test=test, features=features, num_features=num_features, pairs=pairs,
-        cache=sft_cache(folder, config, policy_config.vocab_size, pairs or ()),
+        cache=sft_cache(folder, config, policy_config.vocab_size, pairs or ()), optimizer=find_optimizer(config),
     )  # fmt: skip
 
 
