@@ -1,6 +1,5 @@
 """The recipes and the quickstart do what they say, every key is described, and every key that a page names is there."""
 
-import ast
 import importlib.util
 import json
 import pathlib
@@ -9,6 +8,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,25 +150,19 @@ def hooks():
 
 
 def test_every_key_is_described(hooks):
-    sections = hooks.read_keys((ROOT / "krl" / "configs" / "default.py").read_text())
-    flat = flatten(default.get_config())
-    keys = {key.name: key for section in sections for key in section.keys}
-    assert keys.keys() == flat.keys()
-    assert [key.name for key in keys.values() if len(key.text) < 4] == []
-    assert {name: ast.literal_eval(key.default) for name, key in keys.items()} == flat
-    assert [section.name for section in sections if section.name and not section.text] == []
-    page = "\n".join(hooks.tables(sections))
-    assert all(f"| [`{name}`](#{name}){{#{name}}} |" in page for name in flat)
-
-
-def test_comments_belong_to_the_key_or_section_below_them(hooks):
-    source = (
-        "config.a = 1  # of a\n\n# A section.\nconfig.s = ConfigDict()\n"
-        "# Above b,\n# on two lines.\nconfig.s.b = 'x|#'\nconfig.s.c = ()  # of c\n"
+    assert [name for name, key in default.KEYS.items() if len(key.help) < 4 or key.help.endswith(".")] == []
+    assert default.SECTIONS.keys() == {name.rpartition(".")[0] for name in default.KEYS} - {""}
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="configuration.md"))
+    made = hooks.on_page_markdown("<!-- the keys of krl/configs/default.py -->", page, None, None)
+    assert all(
+        f"| [`{name}`](#{name}){{#{name}}} | `{value!r}` |" in made
+        for name, value in flatten(default.get_config()).items()
     )
-    first, second = hooks.read_keys(source)
-    assert first == ("", "", [("a", "1", "Of a.")])
-    assert second == ("s", "A section.", [("s.b", "'x|#'", "Above b, on two lines."), ("s.c", "()", "Of c.")])
+    assert "| [`steps`](#steps){#steps} | `200` | at least 0 | Training steps; a step samples" in made
+
+
+def test_defaults_are_among_the_values_that_their_keys_take():
+    assert [name for name, key in default.KEYS.items() if not key.range.holds(key.default)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -22,7 +22,16 @@ import pytest
 from rich.console import Console
 
 from krl import learn, policy
-from krl.configs import arithmetic, default, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b
+from krl.configs import (
+    arithmetic,
+    default,
+    gsm8k,
+    maze,
+    operators,
+    qwen2_5_math_7b,
+    qwen3_4b_base,
+    r1_distill_qwen_1_5b,
+)
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.run import checkpoint, lock
 from krl.run import metrics as metrics_module
@@ -51,7 +60,7 @@ from krl.types import Rollouts
 from tests import tiny
 from tests.command_line import files_of
 
-CONFIGS = [arithmetic, gsm8k, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b]
+CONFIGS = [arithmetic, gsm8k, maze, operators, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b]
 
 
 @pytest.mark.parametrize("module", CONFIGS)
@@ -118,7 +127,10 @@ def test_shipped_configs_pass_their_check(module):
         ),
         ({"eval.top_p": 0.0}, "config.eval.top_p=0.0 must be above 0"),
         ({"data.template": "Q:"}, "config.data.template='Q:' must be one of .* or a text with"),
-        ({"sample.temperature": 0.0}, "config.sample.temperature=0.0 must be above 0"),
+        (
+            {"sample.temperature": 0.0},
+            "config.sample.temperature=0.0 must be at least 0.001; sample.top_k=1 is coldest",
+        ),
         (
             {"alloc.n_min": 2, "arithmetic.num_train": 10},
             "config.arithmetic.num_train=10 must be at least prompts_per_step=64",

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ml_collections import ConfigDict
 
-from krl.configs import default
+from krl.configs.default import COLDEST, EMBEDDED, FREE_KEYS, KEYS
 
-# Keys that may change when a run continues from its checkpoint.
-FREE_KEYS = ("steps", "max_bad_updates", "stuck_seconds", "eval.every", "eval.best", "checkpoint.every", "checkpoint.keep", "guard.loss", "guard.ratio", "guard.kl", "guard.rollbacks", "sft.dir", "sft.save_every", "mesh.shape", "mesh.axis_names", "mesh.decode", "distributed.coordinator", "distributed.processes", "distributed.process", "optim.micro_tokens", "optim.packed", "sample.slots", "sample.memory_gb", "log.rollouts_gb", "log.texts_every", "log.wandb", "log.mlflow", "profile.steps", "verify.workers", "verify.item_seconds", "verify.batch_seconds", "verify.items_per_worker", "verify.memory_gb", "verify.environment", "verify.may_fail", "policy.attention", "policy.unroll", "policy.remat")  # fmt: skip
+__all__ = ["FREE_KEYS", "KINDS", "check", "check_keys", "did_you_mean", "flatten", "no_such_key", "parse_arguments"]
 
 
 def flatten(config: ConfigDict) -> dict:
@@ -36,13 +35,13 @@ def check_keys(config: ConfigDict) -> None:
     Raises:
         ValueError: names the key, and one that it may be.
     """
-    known, given = flatten(default.get_config()), flatten(config)
-    for key in sorted(given.keys() - known.keys()):
-        raise ValueError(no_such_key(key, known))
-    for key in sorted(known.keys() - given.keys()):
+    given = flatten(config)
+    for key in sorted(given.keys() - KEYS.keys()):
+        raise ValueError(no_such_key(key, KEYS))
+    for key in sorted(KEYS.keys() - given.keys()):
         raise ValueError(f"there is no config.{key}; begin with krl.configs.default.get_config() and change values")
     for key, value in given.items():
-        kind = type(known[key])
+        kind = type(KEYS[key].default)
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise ValueError(f"config.{key}={value!r} must be {KINDS[kind]}")
 
@@ -94,26 +93,16 @@ def check(
     check_keys(config)
     _check_sizes(config, need)
     alloc, optim = config.alloc, config.optim
-    for key in _AT_LEAST_ONE:
-        need(flatten(config)[key] >= 1, key, "at least 1")
-    for key in _NOT_NEGATIVE:
-        need(flatten(config)[key] >= 0, key, "at least 0")
-    for key in _POSITIVE:
-        need(flatten(config)[key] > 0, key, "above 0")
-    for key in _FRACTIONS:
-        need(0 <= flatten(config)[key] <= 1, key, "between 0 and 1")
+    for name, row in KEYS.items():
+        need(row.range.holds(flatten(config)[name]), name, row.range.must)
     need(alloc.rule in rules, "alloc.rule", f"one of {sorted(rules)}")
     need(alloc.prior in ("shared", *priors), "alloc.prior", f"one of {['shared', *sorted(priors)]}")
     need(
         alloc.prior != "groups" or bool(alloc.prior_field), "alloc.prior_field", "the field that names a prompt's group"
     )
-    for key in ("eval.top_p", "sample.top_p"):
-        need(0 < flatten(config)[key] <= 1, key, "above 0 and at most 1")
-    need(config.sample.temperature >= _COLDEST, "sample.temperature", f"at least {_COLDEST}; sample.top_k=1 is coldest")
-    need(not 0 < config.eval.temperature < _COLDEST, "eval.temperature", f"0 or at least {_COLDEST}")
+    need(not 0 < config.eval.temperature < COLDEST, "eval.temperature", f"0 or at least {COLDEST}")
     for key in ("optim.beta1", "optim.beta2"):
         need(flatten(config)[key] < 1, key, "below 1: at 1 a moment never moves, and its correction divides by zero")
-    need(config.policy.dtype in ("float32", "bfloat16"), "policy.dtype", "'float32' or 'bfloat16'")
     for key, known in (
         ("average", averages),
         ("scale", scales),
@@ -138,7 +127,6 @@ def check(
         "sample.stop",
         "texts with something in them, such as ('<|im_end|>',)",
     )
-    need(config.loss.dual_clip > 1, "loss.dual_clip", "above 1")
     need(
         not config.guard.kl or config.loss.kl_coefficient > 0,
         "guard.kl",
@@ -205,7 +193,7 @@ def _check_sum(
 
 def _check_sizes(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
     """The part about numbers of any key: the devices have 32 bits for each; `need` refuses."""
-    for key, usual in flatten(default.get_config()).items():
+    for key, (usual, *_) in KEYS.items():
         value = flatten(config)[key]
         if type(usual) is float:
             need(abs(value) < math.inf, key, "a finite number")  # nan is not less than anything
@@ -243,9 +231,8 @@ def _check_data(
     config: ConfigDict, need: Callable[[bool, str, str], None], *, templates: Iterable[str], sources: Iterable[str]
 ) -> None:
     """The part about where prompts come from; `need` refuses."""
-    sft, embedded = config.sft, ("arithmetic", "operators", "maze")
+    sft = config.sft
     need(not sft.path or bool(sft.completion_field), "sft.completion_field", "the field of sft.path with completions")
-    need(config.data.source in (*embedded, "dataset"), "data.source", "'arithmetic', 'operators', 'maze' or 'dataset'")
     template = config.data.template
     need(
         template in templates or "{prompt}" in template,
@@ -266,13 +253,7 @@ def _check_data(
         "data.template_arguments",
         "such that system_prompt is a text",
     )
-    need(
-        config.operators.num_operators <= 2704,
-        "operators.num_operators",
-        "at most 2704, the pairs of letters there are",
-    )
-    need(config.maze.side >= 2, "maze.side", "at least 2: a maze of one cell has no path")
-    if config.data.source in embedded:
+    if config.data.source in EMBEDDED:
         for key in _OF_DATA:
             need(
                 not flatten(config)[key],
@@ -340,38 +321,3 @@ _OF_DATA = (  # what embedded tasks do not read
 _LARGEST = 3e38  # of a float32, nearly
 _LAST = 2**31 - 1  # of an int32
 _LAST_SEED = 2**32 - 2  # JAX drops the bits above the 32nd; evaluations take the seed after it
-_COLDEST = 0.001  # temperature: below it, logits that are divided by it leave float32
-_AT_LEAST_ONE = (
-    "prompts_per_step", "max_bad_updates", "alloc.group", "alloc.prior_width", "data.max_prompt_tokens", "arithmetic.num_train",
-    "arithmetic.num_test", "operators.num_operators", "operators.num_train", "operators.num_test",
-    "maze.num_train", "maze.num_test", "sample.max_new_tokens", "optim.updates_per_step", "optim.micro_tokens", "eval.samples",
-    "checkpoint.every", "checkpoint.keep", "tokenizer.vocab_size", "policy.embed_size", "policy.num_layers",
-    "policy.num_heads", "policy.num_kv_heads", "policy.head_size", "policy.mlp_size", "policy.unroll", "sft.batch_size",
-    "sft.save_every", "verify.items_per_worker",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "seed", "steps", "alloc.n_min", "alloc.candidates", "alloc.scouts", "data.max_train", "arithmetic.addition", "arithmetic.subtraction", "arithmetic.multiplication",
-    "arithmetic.two_step", "arithmetic.num_warm", "operators.num_warm", "maze.num_warm",
-    "sample.slots", "sample.memory_gb", "profile.steps", "sample.top_k", "sft.steps", "sft.row_tokens", "optim.warmup_steps", "optim.decay_steps", "optim.weight_decay",
-    "eval.every", "eval.prompts", "eval.temperature", "loss.clip_high", "loss.advantage_clip", "loss.importance_cap",
-    "loss.kl_coefficient", "loss.entropy_coefficient", "loss.overlong_tokens", "verify.workers", "guard.loss", "guard.ratio", "guard.kl", "guard.rollbacks", "stuck_seconds",
-    "log.rollouts_gb", "log.texts_every",
-)  # fmt: skip
-_POSITIVE = (
-    "sample.temperature", "optim.learning_rate", "optim.grad_clip", "sft.learning_rate", "verify.item_seconds",
-    "verify.batch_seconds", "verify.memory_gb",
-)  # fmt: skip
-_FRACTIONS = (
-    "operators.shown_well",
-    "operators.impossible",
-    "operators.wrong",
-    "alloc.explored",
-    "alloc.reach",
-    "sample.min_p",
-    "alloc.discount",
-    "alloc.discount_mixed",
-    "alloc.fade",
-    "loss.clip_low",
-    "optim.beta1",
-    "optim.beta2",
-)
