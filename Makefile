@@ -26,7 +26,7 @@ demo: $(VENV)/runtime-installed
 	@$(TRAIN) --workdir $(RUNS)/uniform_1024 --config.alloc.rule=uniform --config.alloc.n_min=16 --config.alloc.budget=1024
 	@$(TRAIN) --workdir $(RUNS)/knapsack
 	@echo
-	@$(VENV)/bin/python -m krl.run.report $(RUNS)/uniform $(RUNS)/uniform_1024 $(RUNS)/knapsack --out $(RUNS)
+	@$(VENV)/bin/python -m krl.report $(RUNS)/uniform $(RUNS)/uniform_1024 $(RUNS)/knapsack --out $(RUNS)
 
 pod: $(VENV)/runtime-installed
 	@$(TRAIN) --workdir $(RUNS)/warm --config.steps=0

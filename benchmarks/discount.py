@@ -16,7 +16,7 @@ import numpy as np
 from scipy.special import betaln
 
 from krl import budget
-from krl.run.history import read_run
+from krl.report.history import read_run
 
 # (after an even group, after a mixed one); equal numbers are a plain discount.
 PAIRS = ((1.0, 1.0), (0.9, 0.9), (0.7, 0.7), (0.4, 0.4), (0.2, 0.2), (0.9, 0.5), (0.9, 0.25), (0.9, 0.1), (0.7, 0.25))

@@ -16,7 +16,7 @@ import numpy as np
 
 from krl import budget
 from krl.budget.simulate import BINS
-from krl.run.history import read_run
+from krl.report.history import read_run
 
 SIZES = {"prompts_per_step": 64, "budget": 512, "n_min": 2, "n_max": 64}
 RULES = ("known", "knapsack", "two_round", "knapsack_paper", "variance", "skip", "uniform", "inverse_sqrt")

@@ -26,7 +26,7 @@ import numpy as np
 from scipy import stats
 
 from krl.configs.check import flatten
-from krl.run.history import found, read_run, spent_to_reach, transitions
+from krl.report.history import found, read_run, spent_to_reach, transitions
 from krl.run.metrics import format_seconds, read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -133,7 +133,7 @@ def row_of(workdir: pathlib.Path) -> dict:
 def read_held_out(workdir: pathlib.Path) -> dict:
     """Which held-out prompts became solved: counts from first to last state, and shares of a field's values.
 
-    "found" is as `krl.run.history.found` defines it, "dead" the share of the first field's values, such as
+    "found" is as `krl.report.history.found` defines it, "dead" the share of the first field's values, such as
     operators, that are solved in less than 5% of the samples at the end. {} without evaluations, no shares without a field.
     """
     run = read_run(workdir)

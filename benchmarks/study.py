@@ -28,7 +28,7 @@ from scipy import stats
 
 from benchmarks import runs
 from benchmarks.runs import Job
-from krl.run.history import STATES
+from krl.report.history import STATES
 
 RATE, PENALTY, RULE, PRIOR, PROMPTS, BUDGET = (
     "optim.learning_rate", "loss.kl_coefficient", "alloc.rule", "alloc.prior", "prompts_per_step", "alloc.budget",

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from krl import budget, learn, rollout
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
-from krl.run import report
+from krl.report import command as report
 from krl.run.checkpoint import Checkpoints, digest, keep_from_others, stop_on_signal, write_json
 from krl.run.evaluate import FaultWatch, Scoring, Verdicts, evaluate, first_reward, score_rollouts
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates

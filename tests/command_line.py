@@ -13,7 +13,7 @@ import jax
 import pytest
 
 from krl.configs.flags import one_line_errors
-from krl.run import report
+from krl.report import command as report
 from krl.run.rollouts import read_rollouts
 from krl.train import train
 

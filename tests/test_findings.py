@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from krl.run import findings
-from krl.run.history import read_run, read_runs
+from krl.report import findings
+from krl.report.history import read_run, read_runs
 from tests.test_report import write_evaluations, write_run
 
 

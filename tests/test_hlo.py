@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
-from krl.run.hlo import read_cost
+from krl.plan.hlo import read_cost
 from krl.sharding import make_mesh
 
 # As XLA prints programs for TPUs: products are convolutions, a batch is a window, S(1) lies on the chip, a loop counts by twos.

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from krl.run import report
+from krl.report import command as report
 from tests.command_line import ROOT, command, environment, rows
 from tests.test_report import write_run
 
@@ -23,7 +23,7 @@ def python(program, *arguments, home):
 
 
 @pytest.mark.parametrize(
-    "modules", ["krl.train, krl.eval, krl.run.report, krl.run.plan", "krl, krl.budget, krl.learn, krl.policy, krl.tasks, krl.rollout"]
+    "modules", ["krl.train, krl.eval, krl.report.command, krl.plan.command", "krl, krl.budget, krl.learn, krl.policy, krl.tasks, krl.rollout"]
 )  # fmt: skip
 def test_programs_and_rooms_import_none_of_what_only_a_run_reads_or_writes_with(tmp_path, modules):
     done = python(f"import {modules}, sys; print(*sorted(set({HEAVY}) & sys.modules.keys()))", home=tmp_path)
@@ -47,7 +47,7 @@ run_command()
     workdir = tmp_path / "work"
     assert said[-1] == (
         "krl: no figures and no page: the report needs altair, matplotlib, vl-convert-python: pip install altair matplotlib "
-        f"vl-convert-python, then python -m krl.run.report {workdir} --out {workdir}"
+        f"vl-convert-python, then python -m krl.report {workdir} --out {workdir}"
     )
     assert any(line.startswith("knapsack with 16 rollouts a step: ") for line in said)
     assert "Traceback" not in done.stderr
@@ -60,5 +60,5 @@ def test_the_report_without_a_library_is_refused_in_one_line(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     with pytest.raises(SystemExit) as refused:
         report.main([str(workdir), "--out", str(tmp_path / "out")])
-    assert refused.value.code == "krl.run.report: the report needs vl-convert-python: pip install vl-convert-python"
+    assert refused.value.code == "krl.report: the report needs vl-convert-python: pip install vl-convert-python"
     assert not (tmp_path / "out").exists()

@@ -20,9 +20,10 @@ from krl.configs import arithmetic
 from krl.configs.check import flatten
 from krl.configs.flags import define_flags, one_line_errors, own_configs, parse_flags
 from krl.masked import segment_sum
+from krl.plan import command as plan
 from krl.policy.hf import export
 from krl.policy.tokenizer import load_tokenizer, train_sentencepiece
-from krl.run import plan, report
+from krl.report import command as report
 from krl.run.metrics import format_seconds, gini
 from krl.run.processes import join_processes
 from krl.train import train
@@ -58,7 +59,7 @@ def here(tmp_path, monkeypatch):
 def parse(line):
     values = flags.FlagValues()
     define_flags(values)
-    flags.DEFINE_integer("tokens", 0, "as krl.run.plan has it", flag_values=values)
+    flags.DEFINE_integer("tokens", 0, "as krl.plan.command has it", flag_values=values)
     parse_flags(["somewhere/train.py", *shlex.split(line)], values)
     return values
 
@@ -322,7 +323,7 @@ def test_a_port_that_is_taken(here):
     ("command", "told"),
     [
         (["eval.py", "--config=arithmeti"], f"eval.py: there is no config file arithmeti; krl has {OWN}"),
-        (["-m", "krl.run.plan", "--workdir", "x"], f"krl.run.plan: --config is missing; give a file or one of krl's own: {OWN}"),
+        (["-m", "krl.plan", "--workdir", "x"], f"krl.plan: --config is missing; give a file or one of krl's own: {OWN}"),
         (["-m", "benchmarks.discount"], "benchmarks.discount: name work directories of runs"),
     ],
 )  # fmt: skip

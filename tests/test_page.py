@@ -6,8 +6,9 @@ import re
 import pyarrow as pa
 import pytest
 
-from krl.run import page, report
-from krl.run.history import sample_rollouts
+from krl.report import command as report
+from krl.report import page
+from krl.report.history import sample_rollouts
 from krl.run.metrics import read_rows
 from krl.run.rollouts import SCHEMA, write_step
 from tests.test_report import write_evaluations, write_run

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from krl.run import report
+from krl.report import command as report
 from tests.written import write_whole_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'krl[dev]'")

@@ -5,10 +5,10 @@ import pytest
 from rich.console import Console
 
 from krl.configs import arithmetic
+from krl.plan.command import advise, find_sizes, plan, show
+from krl.plan.programs import _prompts, abstract_sampler
+from krl.plan.roofline import Accelerator, decode_layouts, seconds
 from krl.rollout.sampler import PROGRAMS
-from krl.run.plan import advise, find_sizes, plan, show
-from krl.run.programs import _prompts, abstract_sampler
-from krl.run.roofline import Accelerator, decode_layouts, seconds
 from krl.run.setup import abstract_params
 from krl.sharding import make_mesh
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from krl.run import figures, report
-from krl.run.history import (
+from krl.report import command as report
+from krl.report import figures
+from krl.report.history import (
     counts_by_rate,
     found,
     read_run,

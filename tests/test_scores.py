@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from krl import policy
+from krl.plan.hlo import read_cost
 from krl.policy.scores import token_scores
-from krl.run.hlo import read_cost
 from krl.sharding import make_mesh, named_sharding
 from tests import tiny
 

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from krl.run.hlo import Cost
+from krl.plan.hlo import Cost
 
 
 class Accelerator(NamedTuple):

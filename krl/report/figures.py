@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
 
-from krl.run.history import STATES, Run, counts_by_rate, series, smooth, transitions
+from krl.report.history import STATES, Run, counts_by_rate, series, smooth, transitions
 
 COLOUR = "#00798c"  # of the last run, the one in question
 OTHER_COLOURS = ("#8b8b8b", "#dd8a26", "#b23a48", "#5b5ea6", "#6a994e")  # of those it is compared with

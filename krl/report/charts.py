@@ -9,9 +9,20 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from krl.run.findings import bin_edges, budget_map, calibration, counts_at, flow, over_prompts, spending, thin
-from krl.run.history import STATES, Run
-from krl.run.specs import SHORT, Chart, colour, finish, has, labelled, line_of_each, log_ticks, run_legend, view_of_each
+from krl.report.findings import bin_edges, budget_map, calibration, counts_at, flow, over_prompts, spending, thin
+from krl.report.history import STATES, Run
+from krl.report.specs import (
+    SHORT,
+    Chart,
+    colour,
+    finish,
+    has,
+    labelled,
+    line_of_each,
+    log_ticks,
+    run_legend,
+    view_of_each,
+)
 
 PHASES = ("budget", "rollout", "verify", "wait", "update")
 DRAWN = (

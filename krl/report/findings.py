@@ -9,7 +9,7 @@ from typing import TypedDict
 import numpy as np
 
 from krl.configs.check import FREE_KEYS
-from krl.run.history import STATES, Run, smooth, states
+from krl.report.history import STATES, Run, smooth, states
 from krl.run.rollouts import count_reasons
 from krl.tasks.pool import FAULTS
 
@@ -211,7 +211,7 @@ def faults(run: Run, most: int = 5) -> tuple[str, list[str]] | None:
 
 
 def flow(run: Run, most: int = 7) -> tuple[list[dict], list[dict]]:
-    """How the held-out prompts moved between the states of `krl.run.history.STATES`, over some evaluations.
+    """How the held-out prompts moved between the states of `krl.report.history.STATES`, over some evaluations.
 
     Returns:
         (bars: `at` (number of the evaluation among those shown), `step`, `state`, `prompts` and its place between

@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from krl import policy
+from krl.plan.hlo import Cost, read_cost
 from krl.rollout.sampler import PROGRAMS, Work, decoding_axes
 from krl.rollout.serve import REFILL, Options, Settings, State, drains
-from krl.run.hlo import Cost, read_cost
 from krl.run.setup import find_slots, prompts_of_a_step
 from krl.run.update import for_this_backend, policy_update, rows_at_once
 from krl.sharding import batch_devices, named_sharding

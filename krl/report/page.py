@@ -17,10 +17,10 @@ from markupsafe import Markup
 from krl._version import __version__
 from krl.configs import default
 from krl.configs.check import flatten
-from krl.run import charts, specs
+from krl.report import charts, specs
+from krl.report.findings import NO_SETTINGS, by_settings, faults, over_seeds, spending
+from krl.report.history import Run, sample_rollouts, series, summary
 from krl.run.estimates import SOLVED
-from krl.run.findings import NO_SETTINGS, by_settings, faults, over_seeds, spending
-from krl.run.history import Run, sample_rollouts, series, summary
 from krl.run.metrics import format_seconds
 
 HERE = pathlib.Path(__file__).parent

@@ -1,6 +1,6 @@
 """What the charts of the report are made of: a figure, a line for every run, an axis; all in Vega-Lite.
 
-Colours are CSS variables of krl/run/page.css, so that one page serves light and dark. A specification names the rows it
+Colours are CSS variables of krl/report/page.css, so that one page serves light and dark. A specification names the rows it
 draws, and the page holds each set of rows once.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import altair as alt
 import numpy as np
 
-from krl.run.history import Run
+from krl.report.history import Run
 
 OTHER_COLOURS = 5  # of runs that the last one is compared with
 SHORT = "format(datum.value, datum.value < 1000 ? '~r' : '~s')"  # 20k; each number by itself

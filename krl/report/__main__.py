@@ -1,0 +1,5 @@
+"""python -m krl.report."""
+
+from krl.report.command import main
+
+main()
