@@ -2,10 +2,10 @@
 
     python eval.py --config configs/arithmetic.py --workdir runs/arithmetic [--config.eval.samples=32 ...]
 
-krl/eval.py is the program; where krl is installed, krl-eval is this command.
+krl/eval/command.py is the program; where krl is installed, krl-eval is this command.
 """
 
-from krl.eval import measure, run_command
+from krl.eval.command import measure, run_command
 
 __all__ = ["measure"]
 

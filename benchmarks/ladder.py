@@ -18,9 +18,9 @@ from absl import logging
 
 from krl import rollout
 from krl.configs import arithmetic
+from krl.eval.sample import score_rollouts
 from krl.policy.tokenizer import load_tokenizer
 from krl.run import setup
-from krl.run.evaluate import score_rollouts
 from krl.sharding import make_mesh
 from krl.types import Prompts
 

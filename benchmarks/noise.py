@@ -33,9 +33,9 @@ from ml_collections import ConfigDict
 from krl import budget, learn, policy, rollout
 from krl.configs import default
 from krl.configs.check import FREE_KEYS, flatten
+from krl.eval.sample import score_rollouts
 from krl.masked import divide, segment_sum
 from krl.run.checkpoint import Checkpoints
-from krl.run.evaluate import score_rollouts
 from krl.run.setup import Setup, set_up
 from krl.types import Prompts
 

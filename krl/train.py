@@ -29,9 +29,9 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from krl import budget, learn, rollout
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
+from krl.eval.sample import FaultWatch, Scoring, Verdicts, evaluate, first_reward, score_rollouts
 from krl.report import command as report
 from krl.run.checkpoint import Checkpoints, digest, keep_from_others, stop_on_signal, write_json
-from krl.run.evaluate import FaultWatch, Scoring, Verdicts, evaluate, first_reward, score_rollouts
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
@@ -636,7 +636,7 @@ def update_policy(
 
 
 def measure(config: ConfigDict, parts: Setup, params: dict, hear: FaultWatch) -> tuple[dict[str, float], np.ndarray]:
-    """What `krl.run.evaluate.evaluate` finds on the held-out prompts."""
+    """What `krl.eval.sample.evaluate` finds on the held-out prompts."""
     sample = functools.partial(generate, config, parts, temperature=config.eval.temperature, top_p=config.eval.top_p)
     return evaluate(
         sample, functools.partial(score_rollouts, parts.ends, first_reward(parts.verifiers)), params, parts.test,

@@ -14,8 +14,8 @@ from absl import app
 
 from krl import train
 from krl.configs.flags import define_flags, parse_flags
+from krl.eval.sample import Scoring
 from krl.run.checkpoint import Checkpoints
-from krl.run.evaluate import Scoring
 from krl.run.metrics import MetricsLog, PhaseClock
 
 

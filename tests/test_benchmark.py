@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from krl.run.benchmark import evaluate_set
+from krl.eval.resume import evaluate_set
 from krl.tasks import EncodedTasks, TaskSet
 from tests.fake import TOKENIZER, answer_key, make_sampler, response, reward, score, tasks
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from krl.run import estimates
-from krl.run.estimates import average, bootstrap, pass_at, summarize, table, winner
+from krl.eval import estimates
+from krl.eval.estimates import average, bootstrap, pass_at, summarize, table, winner
 
 
 def test_pass_at_equals_the_share_of_subsets_with_a_success():

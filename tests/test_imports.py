@@ -23,7 +23,7 @@ def python(program, *arguments, home):
 
 
 @pytest.mark.parametrize(
-    "modules", ["krl.train, krl.eval, krl.report.command, krl.plan.command", "krl, krl.budget, krl.learn, krl.policy, krl.tasks, krl.rollout"]
+    "modules", ["krl.train, krl.eval.command, krl.report.command, krl.plan.command", "krl, krl.budget, krl.learn, krl.policy, krl.tasks, krl.rollout"]
 )  # fmt: skip
 def test_programs_and_rooms_import_none_of_what_only_a_run_reads_or_writes_with(tmp_path, modules):
     done = python(f"import {modules}, sys; print(*sorted(set({HEAVY}) & sys.modules.keys()))", home=tmp_path)

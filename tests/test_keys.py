@@ -29,7 +29,7 @@ from krl import budget, learn, policy
 from krl import train as script
 from krl.configs import default
 from krl.configs.check import FREE_KEYS, check, flatten
-from krl.eval import measure
+from krl.eval.command import measure
 from krl.run import setup, update
 from krl.run.checkpoint import Checkpoints
 from krl.run.guard import find_spike

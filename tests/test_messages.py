@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-from krl import eval as measuring
 from krl.budget import number_groups
 from krl.configs import arithmetic
 from krl.configs.check import flatten
 from krl.configs.flags import define_flags, one_line_errors, own_configs, parse_flags
+from krl.eval import command as measuring
 from krl.masked import segment_sum
 from krl.plan import command as plan
 from krl.policy.hf import export

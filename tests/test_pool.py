@@ -10,9 +10,9 @@ import time
 import numpy as np
 import pytest
 
-import krl.eval
 from krl.configs import arithmetic
 from krl.configs.check import FREE_KEYS, flatten
+from krl.eval import command as measuring
 from krl.run import setup
 from krl.tasks.pool import VerifierPool
 from tests.command_line import TINY
@@ -358,14 +358,14 @@ def test_workers_end_where_a_run_or_a_measurement_is_refused_after_they_were_sta
         return started[-1]
 
     monkeypatch.setattr(setup, "make_verifiers", note)
-    monkeypatch.setattr(krl.eval, "make_verifiers", note)
+    monkeypatch.setattr(measuring, "make_verifiers", note)
     config = arithmetic.get_config()
     config.update_from_flattened_dict(TINY | {"data.max_prompt_tokens": 1})
     with pytest.raises(ValueError, match=r"raise config.data.max_prompt_tokens"):
         setup.set_up(config, tmp_path / "run", flatten(config), FREE_KEYS)
     config.policy.path = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nowhere"):
-        krl.eval.measure(config, tmp_path / "other")
+        measuring.measure(config, tmp_path / "other")
     assert len(started) == 2
     assert all(pool._closed and not pool._workers for pool in started)
 

@@ -19,7 +19,7 @@ from absl import flags
 from krl import budget
 from krl import train as script
 from krl.configs import arithmetic
-from krl.eval import measure
+from krl.eval.command import measure
 from krl.policy.hf import export
 from krl.run.lock import hold_workdir
 from krl.train import train

@@ -16,6 +16,7 @@ import numpy as np
 
 from krl.tasks.verify import Answer, find_reward
 
+SOLVED = 1.0  # the reward from which a response counts as solved
 Row = Mapping[str, Any]  # the other fields of a row of the data
 Item = tuple[str, str, Answer] | tuple[str, str, Answer, Row]  # prompt, response, gold answer or answers, row
 

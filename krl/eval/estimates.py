@@ -12,9 +12,8 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from krl.tasks.rewards import as_float32
+from krl.tasks.rewards import SOLVED, as_float32
 
-SOLVED = 1.0  # the reward from which a response counts as solved
 NUM_RESAMPLES = 10_000  # of a bootstrap interval
 
 

@@ -8,12 +8,11 @@ import jax
 import numpy as np
 
 from krl.policy.tokenizer import Decoder
-from krl.run.estimates import SOLVED
 from krl.run.metrics import mean_of
 from krl.run.processes import first_text, say, sum_over_processes, to_host
 from krl.tasks import Answer, EncodedTasks
 from krl.tasks.pool import FAULTS, VerifierPool
-from krl.tasks.rewards import Item, Row, as_float32
+from krl.tasks.rewards import SOLVED, Item, Row, as_float32
 from krl.types import Prompts, Rollouts
 
 # n items -> rewards [n] float64 or float32, and how often the verifiers failed, by kind.

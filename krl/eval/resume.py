@@ -11,9 +11,9 @@ from typing import BinaryIO, NamedTuple
 import jax
 import numpy as np
 
+from krl.eval.estimates import summarize
+from krl.eval.sample import Score, as_failures, decode_rollouts, make_items, sample_tasks, score_apart
 from krl.policy.tokenizer import Decoder
-from krl.run.estimates import summarize
-from krl.run.evaluate import Score, as_failures, decode_rollouts, make_items, sample_tasks, score_apart
 from krl.run.metrics import mean_of, short
 from krl.run.processes import is_first, sum_over_processes
 from krl.tasks import EncodedTasks
@@ -51,7 +51,7 @@ def evaluate_set(
 
     The file's first row holds the settings. Every other row is one sample, in the order of tasks and
     samples: `set`, `task` (its row in encoded), `sample`, `response`, `key`, `answer` (gold), `reward` (null where it
-    could not be computed, which counts as in `krl.run.evaluate.as_failures`), `length` in tokens, `finished`, and
+    could not be computed, which counts as in `krl.eval.sample.as_failures`), `length` in tokens, `finished`, and
     `faults`, which is null but on the last row of a batch: there it counts the verifier faults of the batch. A batch without that row was cut short by a kill; it is
     removed and sampled again, so that a resumed run leaves the file an uninterrupted one would have.
 
@@ -66,7 +66,7 @@ def evaluate_set(
         settings: JSON values of everything else that decides the samples and their rewards, such as the
             checkpoint, temperature and seed. The set's name, its tasks and k are added.
         report: called with the tasks done and a few words after every batch.
-        hear: as for `krl.run.evaluate.evaluate`, of the batches of this call.
+        hear: as for `krl.eval.sample.evaluate`, of the batches of this call.
 
     Returns:
         `summarize` of all D * k samples, and `faults` of the verifiers by kind; {} but in the process that keeps the file.

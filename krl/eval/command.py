@@ -26,11 +26,11 @@ from rich.console import Console
 from krl import policy, rollout
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
+from krl.eval.estimates import table
+from krl.eval.resume import evaluate_set
+from krl.eval.sample import FaultWatch, first_reward
 from krl.policy.tokenizer import Tokenizer, load_tokenizer
-from krl.run.benchmark import evaluate_set
 from krl.run.checkpoint import Checkpoints, check_workdir, keep_from_others, open_workdir, write_json
-from krl.run.estimates import table
-from krl.run.evaluate import FaultWatch, first_reward
 from krl.run.metrics import keep_compilations, progress
 from krl.run.processes import first_before_others, is_first, join_processes, place_whole, say, stay_together
 from krl.run.setup import (
@@ -78,7 +78,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
         workdir: of a run; without a run in it, where the samples go.
 
     Returns:
-        The statistics by name of the set, see `krl.run.estimates.summarize`; of several processes the first has them.
+        The statistics by name of the set, see `krl.eval.estimates.summarize`; of several processes the first has them.
 
     Raises:
         ValueError: a config, data or samples of an earlier call that do not fit; the message says the fix.

@@ -1,0 +1,11 @@
+"""How well a policy does: samples of each task, their statistics, and the command; `krl.eval.measure` is a measurement."""
+
+__all__ = ["measure"]
+
+
+def __getattr__(name: str):
+    if name == "measure":  # on first use: training needs the samples and not the command
+        from krl.eval import command
+
+        return command.measure
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
