@@ -42,7 +42,9 @@ def tables(keys, sections: dict[str, str]) -> list[str]:
         ]
         for name, key in keys.items():
             if name.rpartition(".")[0] == section:
-                text = key.help[:1].upper() + key.help[1:] + "."
+                text = (
+                    key.help if key.help[1] == "," else key.help[0].upper() + key.help[1:]
+                ) + "."  # k, a number, is not K
                 values = "" if key.range.must == "anything" else key.range.must
                 cells = (f"[`{name}`](#{name}){{#{name}}}", f"`{key.default!r}`", values, text)
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -97,7 +97,7 @@ KEYS: dict[str, Key] = {
         "C, prompts that a step chooses from with n_min=0; all of the data if that is fewer, or for 0"),
     "alloc.group": Key(4, FROM_1, FIXED, "rollouts of a group with n_min=0"),
     "alloc.reach": Key(0.01, SHARE, FIXED,
-        'r of the rule "reach", a success rate: rarer ones are worth no more than about r'),
+        'the r of the rule "reach", a success rate: rarer ones are worth no more than about r'),
     "alloc.explored": Key(0.05, SHARE, FIXED,
         "share of the budget, with n_min=0, for the candidates that were not sampled for longest, a group at least "
         "unless it is 0: what is unlearnt is seen. Nothing where the data has fewer prompts than the budget has "
