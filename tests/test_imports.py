@@ -13,7 +13,7 @@ HEAVY = (
     "altair", "datasets", "jinja2", "matplotlib", "mlflow", "orbax", "pandas", "pyarrow", "sympy", "tensorboardX", "torch",
     "transformers", "vl_convert", "wandb",
 )  # fmt: skip
-OPTIONAL = ("altair", "matplotlib", "tensorboardX", "vl_convert")
+OPTIONAL = ("altair", "tensorboardX", "vl_convert")
 
 
 def python(program, *arguments, home):
@@ -46,7 +46,7 @@ run_command()
     assert board.endswith(": pip install tensorboardX")
     workdir = tmp_path / "work"
     assert said[-1] == (
-        "krl: no figures and no page: the report needs altair, matplotlib, vl-convert-python: pip install altair matplotlib "
+        "krl: no figures and no page: the report needs altair, vl-convert-python: pip install altair "
         f"vl-convert-python, then python -m krl.report {workdir} --out {workdir}"
     )
     assert any(line.startswith("knapsack with 16 rollouts a step: ") for line in said)

@@ -6,12 +6,10 @@ import pathlib
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from krl.report import command as report
 from krl.report import figures
 from krl.report.history import (
-    counts_by_rate,
     found,
     read_run,
     read_runs,
@@ -24,7 +22,6 @@ from krl.report.history import (
 from krl.run.metrics import MetricsLog
 
 STATE = {"never": 0, "rarely": 1, "sometimes": 2, "mostly": 3, "always": 4}
-PANELS = ("accuracy", "effective_ratio", "counts", "transitions", "price")
 
 
 def write_run(path, rule="uniform", *, rollouts=100, accuracies=(0.1, 0.2), effective=0.3, counts=(2, 6), price=None):
@@ -68,7 +65,7 @@ def test_a_report_ends_with_the_accuracies_of_runs_of_different_cost(tmp_path):
         ["0.300", "0.150", "0.100", "0.500", "600", "500", "0:03"],
         ["0.700", "0.350", "0.100", "0.600", "300", "150", "0:03"],
     ]
-    for name in ("figures", *PANELS):
+    for name in ("figures", "accuracy", "effective", "counts"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
 
 
@@ -162,94 +159,78 @@ def test_a_field_groups_prompts_if_it_has_2_to_200_values(tmp_path, values, shar
     assert found(read_run(path)) == pytest.approx(share, nan_ok=True)
 
 
-def test_counts_by_rate_by_hand():
-    # 4 bins of arcsin(sqrt(p)): bounds at sin^2 of 22.5, 45 and 67.5 degrees = 0.146, 0.5, 0.854
-    rows = [
-        {"belief": [0.0, 0.1, 0.6, 1.0], "counts": [2, 4, 8, 5]},
-        {"belief": [0.14, 0.7, 0.855], "counts": [12, 10, 7]},
-    ]
-    rate, low, median, high = counts_by_rate(rows, bins=4)
-    np.testing.assert_allclose(rate, [0.1, np.nan, 0.65, 0.9275])
-    np.testing.assert_allclose(median, [4, np.nan, 9, 6])
-    np.testing.assert_allclose(low, [2.4, np.nan, 8.2, 5.2])  # a tenth of the way through 2, 4, 12: 0.2 of 2 to 4
-    np.testing.assert_allclose(high, [10.4, np.nan, 9.8, 6.8])
-    rows = [{"belief": [0.0] * 1000 + [0.9], "counts": [2] * 1001}]
-    assert np.isnan(counts_by_rate(rows)[0]).sum() == 15  # one group of 1001 is no bin
-
-
 def test_smoothing_shrinks_at_the_ends():
     assert smooth(np.array([1.0, 2.0, 6.0, 3.0, 9.0]), 5).tolist() == [3, 3, 4.2, 5, 6]
     assert smooth(np.array([1.0, 2.0]), 1).tolist() == [1, 2]
 
 
-def drawn(monkeypatch, workdirs, out: pathlib.Path) -> dict:
-    """The axes of the panels by name, as they were drawn into files of their own."""
-    kept = []
-
-    def keep(**options):
-        kept.append(Figure(**options))
-        return kept[-1]
-
+def drawn(monkeypatch, workdirs, out: pathlib.Path) -> dict[str, dict]:
+    """What Vega is asked to draw, by the names of the files, in their order."""
+    asked: list[dict] = []
     with monkeypatch.context() as patch:
-        patch.setattr(figures, "Figure", keep)
+        patch.setattr(
+            figures.vl_convert, "vegalite_to_png", lambda text, scale: asked.append(json.loads(text)) or b"PNG"
+        )
         figures.draw(read_runs(workdirs), out)
-    assert [len(figure.axes) for figure in kept] == [1] * len(PANELS) + [4]
-    return dict(zip(PANELS, (figure.axes[0] for figure in kept), strict=False))
+    files = sorted(out.glob("*.png"), key=lambda path: path.stat().st_mtime_ns)
+    return dict(zip((path.stem for path in files), asked, strict=True))
 
 
-def test_panels_show_the_runs_numbers(tmp_path, monkeypatch):
+def everywhere(part, name):
+    """All values of a key, however deep."""
+    inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    return ([part[name]] if isinstance(part, dict) and name in part else []) + [
+        v for p in inner for v in everywhere(p, name)
+    ]
+
+
+def test_figures_show_the_runs_numbers(tmp_path, monkeypatch):
     a = write_evaluations(write_run(tmp_path / "a"), [0, 0, 4, 1], [0, 2, 4, 4])
     b = write_evaluations(
         write_run(tmp_path / "b", "knapsack", rollouts=200, price=math.log(0.25)), [0, 0, 4, 1], [4] * 4
     )
-    axes = drawn(monkeypatch, [a, b], tmp_path / "out")
-    lines = {line.get_label(): line for line in axes["accuracy"].lines}
-    assert lines["uniform, 100 a step"].get_xydata().tolist() == [[0, 0.1], [0.1, 0.2]]
-    assert lines["knapsack, 200 a step"].get_xydata().tolist() == [[0, 0.1], [0.2, 0.2]]
-    assert [text.get_text() for text in axes["accuracy"].texts] == ["0.200", "0.200"]
-    assert axes["effective_ratio"].lines[0].get_xydata().tolist() == [[1, 0.3]]
-    assert [line.get_label() for line in axes["price"].lines] == ["knapsack, 200 a step"]
-    assert axes["price"].lines[0].get_ydata() == pytest.approx(0.25)
-    assert axes["counts"].get_title(loc="left") == "Rollouts given by knapsack"
-    # bars: before; a after and where its prompts came from; b after and where its came from
-    widths = [[bar.get_width() for bar in bars] for bars in axes["transitions"].containers]
-    assert widths[0] == [0.5, 0.25, 0, 0, 0.25]
-    assert widths[1] == [0.25, 0, 0.25, 0, 0.5]
-    assert [width for width in widths[2] if width] == [0.25, 0.25, 0.25, 0.25]  # never; never; rarely, always
-    assert widths[3] == [0, 0, 0, 0, 1]
-    assert widths[4][20:] == [0.5, 0.25, 0, 0, 0.25]
-    assert "before" in [text.get_text() for text in axes["transitions"].texts]
+    asked = drawn(monkeypatch, [a, b], tmp_path / "out")
+    assert {"accuracy", "effective", "counts", "flow", "price", "figures"} <= asked.keys()
+    rows = asked["accuracy"]["datasets"]["accuracy"]
+    assert [(row["run"], row["rollouts"], row["accuracy"]) for row in rows] == [
+        ("uniform, 100 a step", 0, 0.1), ("uniform, 100 a step", 100, 0.2),
+        ("knapsack, 200 a step", 0, 0.1), ("knapsack, 200 a step", 200, 0.2),
+    ]  # fmt: skip
+    assert asked["price"]["datasets"]["steps"][-1]["price"] == pytest.approx(0.25)
+    assert asked["flow"]["title"] == "Held-out prompts by how often solved, knapsack, 200 a step"
+    assert asked["accuracy"]["title"] == "Held-out accuracy"
+    whole = asked["figures"]
+    assert [panel["title"].split(",")[0] for line in whole["vconcat"] for panel in line["hconcat"]] == [
+        asked[name]["title"].split(",")[0] for name in figures.PANELS
+    ]
+    assert set(whole["datasets"]) == {"accuracy", "steps", "counts", "flow_bars", "flow_ribbons"}
 
 
-def test_colours_stay_with_a_run_and_labels_apart(tmp_path, monkeypatch):
+def test_figures_need_no_page(tmp_path, monkeypatch):
+    """No colour of the style sheet and no slider is left, and colours of several runs have a legend."""
     workdirs = [write_run(tmp_path / f"{number}", f"rule{number}") for number in range(8)]
-    axes = drawn(monkeypatch, workdirs, tmp_path / "out")
-    colours = [[line.get_color() for line in axes[name].lines if line.get_label().startswith("rule")]
-               for name in ("accuracy", "effective_ratio")]  # fmt: skip
-    assert colours[0] == colours[1]
-    assert len(colours[0]) == 8
-    assert colours[0][-1] not in colours[0][:-1]
-    heights = sorted(text.xy[1] for text in axes["accuracy"].texts)
-    bottom, top = axes["accuracy"].get_ylim()
-    np.testing.assert_allclose(np.diff(heights), 0.07 * (top - bottom))
+    for name, spec in drawn(monkeypatch, workdirs, tmp_path / "out").items():
+        text = json.dumps(spec)
+        assert "var(" not in text, name
+        assert "=== at" not in text, name
+        assert "params" not in spec, name
+    (colour, *_) = everywhere(drawn(monkeypatch, workdirs, tmp_path / "more")["effective"], "color")
+    assert colour["legend"] == {}
+    assert len(colour["scale"]["range"]) == 8
+    assert colour["scale"]["range"][-1] not in colour["scale"]["range"][:-1]
+    single = drawn(monkeypatch, workdirs[:1], tmp_path / "single")["effective"]
+    assert [one["legend"] for one in everywhere(single, "color") if isinstance(one, dict) and "legend" in one] == [
+        None
+    ] * 3
 
 
-def test_runs_that_began_apart_have_bars_of_their_own(tmp_path, monkeypatch):
-    a = write_evaluations(write_run(tmp_path / "a"), [0, 0], [4, 4])
-    b = write_evaluations(write_run(tmp_path / "b", "knapsack"), [0, 4], [4, 4])
-    texts = [text.get_text() for text in drawn(monkeypatch, [a, b], tmp_path)["transitions"].texts]
-    assert {"before uniform", "uniform", "before knapsack", "knapsack"} <= set(texts)
-
-
-def test_panels_say_what_is_not_recorded(tmp_path, monkeypatch):
-    path = write_run(tmp_path / "a", accuracies=(math.nan, math.nan), counts=(4, 4))
-    axes = drawn(monkeypatch, [path], tmp_path)
-    said = {name: [text.get_text() for text in axes[name].texts] for name in PANELS}
-    assert said["accuracy"] == ["no evaluation"]
-    assert said["counts"] == ["every prompt got as many as the others"]
-    assert said["transitions"] == ["no record of two evaluations"]
+def test_figures_leave_out_what_is_not_recorded(tmp_path, monkeypatch):
+    path = write_run(tmp_path / "a", accuracies=(math.nan, math.nan))
+    asked = drawn(monkeypatch, [path], tmp_path / "out")
+    assert "effective" in asked
+    assert not {"accuracy", "flow", "price"} & asked.keys()
     (path / "groups.jsonl").unlink()
-    assert drawn(monkeypatch, [path], tmp_path)["counts"].texts[0].get_text() == "no record of the groups"
+    assert "counts" not in drawn(monkeypatch, [path], tmp_path / "less")
 
 
 def test_a_run_before_its_first_step_is_reported(tmp_path):

@@ -19,7 +19,7 @@ from krl.report.history import Run, read_runs, rollouts_to_reach, summary
 from krl.run.metrics import format_seconds
 
 # What figures and page are drawn with: module, and what pip calls it. Slow to import, and a run needs none of them.
-LIBRARIES = {"altair": "altair", "jinja2": "jinja2", "matplotlib": "matplotlib", "vl_convert": "vl-convert-python"}
+LIBRARIES = {"altair": "altair", "jinja2": "jinja2", "vl_convert": "vl-convert-python"}
 
 
 def write(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> str:

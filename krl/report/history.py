@@ -179,28 +179,6 @@ def transitions(run: Run) -> np.ndarray | None:
     return table
 
 
-def counts_by_rate(groups: Sequence[dict], bins: int = 16) -> np.ndarray:
-    """How many rollouts were given for a believed success rate.
-
-    Args:
-        groups: rows of groups.jsonl.
-        bins: of the rate, narrower towards 0 and 1: equal steps of its arcsine, in which rates are equally uncertain.
-
-    Returns:
-        float [4, bins]: the median belief of each bin, and the 10th, 50th and 90th percentile of its counts;
-        NaN for a bin with fewer than one in a thousand of the groups.
-    """
-    belief = np.concatenate([row["belief"] for row in groups])
-    counts = np.concatenate([row["counts"] for row in groups])
-    which = np.minimum((np.arcsin(np.sqrt(belief)) / (np.pi / 2) * bins).astype(int), bins - 1)
-    table = np.full((4, bins), np.nan)
-    for number in range(bins):
-        mine = which == number
-        if mine.any() and mine.mean() >= 0.001:
-            table[:, number] = np.median(belief[mine]), *np.percentile(counts[mine], (10, 50, 90))
-    return table
-
-
 def smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Mean of each value and its neighbours, as many as there are within an odd window.
 

@@ -1,22 +1,6 @@
 "use strict";
 // Draws the charts and the table of rollouts from the JSON in the page. All text becomes text: nothing here is parsed as HTML.
 const DATA = JSON.parse(document.getElementById("data").textContent);
-const LOOK = {
-  font: "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
-  background: null,
-  view: { stroke: null },
-  text: { color: "var(--ink)", fontSize: 12 },
-  axis: {
-    labelColor: "var(--muted)", titleColor: "var(--muted)", gridColor: "var(--line)", tickColor: "var(--faint)",
-    labelFontSize: 11, titleFontSize: 11, titleFontWeight: "normal", domain: false, tickSize: 4, labelPadding: 4, titlePadding: 8,
-    labelFlush: false,
-  },
-  axisX: { grid: false, labelOverlap: "greedy", labelSeparation: 6, tickCount: 6, domain: true, domainColor: "var(--faint)" },
-  // The unit stands above the axis, where it is read first and takes no width.
-  axisY: { ticks: false, tickCount: 5, titleAngle: 0, titleAlign: "left", titleAnchor: "end", titleX: 0, titleY: -10 },
-  line: { strokeJoin: "round", strokeCap: "round" },
-};
-
 // ------------------------------------------------------------------ charts
 
 async function drawChart(figure, chart) {
@@ -35,7 +19,7 @@ async function drawChart(figure, chart) {
     if (shown) shown.finalize();
     const full = { ...spec, datasets: { ...pick(spec), ...spec.datasets } };
     // `ast` has expressions interpreted: the page's policy forbids code made from text.
-    shown = await vegaEmbed(place, full, { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config: LOOK });
+    shown = await vegaEmbed(place, full, { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config: DATA.look });
   }
 
   const views = Object.values(chart.views);

@@ -53,6 +53,7 @@ def build(runs: Sequence[Run], table: Mapping[str, Sequence[str]], sentence: str
         "charts": [
             {"name": chart.name, "views": chart.views, "slider": chart.slider} for chart in drawn if chart.views
         ],
+        "look": specs.LOOK,
         "rows": rows,
         "rollouts": rollouts,
     }

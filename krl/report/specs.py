@@ -16,6 +16,25 @@ from krl.report.history import Run
 
 OTHER_COLOURS = 5  # of runs that the last one is compared with
 SHORT = "format(datum.value, datum.value < 1000 ? '~r' : '~s')"  # 20k; each number by itself
+LOOK = {  # what all charts have in common, as Vega's config
+    "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
+    "background": None,
+    "view": {"stroke": None},
+    "text": {"color": "var(--ink)", "fontSize": 12},
+    "axis": {
+        "labelColor": "var(--muted)", "titleColor": "var(--muted)", "gridColor": "var(--line)", "tickColor": "var(--faint)",
+        "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "domain": False, "tickSize": 4, "labelPadding": 4,
+        "titlePadding": 8, "labelFlush": False,
+    },
+    "axisX": {
+        "grid": False, "labelOverlap": "greedy", "labelSeparation": 6, "tickCount": 6, "domain": True, "domainColor": "var(--faint)",
+    },
+    # The unit stands above the axis, where it is read first and takes no width.
+    "axisY": {
+        "ticks": False, "tickCount": 5, "titleAngle": 0, "titleAlign": "left", "titleAnchor": "end", "titleX": 0, "titleY": -10,
+    },
+    "line": {"strokeJoin": "round", "strokeCap": "round"},
+}  # fmt: skip
 
 
 class Chart(NamedTuple):
