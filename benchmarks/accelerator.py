@@ -2,10 +2,10 @@
 
     python -m benchmarks.accelerator [--toy]
 
-Decoding: 256 slots of a random bfloat16 model of Qwen 2.5 1.5B's shape, against the time that reading its parameters and
-keys and values once a step takes at the device's bandwidth. Update: rows of 2048 tokens, packed and not, against the
-dense bfloat16 peak. Attention: the kernel that "auto" chooses against XLA's, values and gradients. Every measurement
-is one line of JSON. --toy is for any machine, with sizes that say nothing about speed.
+Decoding: 256 slots of a random bfloat16 model of Qwen 2.5 1.5B's shape, against the time that reading its parameters
+and keys and values once a step takes at the device's bandwidth. Update: rows of 2048 tokens, packed and not, against
+the dense bfloat16 peak. Attention: the kernel that "auto" chooses against XLA's, values and gradients. Every
+measurement is one line of JSON. --toy is for any machine, with sizes that say nothing about speed.
 """
 
 import argparse

@@ -3,10 +3,10 @@
     python -m benchmarks.prior runs/demo/uniform runs/demo/knapsack [--field operator]
     python -m benchmarks.prior --simulate gsm8k.jsonl
 
-Before every visit of a prompt, a prior says how likely each number of successes is (a beta-binomial, with the
-prompt's own discounted record); the first table is the mean logarithm of what it gave to the number that came, nats a
-visit, over all visits, over first visits and over later ones. Higher is better; 0 would be foresight. The second
-table is that of the features' candidates, each held fixed: memory, spread and strength. docs/budget.md quotes the first.
+Before every visit of a prompt, a prior says how likely each number of successes is (a beta-binomial, with the prompt's
+own discounted record); the first table is the mean logarithm of what it gave to the number that came, nats a visit,
+over all visits, over first visits and over later ones. Higher is better; 0 would be foresight. The second table is that
+of the features' candidates, each held fixed: memory, spread and strength. docs/budget.md quotes the first.
 
 --simulate takes the real prompts of a file in GSM8K's format, with success rates that are made up: the logit falls
 with the steps of the worked solution (which the prior does not see), scatters from prompt to prompt, and rises

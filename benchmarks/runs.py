@@ -134,7 +134,8 @@ def read_held_out(workdir: pathlib.Path) -> dict:
     """Which held-out prompts became solved: counts from first to last state, and shares of a field's values.
 
     "found" is as `krl.report.history.found` defines it, "dead" the share of the first field's values, such as
-    operators, that are solved in less than 5% of the samples at the end. {} without evaluations, no shares without a field.
+    operators, that are solved in less than 5% of the samples at the end. {} without evaluations, no shares without a
+    field.
     """
     run = read_run(workdir)
     counts = transitions(run)

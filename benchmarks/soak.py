@@ -2,9 +2,10 @@
 
     python -m benchmarks.soak --kills 200
 
-Trains a tiny policy on the arithmetic ladder with a checkpoint every few steps. Each start of it is killed (SIGKILL) at a random
-moment, in its start-up, in a step, in an evaluation or while a checkpoint is written; the last one is left to end. Every row
-of metrics.jsonl (but times), groups.jsonl and evaluations.jsonl must be that of the run that was never killed, and no checkpoint may have been damaged.
+Trains a tiny policy on the arithmetic ladder with a checkpoint every few steps. Each start of it is killed (SIGKILL) at
+a random moment, in its start-up, in a step, in an evaluation or while a checkpoint is written; the last one is left to
+end. Every row of metrics.jsonl (but times), groups.jsonl and evaluations.jsonl must be that of the run that was never
+killed, and no checkpoint may have been damaged.
 """
 
 import argparse

@@ -2,10 +2,11 @@
 
     python -m benchmarks.step [--repeats 5] [--rounds 1] [--peer COMMAND ...]
 
-The policy and the work of `benchmarks.rollout`. An update is one of 128 rollouts; "half" means that half of the prompts have
-rewards that do not differ, which leaves them without a gradient. A step samples, decodes nothing, rewards the parity of the
-tokens' sum, and updates. Useful tokens are those of prompts and responses, without padding. Every measurement is one line of JSON. A peer is a
-command that prints such lines, `python benchmarks/peers.py step --ragged` for one; rounds of both take turns.
+The policy and the work of `benchmarks.rollout`. An update is one of 128 rollouts; "half" means that half of the prompts
+have rewards that do not differ, which leaves them without a gradient. A step samples, decodes nothing, rewards the
+parity of the tokens' sum, and updates. Useful tokens are those of prompts and responses, without padding. Every
+measurement is one line of JSON. A peer is a command that prints such lines, `python benchmarks/peers.py step --ragged`
+for one; rounds of both take turns.
 """
 
 import argparse

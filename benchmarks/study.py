@@ -10,9 +10,9 @@ at the best rate, each over a grid that grows until the best is not at its end. 
 what was chosen on operators. Learning rates are constant: where they fall to 0, all runs stop rising when the schedule
 says so, and not when they have learnt what their rollouts can teach them.
 
-Differences are paired by seed, which decides the task, the warm start, the order of the prompts and the held-out prompts.
-Rollouts to reach the baseline are counted to when the interpolated curve first touches the baseline's final accuracy;
-noise makes that a little early for all, the baseline itself included.
+Differences are paired by seed, which decides the task, the warm start, the order of the prompts and the held-out
+prompts. Rollouts to reach the baseline are counted to when the interpolated curve first touches the baseline's final
+accuracy; noise makes that a little early for all, the baseline itself included.
 """
 
 import argparse

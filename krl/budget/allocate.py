@@ -54,10 +54,10 @@ def knapsack_log_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max
 def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
     """The knapsack by gain per token: of prompts that teach as much, the short ones with short responses first.
 
-    The R rollouts with the most expected gain for each of their tokens, which no other counts can beat at
-    the tokens these are expected to take (`expected_tokens`). A prompt that may get nothing costs its own tokens too, once,
-    with its first group; a later group then counts as no denser than those before it, which may miss a few percent. Assumes that a
-    prompt's responses stay as long as they were.
+    The R rollouts with the most expected gain for each of their tokens, which no other counts can beat at the tokens
+    these are expected to take (`expected_tokens`). A prompt that may get nothing costs its own tokens too, once, with
+    its first group; a later group then counts as no denser than those before it, which may miss a few percent. Assumes
+    that a prompt's responses stay as long as they were.
     """
     tokens = jnp.maximum(mean_tokens(belief), 1.0)
     costs = jnp.broadcast_to(group * tokens[:, None], (len(tokens), (n_max - n_min) // group))
@@ -80,11 +80,11 @@ def reach_rule(
 ) -> Counts:
     """Counts in proportion to sqrt(p (1-p)) / (p + r): the optimum for the objective sum_i log(p_i + r).
 
-    For an objective sum_i f(p_i), unbiased gradients and scores of equal norm, the variance of an update falls most with
-    counts in proportion to |f'(p)| sqrt(p (1-p)) (Neyman 1934). f = p gives `variance`. f = log p lets every
-    doubling of a success rate count as much, rare ones first; but it gives without bound to what is hopeless.
-    log(p + r) is bold above r and calm below it. The share of a prompt is the one that is expected under its belief: where
-    p may be 0 or 0.1 it is the mean of what the two would get.
+    For an objective sum_i f(p_i), unbiased gradients and scores of equal norm, the variance of an update falls most
+    with counts in proportion to |f'(p)| sqrt(p (1-p)) (Neyman 1934). f = p gives `variance`. f = log p lets every
+    doubling of a success rate count as much, rare ones first; but it gives without bound to what is hopeless. log(p +
+    r) is bold above r and calm below it. The share of a prompt is the one that is expected under its belief: where p
+    may be 0 or 0.1 it is the mean of what the two would get.
     """
     return in_proportion(reach_weights(belief, reach), budget, n_min, n_max, group, belief.recorded.sum()), {}
 
@@ -335,8 +335,8 @@ def whole_groups(log_gains: jax.Array, group: int) -> jax.Array:
         group: g, at least 2.
 
     Returns:
-        [M, n_max // g] float32; column k is the gain of rollouts k g + 1 .. (k + 1) g together. Rows do not rise: where a
-        value is not concave in whole groups, a group counts as the smallest before it.
+        [M, n_max // g] float32; column k is the gain of rollouts k g + 1 .. (k + 1) g together. Rows do not rise: where
+        a value is not concave in whole groups, a group counts as the smallest before it.
     """
     first = jnp.full((len(log_gains), 1), -jnp.inf)
     groups = (log_gains.shape[1] + 1) // group

@@ -1,12 +1,13 @@
 """What is known of every prompt's success rate, and how a step's rewards change it.
 
-Each task's rate is believed to be Beta(prior_alpha + successes, prior_beta + failures), or 0 if the task is
-one of those that cannot be solved. The prior is fitted to the data set's own statistics as training goes (empirical
-Bayes), and is the same for all tasks unless krl/budget/prior.py gives each one of its own. What was seen long ago
-fades. Evidence is discounted, because the policy moves. It moves most on the prompts it learns from: a group whose rewards differ makes a gradient, and what it showed is about a policy that this very step
-replaces; an even group makes none. So all of a task's evidence, the step's own too, is discounted by
-`discount_mixed` after a mixed group and by `discount` after an even one. Both follow the data: if new
-outcomes would have been likelier with less evidence, more is forgotten from then on.
+Each task's rate is believed to be Beta(prior_alpha + successes, prior_beta + failures), or 0 if the task is one of
+those that cannot be solved. The prior is fitted to the data set's own statistics as training goes (empirical Bayes),
+and is the same for all tasks unless krl/budget/prior.py gives each one of its own. What was seen long ago fades.
+Evidence is discounted, because the policy moves. It moves most on the prompts it learns from: a group whose rewards
+differ makes a gradient, and what it showed is about a policy that this very step replaces; an even group makes none. So
+all of a task's evidence, the step's own too, is discounted by `discount_mixed` after a mixed group and by `discount`
+after an even one. Both follow the data: if new outcomes would have been likelier with less evidence, more is forgotten
+from then on.
 """
 
 import functools
@@ -304,7 +305,8 @@ def update(
     Args:
         belief, task_ids, rewards, prompt_index, mask, step, lengths: as for `observe`.
         known: what was known of the tasks before the step, [M] each, where a prior of their own has informed it.
-        sampled: [M] bool, which of the tasks had rollouts, also those of which none has a reward; by default those in mask.
+        sampled: [M] bool, which of the tasks had rollouts, also those of which none has a reward; by default those in
+            mask.
         fit_prior, fit_discounts: False holds them as they are.
 
     Returns:
@@ -386,8 +388,8 @@ def merge(beliefs: Sequence[Belief]) -> Belief:
         beliefs: at least one, of the same D tasks.
 
     Returns:
-        Of each task the record with the newest visit, the earlier belief's if they are level; prior and share of hopeless
-        tasks are fitted to the result, and the discounts are the hosts' means.
+        Of each task the record with the newest visit, the earlier belief's if they are level; prior and share of
+        hopeless tasks are fitted to the result, and the discounts are the hosts' means.
 
     Raises:
         ValueError: no belief, or beliefs of different numbers of tasks.

@@ -27,18 +27,19 @@ def explain(
         belief: of the step's M prompts, see `krl.budget.take`.
         budget: R, rollouts.
         n_min, n_max: the fewest and the most rollouts of a prompt.
-        rule, group, explored: as for `allocate`, such as functools.partial(budget.RULES["reach"], reach=0.1). Gains and prices
-            are the knapsack's, so that other rules can be judged by them; with n_min = 0 they are those of whole groups.
+        rule, group, explored: as for `allocate`, such as functools.partial(budget.RULES["reach"], reach=0.1). Gains and
+            prices are the knapsack's, so that other rules can be judged by them; with n_min = 0 they are those of whole
+            groups.
         interval: probability of the interval of the success rate.
 
     Returns:
-        Arrays of shape [M]: `mean`, `low`, `high` (success rate; the last two of what can be solved), `visits`, `count`, `value` (expected value of the count),
-        `gain` (of the last rollout it got), `next_gain` (of one more), `price` (the smallest gain that any prompt's
-        last rollout beyond n_min has, those that waited left out; the same in every row, inf if none got more than n_min), and
-        `why`, the first of these that holds: "waited" (the rule gave it nothing, but few were not sampled for longer), "n_max"
-        (bound from above), "unseen" (its belief is the prior), "n_min" or, where that is 0,
-        "nothing" (one rollout more is worth no more than the price), "price" (it got rollouts until the next was worth no
-        more). The last two reasons are the knapsack's.
+        Arrays of shape [M]: `mean`, `low`, `high` (success rate; the last two of what can be solved), `visits`,
+        `count`, `value` (expected value of the count), `gain` (of the last rollout it got), `next_gain` (of one more),
+        `price` (the smallest gain that any prompt's last rollout beyond n_min has, those that waited left out; the same
+        in every row, inf if none got more than n_min), and `why`, the first of these that holds: "waited" (the rule
+        gave it nothing, but few were not sampled for longer), "n_max" (bound from above), "unseen" (its belief is the
+        prior), "n_min" or, where that is 0, "nothing" (one rollout more is worth no more than the price), "price" (it
+        got rollouts until the next was worth no more). The last two reasons are the knapsack's.
 
     Raises:
         ValueError: as for `allocate`.

@@ -9,10 +9,10 @@ predicted from the prompt's features, by sources that differ in what they take a
     gaussian_process   the same features: prompts that share many have logits that go together, as VIP predicts them
 
 How much to forget from step to step, how strongly features may differ, and how far a prompt may be from what its
-features say are not set by hand: a source keeps a candidate for each of a few values of each. Candidates are judged
-by the likelihood they gave to outcomes that were new to them (Dawid, "Statistical theory: the prequential
-approach", J. Royal Statistical Society A 147, 1984), and the best one of late is used. The prior common to all prompts is
-a candidate too, so that a source that predicts no better is not used.
+features say are not set by hand: a source keeps a candidate for each of a few values of each. Candidates are judged by
+the likelihood they gave to outcomes that were new to them (Dawid, "Statistical theory: the prequential approach", J.
+Royal Statistical Society A 147, 1984), and the best one of late is used. The prior common to all prompts is a candidate
+too, so that a source that predicts no better is not used.
 """
 
 import functools
@@ -99,10 +99,11 @@ def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
         features: [M, F] int32 in [0, W); W or more for none.
 
     Returns:
-        The belief with prior_alpha, prior_beta and hopeless [M] float32. The first two are the common ones while the source
-        has predicted no better. A prompt is as hopeless as the most hopeless of its features. Its record has moved with
-        what the source expects: a record is about the policy of its time, and says how far the prompt was from its kind. Of
-        the candidate that expected m then and expects m' now, n outcomes count n (m' - m) successes more, within 0 and n.
+        The belief with prior_alpha, prior_beta and hopeless [M] float32. The first two are the common ones while the
+        source has predicted no better. A prompt is as hopeless as the most hopeless of its features. Its record has
+        moved with what the source expects: a record is about the policy of its time, and says how far the prompt was
+        from its kind. Of the candidate that expected m then and expects m' now, n outcomes count n (m' - m) successes
+        more, within 0 and n.
     """
     alphas, betas = _candidates(prior, belief, features)
     best, strength = jnp.unravel_index(prior.scores.argmax(), prior.scores.shape)

@@ -1,7 +1,7 @@
 """Rules that others have published, with what was kept of each under a budget of R rollouts a step.
 
-Where a method was stated otherwise, the docstring of its rule says what is different here. All of them keep the bounds and
-the sum, so that runs and simulations can be compared at equal cost; pilots, too, are paid for and learnt from.
+Where a method was stated otherwise, the docstring of its rule says what is different here. All of them keep the bounds
+and the sum, so that runs and simulations can be compared at equal cost; pilots, too, are paid for and learnt from.
 """
 
 import jax
@@ -29,12 +29,12 @@ def uniform_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int
 def knapsack_paper_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
     """The rule of the Knapsack RL paper, as its text and published code have it.
 
-    The success rate is that of the newest visit, filled up from earlier outcomes to 16. A prompt with fewer
-    than 8 outcomes gets the uniform count; solved (1) and unsolved (0) ones get n_min; the rest is divided
-    by the knapsack on the plain rates. If the prompts in between need less than there is, which is
-    log(0.1) / log(max(p, 1-p)) rollouts each, rounded down, above n_min, the surplus goes to the unsolved ones. Unlike the code,
-    this keeps n_max, counts the value of n_min rollouts, and never divides by zero prompts: what is left when all are
-    at their bounds goes first to prompts in between, then to new ones, then to solved ones.
+    The success rate is that of the newest visit, filled up from earlier outcomes to 16. A prompt with fewer than 8
+    outcomes gets the uniform count; solved (1) and unsolved (0) ones get n_min; the rest is divided by the knapsack on
+    the plain rates. If the prompts in between need less than there is, which is log(0.1) / log(max(p, 1-p)) rollouts
+    each, rounded down, above n_min, the surplus goes to the unsolved ones. Unlike the code, this keeps n_max, counts
+    the value of n_min rollouts, and never divides by zero prompts: what is left when all are at their bounds goes first
+    to prompts in between, then to new ones, then to solved ones.
 
     References:
         Li et al., "Knapsack RL", arXiv 2509.25849.
@@ -106,10 +106,10 @@ def skip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -
 def dynamic_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
     """DAPO's dynamic sampling: uniform groups, of the same policy, until R rollouts lie in mixed ones; then one update.
 
-    A step spends R rollouts as ever, and training with this rule updates the policy only in the steps in which there are
-    enough (for each of U updates a step, R / U); all that was sampled is paid for, nothing that has a gradient is thrown away.
-    An update goes along the mean gradient of the steps it waited for, a penalty's included. `rounds` is how many steps it is
-    expected to take.
+    A step spends R rollouts as ever, and training with this rule updates the policy only in the steps in which there
+    are enough (for each of U updates a step, R / U); all that was sampled is paid for, nothing that has a gradient is
+    thrown away. An update goes along the mean gradient of the steps it waited for, a penalty's included. `rounds` is
+    how many steps it is expected to take.
 
     References:
         Yu et al., "DAPO", arXiv 2503.14476, section 3.2.
@@ -124,9 +124,9 @@ def dynamic_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int
 def mopps_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int) -> Counts:
     """One group each for the prompts whose success rate, drawn from what is believed of it, is nearest to 1/2.
 
-    Thompson sampling from Beta(1 + successes, 1 + failures) of a prompt's own record. The published runs keep all evidence
-    on mathematics and half of it on other tasks (`alloc.discount` and `discount_mixed` of 1 or 0.5, `fade` of 1, not fitted),
-    serve one in sixteen candidates and take groups of 8.
+    Thompson sampling from Beta(1 + successes, 1 + failures) of a prompt's own record. The published runs keep all
+    evidence on mathematics and half of it on other tasks (`alloc.discount` and `discount_mixed` of 1 or 0.5, `fade` of
+    1, not fitted), serve one in sixteen candidates and take groups of 8.
 
     References:
         Qu et al., "MoPPS", arXiv 2507.04632.
@@ -142,8 +142,8 @@ def pilot_commit_rule(
     """A group for as many prompts as half of the budget pays for, then three more for those that succeeded at 1/8 to 3/4.
 
     A prompt whose newest group was all right is no longer piloted. What is not committed goes to more pilots. The
-    published method repeats both stages until it has 128 prompts to commit to, within no budget, and learns from the others'
-    pilots too.
+    published method repeats both stages until it has 128 prompts to commit to, within no budget, and learns from the
+    others' pilots too.
 
     References:
         Kim et al., "Pilot-Commit", arXiv 2605.26606.
@@ -194,9 +194,10 @@ def _by_priority(
 def coba_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
     """The greedy counts for (1 - exp(-n p (1-p) / tau)) times the density of a Beta distribution at p.
 
-    Its mode is the share of failures F while that is above 1/2 and falls fast below, so a policy that fails often gets easy
-    prompts, and one that succeeds gets hard ones. p is the rate of a prompt's newest visit, 1/2 before the first. tau is that
-    of the released code, which unlike the paper and this rule also keeps a part of the budget for prompts below .05.
+    Its mode is the share of failures F while that is above 1/2 and falls fast below, so a policy that fails often gets
+    easy prompts, and one that succeeds gets hard ones. p is the rate of a prompt's newest visit, 1/2 before the first.
+    tau is that of the released code, which unlike the paper and this rule also keeps a part of the budget for prompts
+    below .05.
 
     References:
         Yao et al., "CoBA-RL", arXiv 2602.03048.
@@ -215,8 +216,8 @@ def coba_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -
 def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None) -> Counts:
     """After n_min rollouts of every prompt, the counts with the most expected prompts that succeed in what they get besides.
 
-    The m-th further rollout is the first success with probability E[p (1-p)^(m-1)] under Beta(1 + successes, 1 + failures) of
-    the pilot; successes of the pilot do not count. How large the authors' pilot is was not to be found.
+    The m-th further rollout is the first success with probability E[p (1-p)^(m-1)] under Beta(1 + successes, 1 +
+    failures) of the pilot; successes of the pilot do not count. How large the authors' pilot is was not to be found.
 
     References:
         Wang et al., "HORA", arXiv 2605.07114.
@@ -232,8 +233,8 @@ def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, s
 def gvm_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None) -> Counts:
     """After n_min rollouts of every prompt, the others in proportion to 1 / sqrt(p + alpha / p), and none where p is 0.
 
-    p is the rate of the pilot, alpha 1/1000 (and beta 2). The published method throws its pilot away, renews it every ten
-    steps, knows the norms of gradients, and learns from successes alone.
+    p is the rate of the pilot, alpha 1/1000 (and beta 2). The published method throws its pilot away, renews it every
+    ten steps, knows the norms of gradients, and learns from successes alone.
 
     References:
         Yao et al., "GVM-RAFT", arXiv 2505.02391.

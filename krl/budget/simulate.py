@@ -140,8 +140,8 @@ def replay(
         n_min, n_max: the fewest and the most rollouts of a prompt.
         group, explored: with n_min = 0, where the M prompts are candidates that may get nothing: as for `allocate`.
         prior: (alpha, beta) held fixed; by default it is fitted as the run goes.
-        discounts: of the belief, after even and after mixed groups, held fixed as its `fade` then is; by default all three are
-            fitted.
+        discounts: of the belief, after even and after mixed groups, held fixed as its `fade` then is; by default all
+            three are fitted.
 
     Returns:
         A Replay.

@@ -49,11 +49,12 @@ def evaluate_set(
 ) -> dict:
     """Measure a policy on one benchmark and keep every sample, so that a run that was killed can go on.
 
-    The file's first row holds the settings. Every other row is one sample, in the order of tasks and
-    samples: `set`, `task` (its row in encoded), `sample`, `response`, `key`, `answer` (gold), `reward` (null where it
-    could not be computed, which counts as in `krl.eval.sample.as_failures`), `length` in tokens, `finished`, and
-    `faults`, which is null but on the last row of a batch: there it counts the verifier faults of the batch. A batch without that row was cut short by a kill; it is
-    removed and sampled again, so that a resumed run leaves the file an uninterrupted one would have.
+    The file's first row holds the settings. Every other row is one sample, in the order of tasks and samples: `set`,
+    `task` (its row in encoded), `sample`, `response`, `key`, `answer` (gold), `reward` (null where it could not be
+    computed, which counts as in `krl.eval.sample.as_failures`), `length` in tokens, `finished`, and `faults`, which is
+    null but on the last row of a batch: there it counts the verifier faults of the batch. A batch without that row was
+    cut short by a kill; it is removed and sampled again, so that a resumed run leaves the file an uninterrupted one
+    would have.
 
     Args:
         name: of the set, for rows and messages.
@@ -69,7 +70,8 @@ def evaluate_set(
         hear: as for `krl.eval.sample.evaluate`, of the batches of this call.
 
     Returns:
-        `summarize` of all D * k samples, and `faults` of the verifiers by kind; {} but in the process that keeps the file.
+        `summarize` of all D * k samples, and `faults` of the verifiers by kind; {} but in the process that keeps the
+        file.
 
     Raises:
         ValueError: the file was made with other settings, or is no file of samples.

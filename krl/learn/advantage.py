@@ -57,8 +57,9 @@ def group_advantages(
         mask: [R] bool, False on padding rows and on rollouts without a reward, which change nothing for the others.
         num_prompts: M, static.
         scale_by_std: False leaves out the division (Dr. GRPO, Liu et al., arXiv 2503.20783).
-        scale_by_mean: instead divide by the mean of the prompt's rewards, which must not be negative: of rewards of 0 and 1
-            that is the gradient of log p, in which rare successes count as much as common ones (MaxRL, arXiv 2602.02710).
+        scale_by_mean: instead divide by the mean of the prompt's rewards, which must not be negative: of rewards of 0
+            and 1 that is the gradient of log p, in which rare successes count as much as common ones (MaxRL, arXiv
+            2602.02710).
         leave_one_out: compare a rollout with the mean of the others alone.
         epsilon: added to the standard deviation, in units of reward.
         clip: the largest size of an advantage.
@@ -194,8 +195,9 @@ def token_weights(
 
     References:
         Shao et al., arXiv 2402.03300, equation 3 ("sequences"); Yu et al., "DAPO", arXiv 2503.14476, equation 8
-        ("tokens"); Liu et al., "Understanding R1-Zero-Like Training", arXiv 2503.20783, section 3.2 ("constant"); Horvitz and
-        Thompson, J. American Statistical Association 47, 1952 ("candidates", divided by the sum of its weights).
+        ("tokens"); Liu et al., "Understanding R1-Zero-Like Training", arXiv 2503.20783, section 3.2 ("constant");
+        Horvitz and Thompson, J. American Statistical Association 47, 1952 ("candidates", divided by the sum of its
+        weights).
 
     >>> lengths, index, mask = jnp.array([5, 5, 5]), jnp.array([0, 0, 1]), jnp.ones(3, bool)
     >>> token_weights("prompts", lengths, index, mask, 2, 8).tolist()

@@ -1,9 +1,10 @@
 """The policy-gradient loss: PPO's clipped surrogate and its relatives.
 
 Schulman et al., "PPO", arXiv 1707.06347, equation 7; Yu et al., "DAPO", arXiv 2503.14476, equation 8 (asymmetric clip);
-Ye et al., arXiv 1912.09729, section 3.4 (dual clip); Zheng et al., "GSPO", arXiv 2507.18071, equations 5 and 7; MiniMax,
-"MiniMax-M1", arXiv 2506.13585, equation 4 (CISPO); Yao et al., "Your efficient RL framework secretly brings you
-off-policy RL training", 2025 (truncated importance weight); Schulman, "Approximating KL divergence", 2020 (the estimators).
+Ye et al., arXiv 1912.09729, section 3.4 (dual clip); Zheng et al., "GSPO", arXiv 2507.18071, equations 5 and 7;
+MiniMax, "MiniMax-M1", arXiv 2506.13585, equation 4 (CISPO); Yao et al., "Your efficient RL framework secretly brings
+you off-policy RL training", 2025 (truncated importance weight); Schulman, "Approximating KL divergence", 2020 (the
+estimators).
 """
 
 from collections.abc import Callable
@@ -47,7 +48,8 @@ def policy_loss(
 
         "k1"  -d        "k2"  d^2 / 2        "k3"  e^d - d - 1
 
-    less entropy_coefficient times the entropy. In expectation the gradient of "k1" is zero, that of "k2" the divergence's.
+    less entropy_coefficient times the entropy. In expectation the gradient of "k1" is zero, that of "k2" the
+    divergence's.
 
     Args:
         logps: [B, T] float32, nats, of the policy being trained; gradients flow through it.

@@ -3,8 +3,8 @@
     python -m krl.plan --config configs/qwen2_5_math_7b.py --config.policy.path=DIR --topology v5p:2x2x4
 
 DIR needs no more than the checkpoint's config.json. A topology is one that `jax.experimental.topologies` knows for
-TPUs, for which libtpu must be installed (`pip install "jax[tpu]"`) and no TPU be there; without it the programs are compiled for the
-devices that are. Nothing is allocated. docs/performance.md says how to read the table.
+TPUs, for which libtpu must be installed (`pip install "jax[tpu]"`) and no TPU be there; without it the programs are
+compiled for the devices that are. Nothing is allocated. docs/performance.md says how to read the table.
 """
 
 import dataclasses

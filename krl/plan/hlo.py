@@ -1,8 +1,9 @@
 """What a compiled program computes, moves and sends, read from its text, each loop counted as often as it runs.
 
-XLA's own `cost_analysis()` counts the body of a loop once, so of a decoder whose layers are scanned it sees one layer, and of
-a decoding loop one token. Here the text that XLA prints of the program for one device is followed from its entry: a loop's
-body counts times its iterations, which stand in the text for `lax.scan` and are given by the caller where they depend on data.
+XLA's own `cost_analysis()` counts the body of a loop once, so of a decoder whose layers are scanned it sees one layer,
+and of a decoding loop one token. Here the text that XLA prints of the program for one device is followed from its
+entry: a loop's body counts times its iterations, which stand in the text for `lax.scan` and are given by the caller
+where they depend on data.
 """
 
 import math

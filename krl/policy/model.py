@@ -1,9 +1,9 @@
 """The decoder: a Flax Linen module behind pure functions, with an explicit key/value cache.
 
-One module covers Llama 2 and 3, Qwen 2, 2.5 and 3, and the text models of Gemma 2 and 3: pre-norm
-blocks with RMS norms, rotary positions, grouped-query attention and a gated unit, and what these
-families add to it as options of `PolicyConfig`. Layers are scanned over whole rows and unrolled over a
-cache. Parameters are float32 and compute runs in `PolicyConfig.dtype`; norms, softmax, rotations and log-probabilities are float32.
+One module covers Llama 2 and 3, Qwen 2, 2.5 and 3, and the text models of Gemma 2 and 3: pre-norm blocks with RMS
+norms, rotary positions, grouped-query attention and a gated unit, and what these families add to it as options of
+`PolicyConfig`. Layers are scanned over whole rows and unrolled over a cache. Parameters are float32 and compute runs in
+`PolicyConfig.dtype`; norms, softmax, rotations and log-probabilities are float32.
 """
 
 import dataclasses

@@ -26,8 +26,9 @@ def token_scores(
     Logits exist for about `chunk` tokens at a time. The backward pass makes them again and keeps of the
     forward pass two numbers a token, so memory does not grow with T * V.
 
-    On a mesh every device goes through the chunks of its own rows with the whole head (but for the axis "model"), and what they found of
-    its gradient is summed once: XLA by itself gathers the head and sums its gradient for every chunk.
+    On a mesh every device goes through the chunks of its own rows with the whole head (but for the axis "model"), and
+    what they found of its gradient is summed once: XLA by itself gathers the head and sums its gradient for every
+    chunk.
 
     Args:
         hidden: [B, T, E] in the compute dtype.

@@ -2,7 +2,8 @@
 
     python -m krl.report runs/uniform runs/uniform_1024 runs/knapsack --out runs
 
-compares runs of the same prompts; --out report.html writes the page alone. Runs may differ in their rule, their rollouts a step and their steps.
+compares runs of the same prompts; --out report.html writes the page alone. Runs may differ in their rule, their
+rollouts a step and their steps.
 """
 
 import argparse

@@ -148,8 +148,8 @@ def calibration(groups: Sequence[dict], column: str = "belief") -> tuple[list[di
         column: of the expected success rates, "belief" or "prior".
 
     Returns:
-        (rows of `bin`, `believed`, `observed`, `low`, `high` (95%), `groups`, `rollouts`, for bins with FEWEST_GROUPS or
-        more; the expected calibration error: mean distance of believed and observed rate of a bin, over all bins
+        (rows of `bin`, `believed`, `observed`, `low`, `high` (95%), `groups`, `rollouts`, for bins with FEWEST_GROUPS
+        or more; the expected calibration error: mean distance of believed and observed rate of a bin, over all bins
         weighted by their rollouts, NaN without any)
 
     References:

@@ -1,7 +1,7 @@
 """What the charts of the report are made of: a figure, a line for every run, an axis; all in Vega-Lite.
 
-Colours are CSS variables of krl/report/page.css, so that one page serves light and dark. A specification names the rows it
-draws, and the page holds each set of rows once.
+Colours are CSS variables of krl/report/page.css, so that one page serves light and dark. A specification names the rows
+it draws, and the page holds each set of rows once.
 """
 
 import json

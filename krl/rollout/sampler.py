@@ -69,9 +69,9 @@ def generate(
 ) -> Rollouts:
     """Sample counts[i] responses to prompt i.
 
-    A rollout's random numbers come from fold_in(fold_in(key, task id), sample index), so the samples of
-    a prompt do not depend on the other prompts, on R, on the slots or on the devices. Counts, temperature and expected lengths
-    are data: changing them does not recompile.
+    A rollout's random numbers come from fold_in(fold_in(key, task id), sample index), so the samples of a prompt do not
+    depend on the other prompts, on R, on the slots or on the devices. Counts, temperature and expected lengths are
+    data: changing them does not recompile.
 
     Args:
         config, params: the policy's sizes and parameters.
@@ -89,7 +89,8 @@ def generate(
         temperature: the logits are divided by it; 0 takes the most likely token.
         top_k, top_p, min_p: sample from the likeliest tokens only, see `krl.rollout.tokens.least_logit`; static.
         stop_table: [states, V] of the strings that end a response, see `krl.rollout.stop.make_table`; None for none.
-        first_sample: [M] int32, or one for all: the sample index of each prompt's first row, for a later round of the same step.
+        first_sample: [M] int32, or one for all: the sample index of each prompt's first row, for a later round of the
+            same step.
         watch: called on the host with what has ended while the rest is decoded, see `Watch`; not inside jit.
 
     Returns:

@@ -185,8 +185,9 @@ def idle(config: policy.PolicyConfig, options: Options, num_slots: int, prompts:
 def cache_columns(tokens: int) -> int:
     """Columns of a cache that holds so many tokens.
 
-    A TPU keeps an array whose next to last axis is not a multiple of its tiles in another order than attention reads it, and copies
-    all caches at the beginning and end of every program, which takes their memory twice. Where caches are short, a few columns more would cost more.
+    A TPU keeps an array whose next to last axis is not a multiple of its tiles in another order than attention reads
+    it, and copies all caches at the beginning and end of every program, which takes their memory twice. Where caches
+    are short, a few columns more would cost more.
     """
     return -(-tokens // TILE) * TILE if tokens >= 8 * TILE else tokens
 

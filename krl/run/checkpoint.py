@@ -119,7 +119,8 @@ class Checkpoints:
         move_aside is False.
 
         Raises:
-            ValueError: no checkpoint can be read, or its arrays are not those of `like`; or what a checkpoint is kept in
+            ValueError: no checkpoint can be read, or its arrays are not those of `like`; or what a checkpoint is kept
+            in
                 does not answer, and then nothing is moved. The message names the directory.
         """
         import orbax.checkpoint as ocp

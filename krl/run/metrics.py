@@ -130,7 +130,8 @@ class CompileCounter:
 class PhaseClock:
     """Wall time of each phase of a step, in seconds.
 
-    A phase that takes longer than `stuck_seconds` ends the process with STUCK, after its name and all stacks; 0 lets it wait.
+    A phase that takes longer than `stuck_seconds` ends the process with STUCK, after its name and all stacks; 0 lets it
+    wait.
     """
 
     def __init__(self, stuck_seconds: float = 0.0):
@@ -178,8 +179,8 @@ def memory_used() -> dict[str, float]:
 def over_processes(every: dict[str, list[float]]) -> dict[str, float]:
     """The metrics that follow from what every process has, see `krl.run.processes.gather`.
 
-    `memory/*` are the largest. Of several processes `slowest_process` is the number of the one that the others waited for
-    when rewards were exchanged, and `seconds/behind` how long.
+    `memory/*` are the largest. Of several processes `slowest_process` is the number of the one that the others waited
+    for when rewards were exchanged, and `seconds/behind` how long.
     """
     shown = {name: max(values) for name, values in every.items() if name.startswith("memory/")}
     waited = every["seconds/wait"]

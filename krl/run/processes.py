@@ -1,7 +1,8 @@
 """Several processes that train one policy: the few things that they tell each other beside what JAX does.
 
-The engine is JAX's own (multi-controller SPMD): every process runs the same program over one mesh of all their devices. Each
-decodes and verifies the rollouts of its own devices; rewards travel, and whether to stop. Process 0 writes the logs.
+The engine is JAX's own (multi-controller SPMD): every process runs the same program over one mesh of all their devices.
+Each decodes and verifies the rollouts of its own devices; rewards travel, and whether to stop. Process 0 writes the
+logs.
 """
 
 import contextlib
@@ -38,9 +39,9 @@ def join_processes(distributed: ConfigDict) -> None:
     """Join the other processes of the run, before JAX is used for anything else; alone, nothing happens.
 
     Args:
-        distributed: `coordinator` ("host:port" of process 0), `processes` and `process` (this one's number from 0). With
-            processes = 0 JAX is asked for them where the environment is that of a SLURM step or a TPU slice of several
-            hosts, with -1 in any case.
+        distributed: `coordinator` ("host:port" of process 0), `processes` and `process` (this one's number from 0).
+            With processes = 0 JAX is asked for them where the environment is that of a SLURM step or a TPU slice of
+            several hosts, with -1 in any case.
 
     Raises:
         ValueError: the three do not fit together, or there is no cluster to ask.
@@ -89,8 +90,8 @@ def _several(said: str) -> bool:
 def stay_together() -> Iterator[None]:
     """Inside, this process ends when another one has ended or is silent, and tells the others when it fails itself.
 
-    Without it the others would wait in a collective for the one that is gone. The process ends with ENDED_BY_ANOTHER or 1, at
-    once: the interpreter's farewell would wait for the others too.
+    Without it the others would wait in a collective for the one that is gone. The process ends with ENDED_BY_ANOTHER or
+    1, at once: the interpreter's farewell would wait for the others too.
     """
     if jax.process_count() == 1:
         yield

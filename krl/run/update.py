@@ -239,9 +239,9 @@ def policy_update(
         reference: the parameters to stay close to.
 
     Returns:
-        (new state, metrics: float32 scalars). `loss` and `grad_norm` are means over the updates, and of an optimiser that
-        waits `updated`, the share of them that were made; the
-        ratio and clip metrics are over the tokens of the rollouts that were run, `mismatch` over those of the first update.
+        (new state, metrics: float32 scalars). `loss` and `grad_norm` are means over the updates, and of an optimiser
+        that waits `updated`, the share of them that were made; the ratio and clip metrics are over the tokens of the
+        rollouts that were run, `mismatch` over those of the first update.
     """
     run = rollouts.mask & ((advantages != 0) | bool(kl_coefficient or entropy_coefficient))
     shares = jax.random.permutation(key, advantages.shape[0]).reshape(num_updates, -1)
@@ -297,7 +297,8 @@ def _loss(scores_of, params: dict, drawn, part, *, importance_cap, entropy_coeff
 def _means(metrics):
     """What the (sum, count) pairs of U updates are in the mean; a maximum stays a maximum.
 
-    The mismatch is the first update's: later ones have other parameters than the sampler had. It is NaN where nothing was run.
+    The mismatch is the first update's: later ones have other parameters than the sampler had. It is NaN where nothing
+    was run.
     """
     first = {k: jax.tree.map(lambda x: x[:1], v) for k, v in metrics.items() if k.startswith("mismatch")}
     unseen = first["mismatch"][1].sum() == 0

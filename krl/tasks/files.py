@@ -388,8 +388,9 @@ class _RowError(ValueError):
 def _decode(tables: Iterable, features, source: str) -> Rows:
     """Rows of Arrow tables as `datasets` yields them, many times faster than one by one.
 
-    Its type Json is decoded by the reader of JSON, which keeps all digits, and numbers of 16 or 32 bits are the shortest
-    ones that they stand for. A map is a dict. Images and sounds stay as they are stored: no field of a task can be one.
+    Its type Json is decoded by the reader of JSON, which keeps all digits, and numbers of 16 or 32 bits are the
+    shortest ones that they stand for. A map is a dict. Images and sounds stay as they are stored: no field of a task
+    can be one.
     """
     stored = [name for name, feature in features.items() if re.search(r"Json\(|float(16|32)", repr(feature))]
     number = 0

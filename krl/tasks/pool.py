@@ -122,9 +122,10 @@ class VerifierPool:
     Attributes:
         names: of the rewards that are added up, in the config's order; () where one reward is all there is.
         last_error: why the latest item counted under "errors" failed, in one line; "" if none did.
-        last_failure: why the first failed item of the latest batch with one failed (of several rewards rather one whose first
-            failed), with its prompt and response, both shortened, in one line; "" if none did.
-        last_faults: for each item of the last finished batch the kind of its failure, as in `finish`; "" if it has a reward.
+        last_failure: why the first failed item of the latest batch with one failed (of several rewards rather one whose
+            first failed), with its prompt and response, both shortened, in one line; "" if none did.
+        last_faults: for each item of the last finished batch the kind of its failure, as in `finish`; "" if it has a
+            reward.
         last_reasons: for each of them why it failed, in one line; "" if it has a reward.
         last_rewards: [n] float64, their rewards as the function gave them, 0 for those that failed.
         last_parts: [n, C] float64, what each of `names` gave, also where another one failed; NaN where it failed.

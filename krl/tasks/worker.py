@@ -3,7 +3,8 @@
 The parent writes pickles: first (reward, memory_gb, parent), then (number, item) for each item, with the item's row
 only where a reward takes it. The worker writes lines: "ready", "ready row" (rows are wanted) or "refused why", then for
 each item "number value" (with several rewards as many values), and " error why" after it where one of them is nan or
-their sum is no number. Nothing the worker says is unpickled. The user's function sees an empty standard input, and what it prints goes to standard error.
+their sum is no number. Nothing the worker says is unpickled. The user's function sees an empty standard input, and what
+it prints goes to standard error.
 """
 
 import ctypes
