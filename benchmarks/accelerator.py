@@ -125,11 +125,12 @@ def measure_update(config: policy.PolicyConfig, rows: int, length: int, *, packe
     shape = (rows, length - asked)
     rollouts = Rollouts(
         prompt_index=jnp.arange(rows), sample_index=jnp.zeros(rows, jnp.int32), mask=jnp.ones(rows, bool),
-        tokens=jnp.ones(shape, jnp.int32), logps=jnp.zeros(shape), lengths=jnp.full(rows, shape[1]), finished=jnp.ones(rows, bool),
+        tokens=jnp.ones(shape, jnp.int32), logps=jnp.zeros(shape), lengths=jnp.full(rows, shape[1]),
+        finished=jnp.ones(rows, bool),
     )  # fmt: skip
     update = for_this_backend(
-        policy_update, config, optimizer, num_updates=1, micro_tokens=4 * length, packed=packed, temperature=1.0, clip_low=0.2,
-        clip_high=0.28, dual_clip=10.0,
+        policy_update, config, optimizer, num_updates=1, micro_tokens=4 * length, packed=packed, temperature=1.0,
+        clip_low=0.2, clip_high=0.28, dual_clip=10.0,
     )  # fmt: skip
 
     def step():

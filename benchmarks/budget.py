@@ -94,7 +94,8 @@ def load_published(path: str) -> Callable[[np.ndarray, int], np.ndarray]:
 def compare(sizes: list[int], published: Callable | None) -> None:
     """The step's knapsack: time, and the objective as a share of the float64 dynamic program's."""
     print(
-        "| prompts | krl, ms | compile, s | objective less optimum | published, s | its objective less optimum | ratio |"
+        "| prompts | krl, ms | compile, s | objective less optimum | published, s | its objective less optimum | ratio "
+        "|"
     )
     print("|---|---|---|---|---|---|---|")
     for prompts in sizes:

@@ -128,14 +128,18 @@ def gradient(config: policy.PolicyConfig, params: dict, prompts: Prompts, rollou
 def accuracy_gradient(run: Checkpoint, batches: int) -> np.ndarray:
     """The gradient of minus the mean success rate of the training prompts, without bias; [parameters]."""
     num_prompts, total = run.config.prompts_per_step, 0.0
-    for prompts, rollouts, rewards in draw_batches(run, "uniform", 2 * run.config.alloc.budget, batches, first=10**6, repeats=1):  # fmt: skip
+    for prompts, rollouts, rewards in draw_batches(
+        run, "uniform", 2 * run.config.alloc.budget, batches, first=10**6, repeats=1
+    ):
         counts = segment_sum(jnp.ones_like(rewards), rollouts.prompt_index, num_prompts)
         groups = (rewards, rollouts.prompt_index, rollouts.mask, num_prompts)
         plain = learn.group_advantages(*groups, scale_by_std=False)
         plain = plain * divide(counts, counts - 1)[rollouts.prompt_index]  # leave-one-out: no bias
         # Of a token mean: advantages are weighed so that it is the mean over rollouts of a sum over their tokens.
         plain = plain * rollouts.lengths.mean()
-        total = total + gradient(run.parts.policy_config, run.params, prompts, rollouts, plain, run.config.sample.temperature)  # fmt: skip
+        total = total + gradient(
+            run.parts.policy_config, run.params, prompts, rollouts, plain, run.config.sample.temperature
+        )
     return np.asarray(total / batches, np.float64)
 
 
@@ -150,7 +154,11 @@ def measure(run: Checkpoint, rule: str, budget_size: int, batches: int, target: 
         effective.append(float((advantages != 0).mean()))
         longest = config.sample.max_new_tokens
         advantages = advantages * learn.token_weights(config.loss.average, rollouts.lengths, *groups, longest)
-        found.append(np.asarray(gradient(run.parts.policy_config, run.params, prompts, rollouts, advantages, config.sample.temperature)))  # fmt: skip
+        found.append(
+            np.asarray(
+                gradient(run.parts.policy_config, run.params, prompts, rollouts, advantages, config.sample.temperature)
+            )
+        )
     pairs = np.array(found, np.float64).reshape(batches, 2, -1)
     split = split_noise(pairs, target)
     noise = split["within"] + split["between"]

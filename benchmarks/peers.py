@@ -1,7 +1,7 @@
 """What other systems take for the work of `benchmarks.rollout` and `benchmarks.step`.
 
     PYTHON benchmarks/peers.py generate [--ragged]    Hugging Face's generate
-    PYTHON benchmarks/peers.py step [--ragged]        a GRPO step of TRL, and the forward and backward pass of its loss alone
+    PYTHON benchmarks/peers.py step [--ragged]        a GRPO step of TRL, and its loss's passes alone
 
 PYTHON has torch, transformers and trl installed, which krl does not need. The same sizes, prompts' lengths, ends and
 rewards; float32, no gradient checkpointing, one update a batch. Every measurement is one line of JSON.
@@ -43,8 +43,8 @@ def make_model():
     torch.manual_seed(0)
     config = transformers.Qwen2Config(
         vocab_size=512, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0, eos_token_id=None,
-        bos_token_id=None,
+        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=0,
+        eos_token_id=None, bos_token_id=None,
     )  # fmt: skip
     return transformers.Qwen2ForCausalLM(config).float()
 
@@ -115,8 +115,8 @@ def measure_step(options):
             output_dir=directory, use_cpu=True, bf16=False, gradient_checkpointing=False, num_iterations=1, beta=0.0,
             per_device_train_batch_size=PROMPTS * EACH, gradient_accumulation_steps=1, steps_per_generation=1,
             num_generations=EACH, max_completion_length=NEW_TOKENS, temperature=1.0, top_p=1.0, top_k=0,
-            learning_rate=1e-6, max_steps=warm + options.repeats, save_strategy="no", report_to="none", disable_tqdm=True,
-            generation_kwargs={"eos_token_id": list(ENDS)} if options.ragged else None,
+            learning_rate=1e-6, max_steps=warm + options.repeats, save_strategy="no", report_to="none",
+            disable_tqdm=True, generation_kwargs={"eos_token_id": list(ENDS)} if options.ragged else None,
         )  # fmt: skip
         trainer = Kept(
             model=make_model(), reward_funcs=parity, args=config, train_dataset=Dataset.from_dict({"prompt": texts}),

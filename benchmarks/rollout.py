@@ -61,7 +61,8 @@ def measure(params: dict, prompts: Prompts, counts: jax.Array, ends: tuple, slot
     for repeat in range(repeats + 1):
         began = time.perf_counter()
         rollouts = rollout.generate(
-            CONFIG, params, prompts, counts, jax.random.key(repeat), max_new_tokens=NEW_TOKENS, eos_ids=ends, num_slots=slots
+            CONFIG, params, prompts, counts, jax.random.key(repeat), max_new_tokens=NEW_TOKENS, eos_ids=ends,
+            num_slots=slots
         )  # fmt: skip
         useful = int(rollouts.lengths.sum())  # waits for the result
         seconds = time.perf_counter() - began

@@ -21,7 +21,8 @@ from krl.report.history import read_run
 SIZES = {"prompts_per_step": 64, "budget": 512, "n_min": 2, "n_max": 64}
 RULES = ("known", "knapsack", "two_round", "knapsack_paper", "variance", "skip", "uniform", "inverse_sqrt")
 SETTINGS = (
-    ("fitted", "fitted", "fitted"), ((0.5, 0.5), "fitted", "fitted"), ("fitted", 0.9, 0.9), ("fitted", 0.9, 0.25), ("fitted", 1.0, 1.0), ("fitted", 0.7, 0.7), ("fitted", 0.5, 0.5),
+    ("fitted", "fitted", "fitted"), ((0.5, 0.5), "fitted", "fitted"), ("fitted", 0.9, 0.9), ("fitted", 0.9, 0.25),
+    ("fitted", 1.0, 1.0), ("fitted", 0.7, 0.7), ("fitted", 0.5, 0.5),
     ((0.1, 0.1), 0.9, 0.9), ((0.5, 0.5), 0.9, 0.9), ((0.5, 0.5), 0.7, 0.7), ((1.0, 1.0), 0.9, 0.9),
 )  # fmt: skip
 
@@ -47,7 +48,8 @@ def main():
         replays = replays or shown
         if replays is shown:
             print(
-                "\n| prior | after an even group | after a mixed one | realised value | shortfall |\n|---|---|---|---|---|"
+                "\n| prior | after an even group | after a mixed one | realised value | shortfall |"
+                "\n|---|---|---|---|---|"
             )
             best = replays["known"].realised.mean()
             for prior, even, mixed in SETTINGS:

@@ -164,7 +164,11 @@ def read_samples(workdir: pathlib.Path) -> dict:
 def machine() -> dict:
     """The versions and the processor of this process."""
     info = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []  # fmt: skip
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "numpy")}
     return {
         "versions": versions | {"python": platform.python_version()},

@@ -21,9 +21,12 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = {
-    "prompts_per_step": 4, "alloc.budget": 16, "alloc.n_max": 8, "arithmetic.addition": 1, "arithmetic.multiplication": 0,
-    "arithmetic.num_warm": 40, "arithmetic.num_train": 12, "arithmetic.num_test": 6, "policy.embed_size": 16, "policy.num_heads": 2,
-    "policy.num_kv_heads": 1, "policy.head_size": 4, "policy.mlp_size": 32, "policy.unroll": 1, "sft.steps": 150, "sft.batch_size": 32,
+    "prompts_per_step": 4, "alloc.budget": 16, "alloc.n_max": 8, "arithmetic.addition": 1,
+    "arithmetic.multiplication": 0,
+    "arithmetic.num_warm": 40, "arithmetic.num_train": 12, "arithmetic.num_test": 6, "policy.embed_size": 16,
+    "policy.num_heads": 2,
+    "policy.num_kv_heads": 1, "policy.head_size": 4, "policy.mlp_size": 32, "policy.unroll": 1, "sft.steps": 150,
+    "sft.batch_size": 32,
     "sft.learning_rate": 1e-2, "sft.save_every": 20, "optim.micro_tokens": 64, "eval.every": 10, "eval.samples": 2,
     "checkpoint.every": 3, "data.max_prompt_tokens": 8, "sample.max_new_tokens": 4,
 }  # fmt: skip
@@ -63,10 +66,18 @@ def soak(place: pathlib.Path, options) -> dict:
             at[state(killed)] += 1
     code = start(killed, options).wait()
     return {
-        "kills": kills, "killed_in": dict(at), "last_exit_code": code, "steps": options.steps,
-        "rows_that_differ": {name: differing(alone, killed, name) for name in ("metrics", "groups", "evaluations") if differing(alone, killed, name)},
-        "damaged_checkpoints": len(list((killed / "damaged").glob("*"))), "seconds_uninterrupted": round(uninterrupted),
-    }  # fmt: skip
+        "kills": kills,
+        "killed_in": dict(at),
+        "last_exit_code": code,
+        "steps": options.steps,
+        "rows_that_differ": {
+            name: differing(alone, killed, name)
+            for name in ("metrics", "groups", "evaluations")
+            if differing(alone, killed, name)
+        },
+        "damaged_checkpoints": len(list((killed / "damaged").glob("*"))),
+        "seconds_uninterrupted": round(uninterrupted),
+    }
 
 
 def start(workdir: pathlib.Path, options) -> subprocess.Popen:

@@ -80,8 +80,10 @@ def measure_updates(options) -> None:
         real = np.arange(NEW_TOKENS) < lengths[:, None]
         rollouts = Rollouts(
             prompt_index=jnp.asarray(GROUPS, jnp.int32), sample_index=jnp.zeros(ROLLOUTS, jnp.int32),
-            mask=jnp.ones(ROLLOUTS, bool), tokens=jnp.asarray(np.where(real, rng.integers(2, 512, real.shape), 0), jnp.int32),
-            logps=jnp.where(real, -6.2, 0.0), lengths=jnp.asarray(lengths, jnp.int32), finished=jnp.ones(ROLLOUTS, bool),
+            mask=jnp.ones(ROLLOUTS, bool),
+            tokens=jnp.asarray(np.where(real, rng.integers(2, 512, real.shape), 0), jnp.int32),
+            logps=jnp.where(real, -6.2, 0.0), lengths=jnp.asarray(lengths, jnp.int32),
+            finished=jnp.ones(ROLLOUTS, bool),
         )  # fmt: skip
         useful = ROLLOUTS * PROMPT_TOKENS + int(lengths.sum())
         for share, kept in (("", advantages), ("/half", np.where(GROUPS % 2, advantages, 0))):

@@ -89,7 +89,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         f"{name}_{scale}": setting | {"loss.scale": scale}
         for scale in ("none", "mean")
         for name, setting in {
-            "uniform_64x4": uniform(64, 4), "reach": pool("reach"), "odds": pool("reach", reach=0.0), "variance": pool("variance"),
+            "uniform_64x4": uniform(64, 4), "reach": pool("reach"), "odds": pool("reach", reach=0.0),
+            "variance": pool("variance"),
         }.items()
     },
     # Published rules, each as it was stated: docs/results.md says what had to be chosen.
@@ -230,7 +231,11 @@ def tuning_table(chosen: dict[str, dict[str, float] | None], make: MakeJob, rows
     for name, best in chosen.items():
         tried = {tuple(values.values()): values for values in search(name, make, rows)[1]}
         scores = [(values, score(name, values, make, rows)) for values in tried.values()]
-        cells = [f"{values[RATE]:g}, {values[PENALTY]:g}: {got:.3f}{' *' * (values == best)}" for values, got in scores if got is not None]  # fmt: skip
+        cells = [
+            f"{values[RATE]:g}, {values[PENALTY]:g}: {got:.3f}{' *' * (values == best)}"
+            for values, got in scores
+            if got is not None
+        ]
         lines += [f"- {name}: {'; '.join(cells)}"] if cells else []
     return "\n".join(lines)
 
@@ -263,11 +268,22 @@ def holm(probabilities: Sequence[float]) -> list[float]:
 
 
 def results_table(found: Found, base: str) -> str:
-    """Accuracy of every setting, paired with the baseline and with more rollouts of it; effective share, found, dead."""
+    """Accuracy of every setting, paired with the baseline and more of its rollouts; effective share, found, dead."""
     lines = [
-        _line("setting", "seeds", "final accuracy", f"less {base} (95%)", "Holm p", f"less {DOUBLE}", f"less {FOUR_TIMES}", "effective", "found", "dead"),
+        _line(
+            "setting",
+            "seeds",
+            "final accuracy",
+            f"less {base} (95%)",
+            "Holm p",
+            f"less {DOUBLE}",
+            f"less {FOUR_TIMES}",
+            "effective",
+            "found",
+            "dead",
+        ),
         "|---" * 10 + "|",
-    ]  # fmt: skip
+    ]
     gains = {name: paired(found, name, base) for name in found if name != base}
     tested = [name for name, gain in gains.items() if gain.n > 1]
     adjusted = dict(zip(tested, holm([_probability(gains[name]) for name in tested]), strict=True))
@@ -289,7 +305,8 @@ def cost_table(found: Found, base: str) -> str:
     """What it took to reach the baseline, seed by seed."""
     lines = [
         f"What reaching {base}'s final accuracy of the same seed took, as a share of all that it spent:\n",
-        "| setting | seeds | rollouts, median | mean of those that did | never did | tokens, median | seconds, median |",
+        "| setting | seeds | rollouts, median | mean of those that did | never did | tokens, median | seconds, median "
+        "|",
         "|---" * 7 + "|",
     ]
     for name, rows in found.items():
@@ -308,7 +325,11 @@ def cost_table(found: Found, base: str) -> str:
 def pass_table(found: Found) -> str:
     """Share of the held-out prompts that at least one of k samples solves, at the end."""
     sizes = [2**power for power in range(int(np.log2(SAMPLES)) + 1)]
-    lines = ["Held-out pass@k at the end, means over seeds:\n", _line("setting", *(f"pass@{k}" for k in sizes)), "|---" * (1 + len(sizes)) + "|"]  # fmt: skip
+    lines = [
+        "Held-out pass@k at the end, means over seeds:\n",
+        _line("setting", *(f"pass@{k}" for k in sizes)),
+        "|---" * (1 + len(sizes)) + "|",
+    ]
     for name, rows in found.items():
         measured = [row["pass"] for row in rows.values() if "pass" in row]
         lines += [_line(name, *(f"{value:.3f}" for value in np.mean(measured, axis=0)))] if measured else []

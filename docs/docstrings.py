@@ -1,4 +1,4 @@
-"""How krl writes docstrings, for griffe: arguments that share a line, examples without a heading, fields with a comment."""
+"""How krl writes docstrings, for griffe: arguments that share a line, examples without a heading, fields' comments."""
 
 import pathlib
 import re

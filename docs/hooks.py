@@ -1,4 +1,4 @@
-"""What mkdocs makes of the checkout beside docs/*.md: the page of keys, the beginning of the README, two files of the root."""
+"""What mkdocs makes beside docs/*.md: the page of keys, the beginning of the README, two files of the root."""
 
 import pathlib
 import runpy
@@ -29,7 +29,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def tables(keys, sections: dict[str, str]) -> list[str]:
-    """The keys of krl/configs/default.py as lines of Markdown, by section, in alphabetical order after those without one."""
+    """The keys of krl/configs/default.py as lines of Markdown, by section; those without one come first."""
     lines = []
     for section in ("", *sorted(sections)):
         lines += [

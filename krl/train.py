@@ -141,15 +141,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
             rollbacks, about, outcome = read_rollbacks(workdir), about_run(config, parts), "went back"
             while outcome == "went back":
                 outcome = take_steps(
-                    config, workdir, parts, checkpoints, best, rollbacks, about | {"rollbacks": len(rollbacks)}, compiles,
-                    lambda: any_process(asked.is_set()),
+                    config, workdir, parts, checkpoints, best, rollbacks, about | {"rollbacks": len(rollbacks)},
+                    compiles, lambda: any_process(asked.is_set()),
                 )  # fmt: skip
     return last_row(config, workdir) if outcome == "finished" else None
 
 
 def take_steps(
-    config: ConfigDict, workdir: pathlib.Path, parts: Setup, checkpoints: Checkpoints, best: Checkpoints, rollbacks: list[dict],
-    about: dict, compiles: CompileCounter, should_stop: Callable[[], bool],
+    config: ConfigDict, workdir: pathlib.Path, parts: Setup, checkpoints: Checkpoints, best: Checkpoints,
+    rollbacks: list[dict], about: dict, compiles: CompileCounter, should_stop: Callable[[], bool],
 ) -> str:  # fmt: skip
     """Take the steps that are left, from the newest checkpoint on or from the start.
 
@@ -280,8 +280,8 @@ def start_or_continue(
     was = about | trees["about"]
     if was["train"] != about["train"]:
         raise ValueError(
-            f"the training prompts are not those of the run: {was['train']} at step {first}, {about['train']} now; what is "
-            "believed of each would be of another one; bring its data back or choose another --workdir"
+            f"the training prompts are not those of the run: {was['train']} at step {first}, {about['train']} now; "
+            "what is believed of each would be of another one; bring its data back or choose another --workdir"
         )
     if was["test"] != about["test"]:
         raise ValueError(
@@ -290,7 +290,8 @@ def start_or_continue(
         )
     if was["config_digest"] != about["config_digest"]:
         raise ValueError(
-            f"{checkpoints.directory} has checkpoints of a run with another config; choose another config.checkpoint.dir"
+            f"{checkpoints.directory} has checkpoints of a run with another config; choose another "
+            "config.checkpoint.dir"
         )
     if was.get("reference") != about.get("reference"):
         raise ValueError(
@@ -369,8 +370,8 @@ def take_step(
             prior = learn_prior(prior, before, features, outcomes, index, scored)
             learnt |= budget.prior_metrics(prior, served)
         belief = update_belief(
-            belief, prompts.task_ids, outcomes, index, scored, step, rollouts.lengths, known=known, sampled=drawn.counts > 0,
-            fit_discounts=config.alloc.fit_discounts,
+            belief, prompts.task_ids, outcomes, index, scored, step, rollouts.lengths, known=known,
+            sampled=drawn.counts > 0, fit_discounts=config.alloc.fit_discounts,
         )  # fmt: skip
         learner = jax.block_until_ready(Learner(state, belief, prior))
     check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
@@ -387,7 +388,8 @@ def take_step(
     metrics |= {f"reward/{name}": mean_of(values, has_reward) for name, values in several.items()}
     metrics |= {
         "discount": float(belief.discount), "discount_mixed": float(belief.discount_mixed), "fade": float(belief.fade),
-        "hopeless": float(jax.nn.sigmoid(belief.hopeless)), "candidates": candidates, **staleness(belief.last_step, step),
+        "hopeless": float(jax.nn.sigmoid(belief.hopeless)), "candidates": candidates,
+        **staleness(belief.last_step, step),
         "seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds,
         "rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1],
     }  # fmt: skip
@@ -542,9 +544,15 @@ def check_counts(alloc: ConfigDict, counts: jax.Array, spent: int) -> None:
     elif given.sum() != spent:
         wrong = f"{given.sum()} rollouts, and {spent} of config.alloc.budget={alloc.budget} are to be spent"
     elif given.min() < alloc.n_min or given.max() > alloc.n_max:
-        wrong = f"a prompt {given.min()} rollouts and another {given.max()}, and config.alloc.n_min={alloc.n_min} to n_max={alloc.n_max} are allowed"
+        wrong = (
+            f"a prompt {given.min()} rollouts and another {given.max()}, and config.alloc.n_min={alloc.n_min} to "
+            f"n_max={alloc.n_max} are allowed"
+        )
     elif not alloc.n_min and (given % alloc.group).any():
-        wrong = f"a prompt {given[given % alloc.group > 0][0]} rollouts, and config.alloc.group={alloc.group} or a multiple of it are allowed"
+        wrong = (
+            f"a prompt {given[given % alloc.group > 0][0]} rollouts, and config.alloc.group={alloc.group} or a "
+            "multiple of it are allowed"
+        )
     if wrong:
         raise ValueError(f"the rule {alloc.rule!r} gave {wrong}; docs/recipes/rule.md says what a rule must keep")
 
@@ -570,9 +578,9 @@ def generate(
         inputs, expected_tokens = jax.device_put((inputs, expected_tokens), named_sharding(layout))
     with jax.set_mesh(layout):
         rollouts = rollout.generate(
-            parts.policy_config, params, *inputs, max_new_tokens=config.sample.max_new_tokens, eos_ids=parts.ends.eos_ids,
-            stop_table=parts.ends.table, pad_id=parts.tokenizer.pad_id, num_slots=find_slots(config, parts.policy_config, layout),
-            expected_tokens=expected_tokens, **options,
+            parts.policy_config, params, *inputs, max_new_tokens=config.sample.max_new_tokens,
+            eos_ids=parts.ends.eos_ids, stop_table=parts.ends.table, pad_id=parts.tokenizer.pad_id,
+            num_slots=find_slots(config, parts.policy_config, layout), expected_tokens=expected_tokens, **options,
         )  # fmt: skip
     return jax.device_put(rollouts, named_sharding(parts.mesh)) if elsewhere else rollouts
 
@@ -587,8 +595,8 @@ def rewards_to_compare(scale: str, said: Verdicts, *, summed: bool) -> np.ndarra
         return learn.fit_float32(said.rewards, said.prompt_index, said.faults == 0, summed=summed)
     if (said.rewards[said.faults == 0] < 0).any():
         raise ValueError(
-            f"a reward of {said.rewards[said.faults == 0].min():g}: config.loss.scale='mean' divides by the mean reward of a "
-            "prompt and needs rewards of at least 0; set it to 'std' or 'none'"
+            f"a reward of {said.rewards[said.faults == 0].min():g}: config.loss.scale='mean' divides by the mean "
+            "reward of a prompt and needs rewards of at least 0; set it to 'std' or 'none'"
         )
     return as_float32(said.rewards)
 
@@ -605,15 +613,16 @@ def find_advantages(
 
 
 def step_advantages(
-    loss: FrozenConfigDict, num_prompts: int, longest: int, rewards: jax.Array, rollouts: Rollouts, chances: jax.Array | None,
+    loss: FrozenConfigDict, num_prompts: int, longest: int, rewards: jax.Array, rollouts: Rollouts,
+    chances: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     """What `find_advantages` computes; responses have at most `longest` tokens."""
     groups, lengths = (rollouts.prompt_index, rollouts.mask, num_prompts), rollouts.lengths
     if loss.overlong_tokens:
         rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
     values = learn.group_advantages(
-        rewards, *groups, scale_by_std=loss.scale == "std", scale_by_mean=loss.scale == "mean", leave_one_out=loss.leave_one_out,
-        clip=loss.advantage_clip or math.inf,
+        rewards, *groups, scale_by_std=loss.scale == "std", scale_by_mean=loss.scale == "mean",
+        leave_one_out=loss.leave_one_out, clip=loss.advantage_clip or math.inf,
     )  # fmt: skip
     values = jnp.where(rollouts.finished, values, 0.0) if loss.mask_truncated else values
     return values * learn.token_weights(loss.average, lengths, *groups, longest, chances)

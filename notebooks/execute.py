@@ -14,7 +14,8 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}  # fmt: skip
+KERNEL = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+"language_info": {"name": "python"}}  # fmt: skip
 
 
 def execute(path: pathlib.Path) -> None:

@@ -307,7 +307,8 @@ def _check_sum(prompts: int, budget: jax.Array | int, n_min: int, n_max: int, gr
         return
     if not prompts * n_min <= int(budget) <= prompts * n_max:
         raise ValueError(
-            f"budget {int(budget)} cannot be met: {prompts} prompts take {prompts * n_min} to {prompts * n_max} rollouts"
+            f"budget {int(budget)} cannot be met: {prompts} prompts take {prompts * n_min} to {prompts * n_max} "
+            "rollouts"
         )
     if int(budget) % group:
         raise ValueError(f"budget {int(budget)} cannot be met: it must be a multiple of group={group}")

@@ -321,9 +321,12 @@ def update(
         missed = sampled & (belief.last_step[task_ids] != step)
         faded = faded.replace(last_step=jnp.full_like(faded.last_step, step))
         belief = jax.tree.map(
-            lambda whole, part: whole.at[task_ids].set(jnp.where(missed, part, whole[task_ids])) if whole.ndim else whole,
-            belief, faded,
-        )  # fmt: skip
+            lambda whole, part: (
+                whole.at[task_ids].set(jnp.where(missed, part, whole[task_ids])) if whole.ndim else whole
+            ),
+            belief,
+            faded,
+        )
     if fit_discounts:
         even, mixed, fade = _next_discounts(old.replace(fade=belief.fade), ages, rewards, prompt_index, mask)
         belief = belief.replace(discount=even, discount_mixed=mixed, fade=fade)

@@ -139,7 +139,7 @@ def mopps_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, 
 def pilot_commit_rule(
     belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, shown: Shown | None = None
 ) -> Counts:
-    """A group for as many prompts as half of the budget pays for, then three more for those that succeeded at 1/8 to 3/4.
+    """A group for as many prompts as half of the budget pays for, then three more for rates from 1/8 to 3/4.
 
     A prompt whose newest group was all right is no longer piloted. What is not committed goes to more pilots. The
     published method repeats both stages until it has 128 prompts to commit to, within no budget, and learns from the
@@ -214,7 +214,7 @@ def coba_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -
 
 
 def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None) -> Counts:
-    """After n_min rollouts of every prompt, the counts with the most expected prompts that succeed in what they get besides.
+    """After n_min rollouts of every prompt, the counts with the most prompts that are expected to succeed in the rest.
 
     The m-th further rollout is the first success with probability E[p (1-p)^(m-1)] under Beta(1 + successes, 1 +
     failures) of the pilot; successes of the pilot do not count. How large the authors' pilot is was not to be found.

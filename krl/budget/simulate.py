@@ -165,8 +165,8 @@ def replay(
     rounds = rounds_of(rule, prompts_per_step, budget, n_min, group) if rule in ROUNDS else ()
     allocate(choose, some, budget, n_min, n_max, **dict(pool))  # refuses what cannot be
     shown = _replay_seeds(
-        RULES[choose] if isinstance(choose, str) else choose, rates, keys, start, prompts_per_step, budget, n_min, n_max, pool, prior is None, discounts is None,
-        rule == "known", rounds,
+        RULES[choose] if isinstance(choose, str) else choose, rates, keys, start, prompts_per_step, budget, n_min,
+        n_max, pool, prior is None, discounts is None, rule == "known", rounds,
     )  # fmt: skip
     shown = {name: np.asarray(value) for name, value in shown.items()}
     low, high = shown.pop("fewest").min(), shown.pop("most").max()

@@ -25,7 +25,8 @@ def flatten(config: ConfigDict) -> dict:
 
 # What a key's value must be, by the type that it has in configs/default.py.
 KINDS: dict[type, str] = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "a text", tuple: "several values with commas, such as (2,4)"
+    bool: "true or false", int: "a whole number", float: "a number", str: "a text",
+    tuple: "several values with commas, such as (2,4)"
 }  # fmt: skip
 
 
@@ -67,8 +68,10 @@ def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
 
 
 def check(
-    config: ConfigDict, *, rules: Iterable[str], may_choose: Callable[[str], bool], must_choose: Callable[[str], bool], rounds: Iterable[str], priors: Iterable[str],
-    templates: Iterable[str], sources: Iterable[str], averages: Iterable[str], scales: Iterable[str], surrogates: Iterable[str], kl_estimators: Iterable[str],
+    config: ConfigDict, *, rules: Iterable[str], may_choose: Callable[[str], bool], must_choose: Callable[[str], bool],
+    rounds: Iterable[str], priors: Iterable[str],
+    templates: Iterable[str], sources: Iterable[str], averages: Iterable[str], scales: Iterable[str],
+    surrogates: Iterable[str], kl_estimators: Iterable[str],
 ) -> None:  # fmt: skip
     """Check every value and combination.
 
@@ -120,7 +123,8 @@ def check(
     need(
         not config.loss.overlong_tokens or config.loss.scale != "mean",
         "loss.overlong_tokens",
-        "0 with loss.scale='mean': the penalty makes rewards negative, and their mean is what advantages are divided by",
+        "0 with loss.scale='mean': the penalty makes rewards negative, and their mean is what advantages are divided "
+        "by",
     )
     need(
         all(isinstance(text, str) and text for text in config.sample.stop),
@@ -151,7 +155,8 @@ def check(
 
 
 def _check_sum(
-    config: ConfigDict, need: Callable[[bool, str, str], None], choosing: Sequence[str], must_choose: bool, rounds: Iterable[str],
+    config: ConfigDict, need: Callable[[bool, str, str], None], choosing: Sequence[str], must_choose: bool,
+    rounds: Iterable[str],
 ) -> None:  # fmt: skip
     """The part about how many rollouts a step's prompts can take; `need` refuses."""
     prompts, alloc = config.prompts_per_step, config.alloc
@@ -165,14 +170,15 @@ def _check_sum(
         need(
             least <= alloc.budget <= most,
             "alloc.budget",
-            f"between {least} (prompts_per_step={prompts} x alloc.n_min={alloc.n_min}) and {most} (x alloc.n_max={alloc.n_max})",
+            f"between {least} (prompts_per_step={prompts} x alloc.n_min={alloc.n_min}) and {most} (x "
+            f"alloc.n_max={alloc.n_max})",
         )
         return
     need(
         alloc.rule in choosing,
         "alloc.rule",
-        f"one of {choosing}, or alloc.n_min at least 1: others give every prompt some (a rule of your own that may give "
-        "nothing takes `group`)",
+        f"one of {choosing}, or alloc.n_min at least 1: others give every prompt some (a rule of your own that may "
+        "give nothing takes `group`)",
     )
     need(2 <= alloc.group <= alloc.n_max, "alloc.group", f"from 2 to alloc.n_max={alloc.n_max}")
     need(alloc.budget % alloc.group == 0, "alloc.budget", f"a multiple of alloc.group={alloc.group} with alloc.n_min=0")
@@ -221,7 +227,8 @@ def _check_mesh(config: ConfigDict, need: Callable[[bool, str, str], None]) -> N
     need(
         prompts * alloc.scouts % rows == 0,
         "alloc.scouts",
-        f"such that prompts_per_step={prompts} times it is a multiple of the {rows} devices that split rows in mesh.shape",
+        f"such that prompts_per_step={prompts} times it is a multiple of the {rows} devices that split rows in "
+        "mesh.shape",
     )
     for key in ("alloc.budget", "sft.batch_size") if config.sft.steps else ("alloc.budget",):
         need(flatten(config)[key] % rows == 0, key, f"a multiple of the {rows} devices that split rows in mesh.shape")
@@ -315,8 +322,8 @@ def parse_arguments(text: str) -> dict[str, object]:
 
 
 _OF_DATA = (  # what embedded tasks do not read
-    "data.name", "data.subset", "data.path", "data.test_path", "data.prompt_field", "data.answer_field", "data.completion_field",
-    "data.fields", "data.max_train", "sft.path",
+    "data.name", "data.subset", "data.path", "data.test_path", "data.prompt_field", "data.answer_field",
+    "data.completion_field", "data.fields", "data.max_train", "sft.path",
 )  # fmt: skip
 _LARGEST = 3e38  # of a float32, nearly
 _LAST = 2**31 - 1  # of an int32

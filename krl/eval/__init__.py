@@ -1,4 +1,4 @@
-"""How well a policy does: samples of each task, their statistics, and the command; `krl.eval.measure` is a measurement."""
+"""How well a policy does: samples of each task, their statistics, the command; `measure` is a measurement."""
 
 __all__ = ["measure"]
 

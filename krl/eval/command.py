@@ -98,8 +98,8 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
 
 
 def measure_sets(
-    config: ConfigDict, run: pathlib.Path | None, workdir: pathlib.Path, sets: dict[str, TaskSet], mesh: jax.sharding.Mesh,
-    verifiers: VerifierPool,
+    config: ConfigDict, run: pathlib.Path | None, workdir: pathlib.Path, sets: dict[str, TaskSet],
+    mesh: jax.sharding.Mesh, verifiers: VerifierPool,
 ) -> dict[str, dict]:  # fmt: skip
     """The part of `measure` that needs verifiers.
 
@@ -145,7 +145,8 @@ def measure_sets(
                     name, generate, first_reward(verifiers), params, tasks, key,
                     tokenizer=ends, answer_key=VOTES.get(main_reward, answer_key), samples=config.eval.samples,
                     num_rollouts=config.alloc.budget, place=functools.partial(place_whole, mesh),
-                    path=workdir / "eval" / identity.replace(" ", "_") / f"{name}.jsonl", settings=settings, report=report, hear=hear,
+                    path=workdir / "eval" / identity.replace(" ", "_") / f"{name}.jsonl", settings=settings,
+                    report=report, hear=hear,
                 )  # fmt: skip
             if tasks.dropped:
                 say(f"krl: {name}: {tasks.dropped} prompts longer than {config.data.max_prompt_tokens} tokens left out")

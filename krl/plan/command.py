@@ -224,7 +224,8 @@ def _advise_update(config: ConfigDict, update: Program, limit: float) -> list[st
     if rows == now:
         return []
     return [
-        f"{rows} rows a device instead of {now} in a micro-batch fit: --config.optim.micro_tokens={rows * row * devices}"
+        f"{rows} rows a device instead of {now} in a micro-batch fit: "
+        f"--config.optim.micro_tokens={rows * row * devices}"
     ]
 
 

@@ -186,7 +186,7 @@ def _of_loop(computations, computation: Computation, one: Operation, trips: tupl
 
 
 def _iterations(computations, computation: Computation, one: Operation) -> float | None:
-    """How often a loop runs if the text says so: as a number, or by a condition `index < constant`; None if data decide."""
+    """How often a loop runs if the text says so, as a number or by `index < constant`; None if data decide."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', one.rest)
     if known:
         return float(known[1])
@@ -260,7 +260,7 @@ def _flops(computations, computation: Computation, one: Operation) -> float:
 
 
 def _convolution_flops(computation: Computation, one: Operation) -> float:
-    """A TPU's products of matrices are convolutions, batches their windows: taps that hit padding or holes are no work."""
+    """A TPU's products of matrices are convolutions, batches their windows: taps on padding or holes are no work."""
     found = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.rest)
     assert found, one.rest
     left, right, out = found.groups()

@@ -112,7 +112,8 @@ def compile_rollout(
 
 
 def compile_update(
-    config: ConfigDict, policy_config: policy.PolicyConfig, optimizer: Any, learner: TrainState, mesh: Mesh, tokens: int, *, here: bool
+    config: ConfigDict, policy_config: policy.PolicyConfig, optimizer: Any, learner: TrainState, mesh: Mesh,
+    tokens: int, *, here: bool
 ) -> dict[str, Program]:  # fmt: skip
     """`policy_update` on a step's rollouts, and the log-probabilities in it apart; inside `jax.set_mesh(mesh)`.
 
@@ -206,6 +207,7 @@ def _compile(jitted: Any, alive: float, trips: tuple[float, ...], *arguments: An
     given = found.argument_size_in_bytes / 1e9
     return Program(
         beside=max(alive - given, 0), arguments=given, temporaries=found.temp_size_in_bytes / 1e9,
-        results=(found.output_size_in_bytes - found.alias_size_in_bytes) / 1e9, code=found.generated_code_size_in_bytes / 1e9,
+        results=(found.output_size_in_bytes - found.alias_size_in_bytes) / 1e9,
+        code=found.generated_code_size_in_bytes / 1e9,
         cost=read_cost(compiled.as_text(), trips), compile_seconds=time.perf_counter() - began,
     )  # fmt: skip

@@ -75,7 +75,7 @@ def _devices(rows: int) -> int:
 
 
 def _on_own_rows(function, kinds: str, results: str):
-    """A function of (batch axes, arguments) on the rows of each device: "r" has them along its second axis, "w" is whole."""
+    """A function of (batch axes, arguments) on each device's rows: "r" has them along its second axis, "w" is whole."""
 
     def on_own_rows(*arguments):
         rows = next(argument.shape[1] for argument, kind in zip(arguments, kinds, strict=True) if kind == "r")

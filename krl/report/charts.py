@@ -70,8 +70,8 @@ def accuracy(runs: Sequence[Run], rows: Rows) -> Chart:
         if has(rows["accuracy"], name):
             views[name] = finish(
                 line_of_each(
-                    runs, "accuracy", "accuracy", over=(name, title), data="accuracy", form=".3f", scale=alt.Scale(zero=False),
-                    dots=True,
+                    runs, "accuracy", "accuracy", over=(name, title), data="accuracy", form=".3f",
+                    scale=alt.Scale(zero=False), dots=True,
                 )
             )  # fmt: skip
     reading = "Share of the held-out prompts' samples that are right; higher is better, and further left is cheaper."
@@ -100,7 +100,8 @@ def differences(runs: Sequence[Run], rows: Rows) -> Chart:
     name = base.mark_text(dy=-13, align="center", limit=240).encode(x=x, text="run:N")
     reading = (
         "Paired over the held-out prompts that both runs share, at their last evaluations, with 95% intervals; "
-        "right of the line a run is better. The intervals are over prompts, not seeds: another seed of the same settings may differ by more."
+        "right of the line a run is better. The intervals are over prompts, not seeds: another seed of the same "
+        "settings may differ by more."
     )
     spec = finish(alt.layer(zero, bar, dot, name), height=50 + 54 * len(rows["differences"]))
     notes = [
@@ -122,7 +123,10 @@ def effective(runs: Sequence[Run], rows: Rows) -> Chart:
     if has(rows["steps"], "smoothed"):
         share = line_of_each(runs, "effective_ratio_rollouts", "share of rollouts", form=".0%", faint=True)
         views[""] = finish(share + line_of_each(runs, "smoothed", "share of rollouts", form=".0%"))
-    reading = "Rollouts whose group saw rewards that differ: only these change the policy. Bold: mean over a tenth of the run."
+    reading = (
+        "Rollouts whose group saw rewards that differ: only these change the policy. Bold: mean over a tenth of the "
+        "run."
+    )
     return Chart(
         "effective", "Rollouts with a gradient", reading if views else "No step was recorded.", views, run_legend(runs)
     )
@@ -145,19 +149,31 @@ def budgets(runs: Sequence[Run], rows: Rows) -> Chart:
 
     def draw(base: alt.Chart, label: str) -> alt.Chart:
         return base.mark_rect(color="var(--run-main)").encode(
-            x=alt.X("step:Q", title="step", axis=alt.Axis(labelExpr=SHORT, tickMinStep=1), scale=alt.Scale(nice=False, zero=False)),
+            x=alt.X(
+                "step:Q",
+                title="step",
+                axis=alt.Axis(labelExpr=SHORT, tickMinStep=1),
+                scale=alt.Scale(nice=False, zero=False),
+            ),
             x2="until:Q",
             y=alt.Y("rates:O", title="believed success rate", sort=names[::-1], scale=alt.Scale(domain=names[::-1])),
-            fillOpacity=alt.FillOpacity("share:Q", legend=None, scale=alt.Scale(domain=[0, most], range=[0.04, 1], clamp=True)),
+            fillOpacity=alt.FillOpacity(
+                "share:Q", legend=None, scale=alt.Scale(domain=[0, most], range=[0.04, 1], clamp=True)
+            ),
             tooltip=[
-                alt.Tooltip("step:Q"), alt.Tooltip("rates:O", title="believed success rate"),
-                alt.Tooltip("share:Q", format=".1%", title="share of the rollouts"), alt.Tooltip("rollouts:Q", format=","),
+                alt.Tooltip("step:Q"),
+                alt.Tooltip("rates:O", title="believed success rate"),
+                alt.Tooltip("share:Q", format=".1%", title="share of the rollouts"),
+                alt.Tooltip("rollouts:Q", format=","),
                 alt.Tooltip("prompts:Q", format=","),
             ],
-        )  # fmt: skip
+        )
 
     views = view_of_each(runs, rows["budgets"], draw, "budgets", 300)
-    reading = "Each column is a step (or a few): the darker a cell, the more of its rollouts went to prompts believed that easy."
+    reading = (
+        "Each column is a step (or a few): the darker a cell, the more of its rollouts went to prompts believed that "
+        "easy."
+    )
     legend = [
         (f"0 to {most:.0%} of a step's rollouts, or more", "linear-gradient(90deg, transparent, var(--run-main))")
     ]
@@ -191,17 +207,24 @@ def counts(runs: Sequence[Run], rows: Rows) -> Chart:
         .transform_filter("datum.step === at")
         .mark_point(filled=True, opacity=0.75)
         .encode(
-            x=alt.X("belief:Q", title="believed success rate", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])),
+            x=alt.X(
+                "belief:Q", title="believed success rate", axis=alt.Axis(format="%"), scale=alt.Scale(domain=[0, 1])
+            ),
             y=alt.Y("count:Q", title="rollouts", scale=scale, axis=alt.Axis(format="d", tickCount=6)),
             size=alt.Size("prompts:Q", legend=None, scale=alt.Scale(domain=[1, 32], range=[40, 600], clamp=True)),
             color=colour(runs),
             tooltip=[
-                *([alt.Tooltip("run:N")] if len(runs) > 1 else []), alt.Tooltip("belief:Q", format=".0%", title="believed success rate"),
-                alt.Tooltip("count:Q", title="rollouts each"), alt.Tooltip("prompts:Q"),
+                *([alt.Tooltip("run:N")] if len(runs) > 1 else []),
+                alt.Tooltip("belief:Q", format=".0%", title="believed success rate"),
+                alt.Tooltip("count:Q", title="rollouts each"),
+                alt.Tooltip("prompts:Q"),
             ],
         )
-    )  # fmt: skip
-    reading = "A dot is the prompts of one step with the same belief and count, larger for more prompts; move the slider through the run."
+    )
+    reading = (
+        "A dot is the prompts of one step with the same belief and count, larger for more prompts; move the slider "
+        "through the run."
+    )
     return Chart("counts", title, reading, {"": finish(chart)}, run_legend(runs), chosen)
 
 
@@ -241,8 +264,8 @@ def prompt_flow(runs: Sequence[Run], rows: Rows) -> Chart:
                 detail="number:N", tooltip=[alt.Tooltip("before:N"), alt.Tooltip("after:N"), many],
             ),
             bars.mark_rect().encode(
-                x=alt.X("from:Q", axis=x, scale=scale), x2="to:Q", y=alt.Y("low:Q", axis=y), y2="high:Q", color=paint("state"),
-                tooltip=[alt.Tooltip("step:Q"), alt.Tooltip("state:N", title="solved"), many],
+                x=alt.X("from:Q", axis=x, scale=scale), x2="to:Q", y=alt.Y("low:Q", axis=y), y2="high:Q",
+                color=paint("state"), tooltip=[alt.Tooltip("step:Q"), alt.Tooltip("state:N", title="solved"), many],
             ),
         )  # fmt: skip
 
@@ -262,7 +285,10 @@ def price(runs: Sequence[Run], rows: Rows) -> Chart:
         views[""] = finish(
             line_of_each(runs, "price", "marginal gain", form=".2~g", ticks=log_ticks(rows["steps"], "price"))
         )
-    reading = "The smallest gain that a step still bought with a rollout: it falls as less is left to learn from these prompts."
+    reading = (
+        "The smallest gain that a step still bought with a rollout: it falls as less is left to learn from these "
+        "prompts."
+    )
     if not views:
         reading = "The rule has no price: only knapsack rules weigh a rollout's gain."
     return Chart("price", "Price of a rollout", reading, views, run_legend(runs))
@@ -302,8 +328,8 @@ def calibrations(runs: Sequence[Run], rows: Rows) -> Chart:
             ),
         ), 320)  # fmt: skip
     reading = (
-        "A dot is all rollouts given at beliefs within a bin, larger for more; on the diagonal, beliefs are right. Bars are 95% "
-        "intervals. The error is the mean distance from the diagonal, every rollout alike."
+        "A dot is all rollouts given at beliefs within a bin, larger for more; on the diagonal, beliefs are right. "
+        "Bars are 95% intervals. The error is the mean distance from the diagonal, every rollout alike."
     )
     if not views:
         recorded = any(run["groups"] for run in runs)
@@ -327,8 +353,8 @@ def waiting(runs: Sequence[Run], rows: Rows) -> Chart:
         for name in ("staleness_mean", "staleness_max")
     )
     reading = (
-        "Steps since a training prompt was last sampled, on average over all of them (solid) and at most (dashed). What waits "
-        "for long may be unlearnt without being seen."
+        "Steps since a training prompt was last sampled, on average over all of them (solid) and at most (dashed). "
+        "What waits for long may be unlearnt without being seen."
     )
     return Chart("waiting", "How long prompts wait", reading, {"": finish(mean + longest)}, run_legend(runs))
 
@@ -381,8 +407,8 @@ def mismatch(runs: Sequence[Run], rows: Rows) -> Chart:
         for name in names
     )
     reading = (
-        "Difference of the two log-probs of a sampled token in the step's first update: mean (solid) and largest (dashed). "
-        "Both run the same policy, so all of it is rounding."
+        "Difference of the two log-probs of a sampled token in the step's first update: mean (solid) and largest "
+        "(dashed). Both run the same policy, so all of it is rounding."
     )
     return Chart("mismatch", title, reading, {"": finish(mean + largest)}, run_legend(runs))
 

@@ -19,7 +19,8 @@ LIGHT = {  # beside what the page's charts look like
     "background": "white",
     "title": {"anchor": "start", "fontSize": 14, "offset": 14, "color": "var(--ink)"},
     "legend": {
-        "orient": "top", "title": None, "offset": 34, "symbolOpacity": 1, "labelColor": "var(--ink)", "labelFontSize": 11, "labelLimit": 260,
+        "orient": "top", "title": None, "offset": 34, "symbolOpacity": 1, "labelColor": "var(--ink)",
+        "labelFontSize": 11, "labelLimit": 260,
     },
 }  # fmt: skip
 _APART = {"resolve": {"scale": {"color": "independent"}}}  # each chart has its own colours and legend
@@ -40,7 +41,7 @@ def draw(runs: Sequence[Run], out: pathlib.Path) -> None:
 
 
 def _panel(chart: Chart, labels: Sequence[str]) -> dict:
-    """The specification of a chart's first view, with a title, which names the run if it is of one of several, and legends."""
+    """The specification of a chart's first view, with legends and a title, which names the run if it is of one."""
     name, spec = next(iter(chart.views.items()))
     text = json.dumps({key: part for key, part in spec.items() if key != "params"})
     if chart.slider:

@@ -80,7 +80,7 @@ def thin(run: Run, most: int = 200) -> list[dict]:
 
 
 def spending(run: Run) -> list[dict]:
-    """What had been spent at each evaluation: `accuracy`, `step`, `rollouts`, and `tokens` and `seconds` where recorded."""
+    """What was spent at each evaluation: `accuracy`, `step`, `rollouts`, and `tokens`, `seconds` where recorded."""
     rows, tokens, seconds = [], 0.0, 0.0
     timed = all("seconds/step" in row for row in run["metrics"] if row["step"])
     counted = timed and all("tokens_per_second" in row for row in run["metrics"] if row["step"])
@@ -118,7 +118,8 @@ def budget_map(groups: Sequence[dict], most: int = 80) -> list[dict]:
         for number in np.flatnonzero(prompts):
             rows.append(
                 {
-                    "step": step, "until": until, "bin": int(number), "share": float(given[number] / max(counts.sum(), 1)),
+                    "step": step, "until": until, "bin": int(number),
+                    "share": float(given[number] / max(counts.sum(), 1)),
                     "prompts": int(prompts[number]), "rollouts": int(given[number]),
                 }
             )  # fmt: skip
@@ -126,7 +127,7 @@ def budget_map(groups: Sequence[dict], most: int = 80) -> list[dict]:
 
 
 def counts_at(groups: Sequence[dict], steps: Sequence[int]) -> list[dict]:
-    """The counts of chosen steps by believed success rate, to 0.01: `step`, `belief`, `count` and how many `prompts`."""
+    """Counts of chosen steps by believed success rate, to 0.01: `step`, `belief`, `count`, how many `prompts`."""
     rows = []
     for row in groups:
         if row["step"] in steps:
@@ -232,7 +233,8 @@ def flow(run: Run, most: int = 7) -> tuple[list[dict], list[dict]]:
         for state in np.flatnonzero(amounts):
             bars.append(
                 {
-                    "at": at, "step": evaluations[number]["step"], "state": STATES[size - 1 - state], "prompts": int(amounts[state]),
+                    "at": at, "step": evaluations[number]["step"], "state": STATES[size - 1 - state],
+                    "prompts": int(amounts[state]),
                     "low": (tops[state] - amounts[state]) / total, "high": tops[state] / total,
                 }
             )  # fmt: skip

@@ -66,10 +66,12 @@ def build(runs: Sequence[Run], table: Mapping[str, Sequence[str]], sentence: str
         (HERE / "page.html").read_text()
     )
     return page.render(
-        title=" · ".join(run["label"] for run in runs) if len(runs) < 4 else f"{len(runs)} runs", about=_about(runs), runs=held["runs"],
+        title=" · ".join(run["label"] for run in runs) if len(runs) < 4 else f"{len(runs)} runs", about=_about(runs),
+        runs=held["runs"],
         tiles=[] if several else _tiles(runs[0]), table=table if several else {}, sentence=sentence, seeds=_seeds(runs),
         faults=[(run["label"], *told) for run in runs if (told := faults(run))],
-        colours=specs.colours(runs), workdirs=[str(run["workdir"]) for run in runs], every=every, differing=differing, version=__version__,
+        colours=specs.colours(runs), workdirs=[str(run["workdir"]) for run in runs], every=every, differing=differing,
+        version=__version__,
         sections=[(heading, [by_name[name] for name in names if name in by_name]) for heading, names in SECTIONS],
         sampled=_sampled(len(rollouts)) if rollouts else "", unsampled="No rollouts were kept (rollouts/).",
         css=Markup((HERE / "page.css").read_text()), bundle=Markup(bundle), script=Markup(script),
@@ -203,8 +205,8 @@ def _settings(runs: Sequence[Run]) -> tuple[list, list]:
 
 def _sampled(number: int) -> str:
     return (
-        f"{number:,} of the rollouts, spread over steps, difficulties and outcomes and so not in their proportions. Difficulty is "
-        "the success rate believed before the step. Texts are cut in the middle where they are long."
+        f"{number:,} of the rollouts, spread over steps, difficulties and outcomes and so not in their proportions. "
+        "Difficulty is the success rate believed before the step. Texts are cut in the middle where they are long."
     )
 
 

@@ -22,16 +22,19 @@ LOOK = {  # what all charts have in common, as Vega's config
     "view": {"stroke": None},
     "text": {"color": "var(--ink)", "fontSize": 12},
     "axis": {
-        "labelColor": "var(--muted)", "titleColor": "var(--muted)", "gridColor": "var(--line)", "tickColor": "var(--faint)",
-        "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "domain": False, "tickSize": 4, "labelPadding": 4,
-        "titlePadding": 8, "labelFlush": False,
+        "labelColor": "var(--muted)", "titleColor": "var(--muted)", "gridColor": "var(--line)",
+        "tickColor": "var(--faint)",
+        "labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "domain": False, "tickSize": 4,
+        "labelPadding": 4, "titlePadding": 8, "labelFlush": False,
     },
     "axisX": {
-        "grid": False, "labelOverlap": "greedy", "labelSeparation": 6, "tickCount": 6, "domain": True, "domainColor": "var(--faint)",
+        "grid": False, "labelOverlap": "greedy", "labelSeparation": 6, "tickCount": 6, "domain": True,
+        "domainColor": "var(--faint)",
     },
     # The unit stands above the axis, where it is read first and takes no width.
     "axisY": {
-        "ticks": False, "tickCount": 5, "titleAngle": 0, "titleAlign": "left", "titleAnchor": "end", "titleX": 0, "titleY": -10,
+        "ticks": False, "tickCount": 5, "titleAngle": 0, "titleAlign": "left", "titleAnchor": "end", "titleX": 0,
+        "titleY": -10,
     },
     "line": {"strokeJoin": "round", "strokeCap": "round"},
 }  # fmt: skip
@@ -82,7 +85,7 @@ def has(rows: Sequence[dict], name: str) -> bool:
 
 
 def log_ticks(rows: Sequence[dict], *names: str) -> list[float]:
-    """Where a logarithmic axis of some columns has its lines: at powers of ten, and between them where those are few."""
+    """Where a logarithmic axis of some columns has its lines: at powers of ten, and between where those are few."""
     values = [row[name] for row in rows for name in names if row.get(name)]
     if not values:
         return []
@@ -122,8 +125,8 @@ def line_of_each(
         x=x, y=alt.Y(y, type="quantitative", axis=axis, scale=scale or alt.Undefined), color=colour(runs)
     )
     line = base.mark_line(
-        strokeDash=[4, 4] if dashed else alt.Undefined, opacity=0.3 if faint else 1, strokeWidth=1 if faint else 2, clip=not dots,
-        point={"size": 36, "filled": True} if dots else False,
+        strokeDash=[4, 4] if dashed else alt.Undefined, opacity=0.3 if faint else 1, strokeWidth=1 if faint else 2,
+        clip=not dots, point={"size": 36, "filled": True} if dots else False,
     )  # fmt: skip
     names = [alt.Tooltip("run:N", title="run")] if len(runs) > 1 else []
     tips = [

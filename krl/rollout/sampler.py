@@ -189,7 +189,7 @@ def _generate(
 
 
 def _newly_ended(order, known, tokens, lengths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(rows [n], their tokens [n, T], lengths [n]) of what this process's devices have ended; `known` [R'] takes them in."""
+    """(rows [n], tokens [n, T], lengths [n]) of what this process's devices have ended; `known` [R'] takes them in."""
     order, found = np.asarray(order), []
     for part, length in zip(tokens.addressable_shards, lengths.addressable_shards, strict=True):
         if part.replica_id == 0:
@@ -214,14 +214,15 @@ def _slots_each(options: Options) -> int:
 
 
 def _each(function: Callable, *kinds: str) -> Callable:
-    """A function of (batch axes, arguments) for every queue by itself: "rows" lie on the queue's devices, "whole" on all."""
+    """A function of (batch axes, arguments) for every queue: "rows" lie on the queue's devices, "whole" on all."""
     batch_axes = tuple(name for name in RULES["batch"] if name in jax.sharding.get_abstract_mesh().axis_names)
     if _devices() == 1:
         return functools.partial(function, ())
     rows = PartitionSpec(batch_axes)
     specs = tuple(rows if kind == "rows" else PartitionSpec() for kind in kinds)
     return jax.shard_map(
-        functools.partial(function, batch_axes), in_specs=specs, out_specs=rows, axis_names=set(batch_axes), check_vma=False
+        functools.partial(function, batch_axes), in_specs=specs, out_specs=rows, axis_names=set(batch_axes),
+        check_vma=False
     )  # fmt: skip
 
 
@@ -250,7 +251,7 @@ def _for_decoding(config: policy.PolicyConfig, params: dict) -> dict:
 
 
 def decoding_axes(config: policy.PolicyConfig) -> dict:
-    """The logical axes of the layers that decode, those along which they are split: a tree with PartitionSpec leaves."""
+    """The logical axes along which the layers that decode are split: a tree with PartitionSpec leaves."""
 
     def split(axes):
         return PartitionSpec(*(None if axis == "embed" else axis for axis in axes))

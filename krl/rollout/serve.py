@@ -155,7 +155,7 @@ def drains(num_slots: int) -> list[int]:
 
 
 def _anywhere(batch_axes: tuple[str, ...], flag: jax.Array) -> jax.Array:
-    """Whether a flag is up on any device: they take equally many steps, since they compute together where a mesh splits the policy."""
+    """Whether a flag is up on any device: they take equally many steps, as a mesh may split the policy over them."""
     return jax.lax.pmax(flag.astype(jnp.int32), batch_axes) > 0 if batch_axes else flag
 
 
@@ -168,7 +168,8 @@ def idle(config: policy.PolicyConfig, options: Options, num_slots: int, prompts:
         row=jnp.full(num_slots, num_rows, jnp.int32), token=zeros, position=zeros, count=zeros, start=zeros, live=no,
         ended=no, matched=zeros,
         uniform=jnp.zeros((num_slots, max_new_tokens, LEVELS), jnp.float32),
-        tokens=jnp.zeros((num_slots, max_new_tokens), jnp.int32), logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
+        tokens=jnp.zeros((num_slots, max_new_tokens), jnp.int32),
+        logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
         policy_logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
         cache=jax.tree.map(_by_heads, policy.init_cache(config, num_slots, columns)),
     )  # fmt: skip

@@ -104,7 +104,7 @@ def least_logit(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0, min_p:
 
 
 def _largest_where(holds: Callable, least: jax.Array, largest: jax.Array) -> jax.Array:
-    """The largest float32 for which something holds that holds at `least` and for all smaller numbers than one it holds for.
+    """The largest float32 for which something holds that holds at `least` and below every number it holds for.
 
     By bisection of the numbers' bits, whose order as integers is that of the numbers: 32 passes over the vocabulary
     and no sort of it.

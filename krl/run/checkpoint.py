@@ -23,7 +23,8 @@ _ABOUT = "about"  # the item of a checkpoint that is no tree of arrays
 _PAUSES = (1.0, 5.0, 25.0)  # seconds before a place that did not answer is asked again
 # What is raised for a file that is missing or cannot be understood; all else is about the way to it.
 _DAMAGE = (
-    ValueError, LookupError, TypeError, AttributeError, EOFError, FileNotFoundError, NotADirectoryError, IsADirectoryError,
+    ValueError, LookupError, TypeError, AttributeError, EOFError, FileNotFoundError, NotADirectoryError,
+    IsADirectoryError,
 )  # fmt: skip
 # How TensorStore, which reads the arrays, begins its ValueErrors about the way.
 _NO_ANSWER = re.compile(
@@ -63,7 +64,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def save(self, step: int, trees: dict, about: dict | None = None) -> None:
-        """Write pytrees of arrays, and JSON values about them, under a step; returns once they are copied from the devices.
+        """Write pytrees of arrays, and JSON about them, under a step; returns once they are copied from the devices.
 
         Checkpoints of later steps, which have been undone, are deleted first.
 
@@ -141,7 +142,8 @@ class Checkpoints:
         if problems:
             step = max(problems)
             raise ValueError(
-                f"cannot read checkpoint {self.directory / str(step)}: {problems[step]}; remove it or take another --workdir"
+                f"cannot read checkpoint {self.directory / str(step)}: {problems[step]}; remove it or take another "
+                "--workdir"
             )
         return None
 

@@ -17,7 +17,7 @@ _FILE = "rollbacks.jsonl"
 
 
 def read_rollbacks(workdir: pathlib.Path) -> list[dict]:
-    """The rollbacks of a run before this start: {"step" that showed the spike, checkpoint "to" go on from, "reason"} each."""
+    """The rollbacks of a run before this start: {"step" of the spike, checkpoint "to" go on from, "reason"} each."""
     return read_rows(workdir / _FILE)
 
 

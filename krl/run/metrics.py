@@ -156,8 +156,8 @@ class PhaseClock:
 
     def _give_up(self, name: str) -> None:
         print(
-            f"krl: the phase {name} has taken {self._stuck_seconds:g} s (config.stuck_seconds) and the run ends; where it is:",
-            file=sys.stderr, flush=True,
+            f"krl: the phase {name} has taken {self._stuck_seconds:g} s (config.stuck_seconds) and the run ends; where "
+            "it is:", file=sys.stderr, flush=True,
         )  # fmt: skip
         faulthandler.dump_traceback(all_threads=True)
         os._exit(STUCK)
@@ -238,7 +238,7 @@ def keep_compilations() -> None:
 
 
 class MetricsLog:
-    """metrics.jsonl, groups.jsonl, evaluations.jsonl, processes.jsonl, rollouts/ and TensorBoard events of a work directory.
+    """The .jsonl files of a work directory (metrics, groups, evaluations, processes), rollouts/ and TensorBoard events.
 
     A run that continues from step s drops the rows of later steps, which it will write again. One that has
     taken no step begins anew: it drops its row of step 0 too. Of several processes the first writes.
@@ -359,7 +359,10 @@ def short(mean: float) -> str:
 
 def status_line(metrics: dict[str, float], accuracy: float | None) -> str:
     """A step in one line: what it showed, the share of its rollouts without a reward, and the newest accuracy."""
-    text = f"reward {short(metrics['reward_mean'])}  effective {metrics['effective_ratio_rollouts']:.2f}  max count {metrics['count_max']:.0f}"
+    text = (
+        f"reward {short(metrics['reward_mean'])}  effective {metrics['effective_ratio_rollouts']:.2f}  max count "
+        f"{metrics['count_max']:.0f}"
+    )
     failed = sum(metrics.get(f"verifier/{kind}", 0) for kind in FAULTS)
     text += f"  no reward {100 * failed / metrics['rollouts']:.3g}%" if failed else ""
     text += "" if accuracy is None else f"  accuracy {short(accuracy)}"

@@ -147,7 +147,7 @@ def _listen(client, over: threading.Event, heard: dict[str, Sign]) -> None:
 
 
 def _leave(reason: str, code: int, client=None) -> None:
-    """End this process at once; with a client, after the others were told why, and process 0, which answers them, last."""
+    """End this process at once; with a client after the others were told why, process 0, which answers them, last."""
     print(f"krl: {reason}", file=sys.stderr, flush=True)
     if client is not None:
         end = time.monotonic() + LEAVE_SECONDS
@@ -226,7 +226,7 @@ def sum_over_processes(values: np.ndarray) -> np.ndarray:
 
 
 def first_text(text: str) -> str:
-    """The text of the first process that has one, of at most 1,000 bytes; "" if none has. All must ask at the same point."""
+    """The text of the first process that has one, at most 1,000 bytes; "" if none has. All ask at the same point."""
     if jax.process_count() == 1:
         return text
     said = np.zeros(1000, np.uint8)
@@ -265,7 +265,7 @@ def check_agreement(*arrays: jax.Array | np.ndarray) -> None:
 
 
 def check_copies(tree: Any) -> None:
-    """End the run if processes that hold the same part of an array do not hold the same bits: a device may compute wrongly.
+    """End the run if processes hold other bits of the same part of an array: a device may compute wrongly.
 
     Args:
         tree: arrays on the mesh; of each process the parts of its first device are compared.

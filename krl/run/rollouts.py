@@ -140,12 +140,13 @@ def write_step(directory: pathlib.Path, step: int, table: pa.Table, most_gb: flo
         partial.replace(path)
     elif not every and step == 1:
         say(
-            f"krl: the rollouts of a step take {needed / 1e9:.2g} GB, more than config.log.rollouts_gb={most_gb:g}; none are kept"
+            f"krl: the rollouts of a step take {needed / 1e9:.2g} GB, more than config.log.rollouts_gb={most_gb:g}; "
+            "none are kept"
         )
 
 
 def _make_room(directory: pathlib.Path, most: float) -> int:
-    """Delete steps until the others take at most so many bytes; returns the power of two whose multiples are kept, 0 if none are."""
+    """Delete steps until the others take at most so many bytes; returns the power of two whose multiples stay, or 0."""
     steps = logged_steps(directory)
     every = int(min(np.diff(steps), default=1))
     every &= -every  # a gap may also be from a time without a log: what is kept are multiples

@@ -40,8 +40,10 @@ from krl.tasks.operators import make_operators
 from krl.tasks.pool import VerifierPool
 
 NAMES: dict[str, Any] = {  # what a config may name
-    "rules": budget.RULES, "may_choose": budget.may_choose, "must_choose": budget.must_choose, "rounds": budget.ROUNDS, "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
-    "averages": learn.AVERAGES, "scales": learn.SCALES, "surrogates": learn.SURROGATES, "kl_estimators": learn.KL_ESTIMATORS,
+    "rules": budget.RULES, "may_choose": budget.may_choose, "must_choose": budget.must_choose, "rounds": budget.ROUNDS,
+    "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
+    "averages": learn.AVERAGES, "scales": learn.SCALES, "surrogates": learn.SURROGATES,
+    "kl_estimators": learn.KL_ESTIMATORS,
 }  # fmt: skip
 
 
@@ -88,7 +90,8 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence
 
 
 def _set_up(
-    config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence[str], mesh: jax.sharding.Mesh, verifiers: VerifierPool
+    config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence[str], mesh: jax.sharding.Mesh,
+    verifiers: VerifierPool
 ) -> Setup:  # fmt: skip
     """The part of `set_up` that needs the verifiers to be there."""
     tasks = load_task_sets(config)
@@ -105,8 +108,8 @@ def _set_up(
     )
     if config.alloc.budget > most:
         raise ValueError(
-            f"config.alloc.budget={config.alloc.budget} must be at most {most}: {candidates} prompts take no more, with "
-            f"alloc.n_max={config.alloc.n_max}"
+            f"config.alloc.budget={config.alloc.budget} must be at most {most}: {candidates} prompts take no more, "
+            f"with alloc.n_max={config.alloc.n_max}"
         )
     features, num_features = find_features(config, train)
     pairs = find_pairs(config, encode(config, tokenizer, tasks["sft"]), tokenizer) if config.sft.steps else None
@@ -146,7 +149,8 @@ def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
         o = config.operators
         sizes = {"warm": o.num_warm, "train": o.num_train, "test": o.num_test}
         drawn = make_operators(
-            sizes, seed=config.seed, num_operators=o.num_operators, shown_well=o.shown_well, impossible=o.impossible, wrong=o.wrong
+            sizes, seed=config.seed, num_operators=o.num_operators, shown_well=o.shown_well, impossible=o.impossible,
+            wrong=o.wrong
         )  # fmt: skip
         return {"sft": drawn["warm"], "train": drawn["train"], "test": drawn["test"]}
     if config.data.source == "maze":
@@ -218,7 +222,7 @@ def find_features(config: ConfigDict, tasks: EncodedTasks) -> tuple[np.ndarray, 
 
 
 def find_tokenizer(config: ConfigDict, tasks: TaskSet, folder: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
-    """The tokenizer of a run that has begun, or the config's, the policy's, or one trained on the texts, in a folder."""
+    """The tokenizer of a run that has begun, or the config's, the policy's, or one trained on the texts."""
     if (workdir / "config.json").exists():
         return workdir / "policy"
     if config.policy.path:
@@ -273,7 +277,7 @@ def say_ends(config: ConfigDict, ends: Ends, prompts: EncodedTasks) -> None:
 
 
 def prompts_of_a_step(config: ConfigDict, num_tasks: int) -> tuple[int, int]:
-    """(C, M): the prompts that a step chooses from and those that it can serve; the same where every prompt gets some."""
+    """(C, M): the prompts that a step chooses from, and that it can serve; the same where every prompt gets some."""
     if config.alloc.n_min:
         return config.prompts_per_step, config.prompts_per_step
     candidates = min(config.alloc.candidates or num_tasks, num_tasks)
@@ -412,7 +416,8 @@ def start_params(
             return None
         params, finished = finetune(
             policy_config, params, pairs, cache, steps=config.sft.steps, batch_size=config.sft.batch_size,
-            micro_tokens=config.optim.micro_tokens, learning_rate=config.sft.learning_rate, warmup_steps=20, decay_steps=0, seed=config.seed,
+            micro_tokens=config.optim.micro_tokens, learning_rate=config.sft.learning_rate, warmup_steps=20,
+            decay_steps=0, seed=config.seed,
             save_every=config.sft.save_every, max_bad_updates=config.max_bad_updates, should_stop=should_stop,
             place=functools.partial(place_whole, mesh),
             report=lambda step, loss: show(step, f"loss {loss:.3f}"),

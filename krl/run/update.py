@@ -104,7 +104,7 @@ def _shared_jit(_, function, donate, *arguments, **options) -> Callable:
 
 
 def _named_functions() -> tuple[Callable, ...]:
-    """What names among the arguments may stand for: a program is another one after a notebook has replaced one of these."""
+    """What names among the arguments stand for: a program is another one after a notebook has replaced one of these."""
     return (*AVERAGES.values(), *SURROGATES.values(), *KL_ESTIMATORS.values())
 
 
@@ -249,7 +249,8 @@ def policy_update(
     scores_of = functools.partial(_scores, config, temperature=temperature, packed=packed)
     drawn = (prompts, rollouts, advantages)
     loss_of = functools.partial(
-        _loss, scores_of, surrogate=surrogate, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, importance_cap=importance_cap,
+        _loss, scores_of, surrogate=surrogate, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
+        importance_cap=importance_cap,
         kl_coefficient=kl_coefficient, kl_estimator=kl_estimator, entropy_coefficient=entropy_coefficient,
     )  # fmt: skip
 

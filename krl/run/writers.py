@@ -53,7 +53,7 @@ def tensorboard(directory: pathlib.Path, first_step: int) -> Iterator[Writer]:
 
 @contextmanager
 def wandb(project: str, workdir: pathlib.Path, config: Mapping) -> Iterator[Writer]:
-    """A run of a Weights & Biases project, which a continued krl run goes on with; WANDB_MODE=offline keeps it in workdir/wandb.
+    """A run of a Weights & Biases project, continued with krl's; WANDB_MODE=offline keeps it in workdir/wandb.
 
     Raises:
         ValueError: the service refuses.

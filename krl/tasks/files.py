@@ -88,7 +88,7 @@ def find_files(path: str, *, subset: str = "", split: str = "train") -> list[pat
 
 
 def named_file(folder: pathlib.Path, name: str) -> str:
-    """The path of a data set in a directory with several: a directory or a data file of its name, .jsonl if none is there."""
+    """The path of a data set in a directory with several: a directory or data file of its name, .jsonl if none is."""
     choices = [folder / name, *(folder / f"{name}{ending}" for ending in (*_KINDS, ".jsonl.gz", ".json.gz"))]
     return str(next((one for one in choices if one.exists()), folder / f"{name}.jsonl"))
 

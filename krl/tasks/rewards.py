@@ -98,7 +98,8 @@ def _form(name: str, function: Callable[..., object]) -> tuple[Callable[..., obj
     if error:
         raise ValueError(
             f"reward {name!r}: its parameters are {one_line(str(signature))}, and {error} when it is called with a "
-            "prompt, a response and an answer; write it as (prompt, response, answer) or (prompt, response, answer, row)"
+            "prompt, a response and an answer; write it as (prompt, response, answer) or (prompt, response, answer, "
+            "row)"
         )
     return function, takes_row
 
