@@ -256,7 +256,8 @@ def prompt_flow(runs: Sequence[Run], rows: Rows) -> Chart:
         )
         y = alt.Axis(format="%", title="held-out prompts", grid=False)
         scale = alt.Scale(domain=[-0.07, len(ticks) - 0.93], nice=False)
-        paint = lambda field: alt.Color(f"{field}:N", legend=None, scale=alt.Scale(domain=list(STATES), range=shades))  # noqa: E731
+        shade = alt.Scale(domain=list(STATES), range=shades)
+        paint = lambda field: alt.Color(f"{field}:N", legend=None, scale=shade)  # noqa: E731
         many = alt.Tooltip("prompts:Q", format=",")
         return alt.layer(
             ribbons.mark_area(interpolate="monotone", opacity=0.4).encode(
