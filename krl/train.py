@@ -12,27 +12,34 @@ rollouts -> rewards -> advantages -> updates -> belief -> metrics; docs/architec
 
 import contextlib
 import functools
-import itertools
 import math
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from etils import epath
-from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections import ConfigDict
 
-from krl import budget, learn, rollout
+from krl import budget
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
-from krl.eval.sample import FaultWatch, Scoring, Verdicts, evaluate, first_reward, score_rollouts
+from krl.eval.sample import evaluate, first_reward, score_rollouts
 from krl.report import command as report
-from krl.run.checkpoint import Checkpoints, digest, keep_from_others, stop_on_signal, write_json
+from krl.run.checkpoint import Checkpoints, keep_from_others, stop_on_signal, write_json
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
+from krl.run.learner import (
+    Learner,
+    find_advantages,
+    rewards_to_compare,
+    saved,
+    start_or_continue,
+    update_policy,
+)
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
     CompileCounter,
@@ -63,31 +70,24 @@ from krl.run.processes import (
     say,
     stay_together,
 )
+from krl.run.scoring import FaultWatch
 from krl.run.setup import (
     NAMES,
     Setup,
     about_run,
     describe_step,
-    find_slots,
     prompts_of_a_step,
     say_ends,
     set_up,
-    start_params,
 )
+from krl.run.spend import choose_counts, find_chances, generate, served_rows, spend_budget
 from krl.run.update import (
-    abstract_state,
-    for_this_backend,
-    init_state,
-    policy_update,
-    shared_jit,
     skipped_updates,
 )
 from krl.run.writers import check_writers, find_writers
-from krl.sharding import named_sharding, reshape_mesh
 from krl.tasks import step_task_ids
 from krl.tasks.pool import FAULTS
-from krl.tasks.rewards import as_float32
-from krl.types import Prompts, Rollouts, TrainState
+from krl.types import Prompts
 
 
 def main(argv):
@@ -236,88 +236,10 @@ def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:
     return rows[-1] if rows else {}
 
 
-# -------------------------------------------------------------------- what a run carries from step to step
-
-
-class Learner(NamedTuple):
-    """What a step changes and a checkpoint keeps."""
-
-    state: TrainState
-    belief: budget.Belief  # of the D training prompts
-    prior: budget.Prior | None  # None where all prompts share one
-
-
-def start_or_continue(
-    config: ConfigDict, parts: Setup, checkpoints: Checkpoints, about: dict, should_stop: Callable[[], bool]
-) -> tuple[int, Learner | None, dict | None]:
-    """Read the newest checkpoint, or begin, after fine-tuning.
-
-    Returns:
-        (steps done, learner, parameters to stay close to). The learner is None if it should stop before
-        fine-tuning was finished; the parameters are None without a penalty, and else about["reference"] tells them.
-    """
-    place, alloc = functools.partial(place_whole, parts.mesh), config.alloc
-    kept = {name: alloc[name] for name in ("discount", "discount_mixed", "fade")}
-    belief = place(budget.init_belief(len(parts.train), prompt_tokens=parts.train.mask.sum(axis=1), **kept))
-    prior = None if alloc.prior == "shared" else place(budget.init_prior(alloc.prior, parts.num_features))
-    begins = checkpoints.latest_step() is None
-    params: dict | None = {}
-    if begins or config.loss.kl_coefficient:
-        params = start_params(
-            config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, should_stop=should_stop
-        )
-    if params is None:
-        return 0, None, None
-    reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coefficient else None
-    if reference is not None:
-        about["reference"] = digest(reference)
-    if begins:
-        return 0, Learner(init_state(parts.policy_config, parts.optimizer, params), belief, prior), reference
-    like = saved(Learner(abstract_state(parts.policy_config, parts.optimizer, parts.params), belief, prior))
-    found = checkpoints.restore(like)
-    assert found is not None  # latest_step has seen it
-    first, trees = found
-    was = about | trees["about"]
-    if was["train"] != about["train"]:
-        raise ValueError(
-            f"the training prompts are not those of the run: {was['train']} at step {first}, {about['train']} now; "
-            "what is believed of each would be of another one; bring its data back or choose another --workdir"
-        )
-    if was["test"] != about["test"]:
-        raise ValueError(
-            f"the held-out prompts are not those of the run: {was['test']} at step {first}, {about['test']} now; its "
-            "evaluations would be of others; bring its data back or choose another --workdir"
-        )
-    if was["config_digest"] != about["config_digest"]:
-        raise ValueError(
-            f"{checkpoints.directory} has checkpoints of a run with another config; choose another "
-            "config.checkpoint.dir"
-        )
-    if was.get("reference") != about.get("reference"):
-        raise ValueError(
-            "the policy that config.loss.kl_coefficient holds the run to is not the one that it began from: "
-            f"{was['reference']} at step {first}, {about['reference']} now; bring back what config.policy.path or "
-            "config.sft.dir held, or choose another --workdir"
-        )
-    say(f"krl: continuing from step {first}")
-    state = TrainState(trees["params"], trees["opt_state"])
-    return first, Learner(state, trees["belief"], trees.get("prior")), reference
-
-
-def saved(learner: Learner) -> dict:
-    """The trees of a checkpoint, apart so that an evaluation can read the parameters alone."""
-    state, belief, prior = learner
-    trees = {"params": state.params, "opt_state": state.opt_state, "belief": belief}
-    return trees if prior is None else trees | {"prior": prior}
-
-
 # -------------------------------------------------------------------- one step
 
 # The programs of a step that are small; what is static is hashable and the same in every step.
 take, inform, learn_prior = jax.jit(budget.take), jax.jit(budget.inform), jax.jit(budget.learn_prior)
-mean_tokens = jax.jit(budget.mean_tokens)
-allocate = jax.jit(budget.allocate, static_argnames=("rule", "n_min", "n_max", "group", "explored"))
-reach_chances = jax.jit(budget.reach_chances, static_argnames=("group", "explored", "reach"))
 update_belief = jax.jit(budget.update, static_argnames="fit_discounts", donate_argnums=0)
 
 
@@ -409,239 +331,7 @@ def take_step(
     return learner, metrics, groups, {"rollouts": rollouts, "rewards": rewards, "advantages": advantages} | each
 
 
-class Drawn(NamedTuple):
-    """What the budget of a step was spent on."""
-
-    counts: jax.Array  # [M] int32
-    believed: jax.Array  # [M] float32, expected success rates when the counts were chosen
-    info: dict[str, jax.Array]  # what the rule says of the counts, float32 scalars
-    rollouts: Rollouts  # R of them
-    verdicts: Verdicts  # on the host, exact
-    rewards: jax.Array  # [R] float32, the nearest that there are
-    scored: jax.Array  # [R] bool, the rollouts that have a reward
-
-
-def spend_budget(
-    config: ConfigDict, parts: Setup, params: dict, prompts: Prompts, known: budget.Belief, step: int, key: jax.Array,
-    clock: PhaseClock, chosen: tuple[jax.Array, dict] | None,
-) -> Drawn:  # fmt: skip
-    """Choose the counts of M prompts by what is known of them, [M] each, if they are not `chosen`; sample and score.
-
-    A rule of ROUNDS sees what the rounds before have shown; a round's samples of a prompt go on from there.
-    Scouts come before all rounds: the counts follow from what they alone show, and nothing else does.
-    """
-    alloc, num_prompts, place = config.alloc, len(prompts.task_ids), functools.partial(place_whole, parts.mesh)
-    tasks = parts.train.tasks.take(np.asarray(prompts.task_ids).tolist())
-
-    def draw(counts, num_rollouts, clock=clock, **options):
-        with clock.phase("rollout"):
-            scoring = Scoring(parts.ends, parts.verifiers, tasks.prompts, tasks.answers, counts, tasks.rows)
-            options |= {"num_rollouts": num_rollouts, "expected_tokens": lengths, "watch": scoring.watch}
-            options |= {name: config.sample[name] for name in ("temperature", "top_k", "top_p", "min_p")}
-            rollouts = jax.block_until_ready(generate(config, parts, params, prompts, counts, key, **options))
-        with clock.phase("verify"):
-            verdicts = scoring.finish(num_rollouts)
-        with clock.phase("wait"):  # for the other processes
-            return rollouts, verdicts.of_all_processes()
-
-    def learn_from(known, rollouts, verdicts):
-        outcomes, has_reward = place((np.float32(verdicts.rewards.clip(0.0, 1.0)), verdicts.faults == 0))
-        index, scored, lengths = rollouts.prompt_index, rollouts.mask & has_reward, rollouts.lengths
-        seen = budget.observe(known, jnp.arange(num_prompts), outcomes, index, scored, step, lengths)
-        sums = (jnp.where(scored, x, 0.0) for x in (outcomes, 1 - outcomes))
-        return seen, *(jax.ops.segment_sum(x, index, num_segments=num_prompts) for x in sums)
-
-    lengths, scouts = mean_tokens(known), alloc.scouts
-    if scouts:  # their samples are numbered after those that count, and neither they nor their time do
-        every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock(config.stuck_seconds)
-        seen = draw(every, num_prompts * scouts, free, first_sample=alloc.n_max)
-        known, *_ = learn_from(budget.init_belief(num_prompts), *seen)
-    counts = jnp.zeros_like(prompts.task_ids)
-    shown = budget.Shown(counts, counts * 0.0, counts * 0.0)
-    rounds: list[tuple[Rollouts, Verdicts]] = []
-    ends = budget.rounds_of(alloc.rule, num_prompts, alloc.budget, alloc.n_min, alloc.group)
-    for spent, until in itertools.pairwise((0, *ends)):
-        if rounds:
-            known, wins, losses = learn_from(known, *rounds[-1])
-            shown = budget.Shown(counts, shown.successes + wins, shown.failures + losses)
-        told = {"shown": shown} if alloc.rule in budget.ROUNDS else {}
-        with clock.phase("budget"):
-            counts, info = chosen or choose_counts(config, num_prompts, known, until, **told)
-        rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
-    rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
-    verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
-    return Drawn(
-        counts=counts, believed=budget.mean(known), info=info, rollouts=rollouts, verdicts=verdicts,
-        rewards=place(as_float32(verdicts.rewards)),
-        scored=rollouts.mask & place(verdicts.faults == 0),
-    )  # fmt: skip
-
-
-def choose_counts(
-    config: ConfigDict, num_prompts: int, known: budget.Belief, spent: int, **told: budget.Shown
-) -> tuple[jax.Array, dict]:
-    """What the rule gives of the first `spent` rollouts of a step, checked, and what it says of that."""
-    alloc, rule = config.alloc, budget.RULES[config.alloc.rule]
-    if alloc.rule == "reach":
-        rule = reach_rule(alloc.reach)
-    counts, info = jax.block_until_ready(
-        allocate(
-            rule,
-            known,
-            spent,
-            alloc.n_min,
-            alloc.n_max,
-            group=alloc.group,
-            explored=explored(alloc, num_prompts),
-            **told,
-        )
-    )
-    check_counts(alloc, counts, spent)
-    return counts, info
-
-
-@functools.cache
-def reach_rule(reach: float) -> budget.Rule:
-    """The rule "reach" with an r; the same function for the same r, so that it is compiled once."""
-    return functools.partial(budget.RULES["reach"], reach=reach)
-
-
-def explored(alloc: ConfigDict, num_prompts: int) -> int:
-    """How many prompts of a step are sampled since they waited longest; one at least of a share above 0."""
-    return max(round(alloc.explored * num_prompts), math.ceil(alloc.explored))
-
-
-def find_chances(config: ConfigDict, num_prompts: int, known: budget.Belief) -> jax.Array | None:
-    """The probabilities [C] with which candidates are served, where the loss asks for them."""
-    alloc = config.alloc
-    if config.loss.average != "candidates":
-        return None
-    groups = {"group": alloc.group, "explored": explored(alloc, num_prompts)}
-    return reach_chances(known, alloc.budget, **groups, reach=alloc.reach)
-
-
-@functools.partial(jax.jit, static_argnames="most")
-def served_rows(counts: jax.Array, candidates: Any, most: int) -> tuple[jax.Array, Any]:
-    """(rows of the candidates that get any, filled up to `most` with others; what is known of these)."""
-    rows = jnp.argsort(counts == 0, stable=True)[:most]
-    return rows, jax.tree.map(lambda x: x[rows] if x.ndim else x, candidates)
-
-
-def check_counts(alloc: ConfigDict, counts: jax.Array, spent: int) -> None:
-    """Refuse counts that a rule must not give: it is named, with what is wrong.
-
-    Args:
-        alloc: the part of the config about the budget.
-        counts: of a step's prompts or candidates, [M] or [C].
-        spent: what they are to sum to, config.alloc.budget but for earlier rounds.
-
-    Raises:
-        ValueError: counts that are no integers, do not sum to it, leave the bounds, or split a group.
-    """
-    given, wrong = np.asarray(counts), ""
-    if not np.issubdtype(given.dtype, np.integer):
-        wrong = f"counts of type {given.dtype}, which are to be whole numbers"
-    elif given.sum() != spent:
-        wrong = f"{given.sum()} rollouts, and {spent} of config.alloc.budget={alloc.budget} are to be spent"
-    elif given.min() < alloc.n_min or given.max() > alloc.n_max:
-        wrong = (
-            f"a prompt {given.min()} rollouts and another {given.max()}, and config.alloc.n_min={alloc.n_min} to "
-            f"n_max={alloc.n_max} are allowed"
-        )
-    elif not alloc.n_min and (given % alloc.group).any():
-        wrong = (
-            f"a prompt {given[given % alloc.group > 0][0]} rollouts, and config.alloc.group={alloc.group} or a "
-            "multiple of it are allowed"
-        )
-    if wrong:
-        raise ValueError(f"the rule {alloc.rule!r} gave {wrong}; docs/recipes/rule.md says what a rule must keep")
-
-
-# -------------------------------------------------------------------- sampling and learning, by the keys of a config
-
-
-def generate(
-    config: ConfigDict,
-    parts: Setup,
-    params: dict,
-    *inputs: Any,
-    expected_tokens: jax.Array | None = None,
-    **options: Any,
-) -> Rollouts:
-    """`krl.rollout.generate` of the policy: params, then its prompts, counts and key, and its other options.
-
-    It decodes on the mesh of config.mesh.decode; what goes in and comes out is on that of the run.
-    """
-    layout = reshape_mesh(parts.mesh, tuple(config.mesh.decode))
-    elsewhere = layout != parts.mesh  # arrays know the mesh that they were made on, and programs take those of one
-    if elsewhere:
-        inputs, expected_tokens = jax.device_put((inputs, expected_tokens), named_sharding(layout))
-    with jax.set_mesh(layout):
-        rollouts = rollout.generate(
-            parts.policy_config, params, *inputs, max_new_tokens=config.sample.max_new_tokens,
-            eos_ids=parts.ends.eos_ids, stop_table=parts.ends.table, pad_id=parts.tokenizer.pad_id,
-            num_slots=find_slots(config, parts.policy_config, layout), expected_tokens=expected_tokens, **options,
-        )  # fmt: skip
-    return jax.device_put(rollouts, named_sharding(parts.mesh)) if elsewhere else rollouts
-
-
-def rewards_to_compare(scale: str, said: Verdicts, *, summed: bool) -> np.ndarray:
-    """A step's rewards as float32, [R], from which its advantages are right: see `krl.learn.fit_float32`.
-
-    Raises:
-        ValueError: a negative reward where advantages are divided by the mean one.
-    """
-    if scale != "mean":
-        return learn.fit_float32(said.rewards, said.prompt_index, said.faults == 0, summed=summed)
-    if (said.rewards[said.faults == 0] < 0).any():
-        raise ValueError(
-            f"a reward of {said.rewards[said.faults == 0].min():g}: config.loss.scale='mean' divides by the mean "
-            "reward of a prompt and needs rewards of at least 0; set it to 'std' or 'none'"
-        )
-    return as_float32(said.rewards)
-
-
-def find_advantages(
-    config: ConfigDict, rewards: jax.Array, rollouts: Rollouts, num_prompts: int, chances: jax.Array | None
-) -> jax.Array:
-    """The advantages of a step's rollouts, [R] float32, by config.loss.
-
-    Prompts were served with the chances [M], which the average "candidates" needs.
-    """
-    weigh = shared_jit(step_advantages, FrozenConfigDict(config.loss), num_prompts, config.sample.max_new_tokens)
-    return weigh(rewards, rollouts, chances)
-
-
-def step_advantages(
-    loss: FrozenConfigDict, num_prompts: int, longest: int, rewards: jax.Array, rollouts: Rollouts,
-    chances: jax.Array | None,
-) -> jax.Array:  # fmt: skip
-    """What `find_advantages` computes; responses have at most `longest` tokens."""
-    groups, lengths = (rollouts.prompt_index, rollouts.mask, num_prompts), rollouts.lengths
-    if loss.overlong_tokens:
-        rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
-    values = learn.group_advantages(
-        rewards, *groups, scale_by_std=loss.scale == "std", scale_by_mean=loss.scale == "mean",
-        leave_one_out=loss.leave_one_out, clip=loss.advantage_clip or math.inf,
-    )  # fmt: skip
-    values = jnp.where(rollouts.finished, values, 0.0) if loss.mask_truncated else values
-    return values * learn.token_weights(loss.average, lengths, *groups, longest, chances)
-
-
-def update_policy(
-    config: ConfigDict, parts: Setup, reference: dict | None, state: TrainState, *drawn: Any
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """`krl.run.update.policy_update` of the state on what was drawn: prompts, rollouts, advantages and a key."""
-    optim, loss = config.optim, config.loss
-    update = for_this_backend(
-        policy_update, parts.policy_config, parts.optimizer,
-        num_updates=optim.updates_per_step, micro_tokens=optim.micro_tokens, packed=optim.packed,
-        temperature=config.sample.temperature, surrogate=loss.surrogate, clip_low=loss.clip_low,
-        clip_high=loss.clip_high, dual_clip=loss.dual_clip, importance_cap=loss.importance_cap,
-        kl_coefficient=loss.kl_coefficient, kl_estimator=loss.kl_estimator,
-        entropy_coefficient=loss.entropy_coefficient,
-    )  # fmt: skip
-    return update(state, *drawn, reference=reference)
+# -------------------------------------------------------------------- evaluation
 
 
 def measure(config: ConfigDict, parts: Setup, params: dict, hear: FaultWatch) -> tuple[dict[str, float], np.ndarray]:

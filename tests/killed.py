@@ -14,9 +14,9 @@ from absl import app
 
 from krl import train
 from krl.configs.flags import define_flags, parse_flags
-from krl.eval.sample import Scoring
 from krl.run.checkpoint import Checkpoints
 from krl.run.metrics import MetricsLog, PhaseClock
+from krl.run.scoring import Scoring
 
 
 def arm(chosen: str, number: int) -> None:

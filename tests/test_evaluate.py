@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from krl.eval.sample import FaultWatch, Scoring, as_failures, decode_rollouts, evaluate, first_reward, score_rollouts
+from krl.eval.sample import as_failures, evaluate, first_reward, score_rollouts
+from krl.run.scoring import FaultWatch, Scoring, decode_rollouts
 from krl.tasks.pool import VerifierPool
 from tests.fake import TOKENIZER, make_rollouts, make_sampler, response, reward, score, tasks
 

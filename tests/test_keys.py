@@ -25,11 +25,12 @@ import numpy as np
 import optax
 import pytest
 
-from krl import budget, learn, policy
+from krl import budget, learn, policy, rollout
 from krl import train as script
 from krl.configs import default
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.eval.command import measure
+from krl.run import learner as learner_module
 from krl.run import setup, update
 from krl.run.checkpoint import Checkpoints
 from krl.run.guard import find_spike
@@ -564,14 +565,14 @@ def start_once(function: Callable, *key) -> Any:
 
 def spy_on_sampler(seen: Seen):
     """Note what the sampler is asked for."""
-    generate = script.rollout.generate
+    generate = rollout.generate
 
     def spy(*arguments, num_slots, **options):
         seen.slots.add(num_slots)
         seen.layouts.append(dict(jax.sharding.get_abstract_mesh().shape))
         return generate(*arguments, num_slots=num_slots, **options)
 
-    return mock.patch.object(script.rollout, "generate", spy)
+    return mock.patch.object(rollout, "generate", spy)
 
 
 def take_steps(config, parts: setup.Setup, plain: Seen | None = None) -> Seen:
@@ -594,11 +595,11 @@ def take_steps(config, parts: setup.Setup, plain: Seen | None = None) -> Seen:
     }
     with (
         jax.set_mesh(mesh),
-        mock.patch.multiple(script, **starts),
+        mock.patch.multiple(learner_module, **starts),
         spy_on_sampler(seen),
         parts.verifiers if config.verify.workers else contextlib.nullcontext(),
     ):
-        _, learner, reference = script.start_or_continue(config, parts, nothing, {}, lambda: False)
+        _, learner, reference = learner_module.start_or_continue(config, parts, nothing, {}, lambda: False)
         seen.begun = on_host(learner.state.params)
         for step in range(config.steps):
             learner, *rest = script.take_step(config, parts, learner, step, 0, reference)

@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from krl.configs import arithmetic
 from krl.eval.command import measure
-from krl.eval.sample import Verdicts
 from krl.run import processes
+from krl.run.scoring import Verdicts
 from tests.command_line import ROOT, TINY, command, environment, rollouts, rows, run_here
 
 STEPS = {"steps": 6, "mesh.shape": (2,)}

@@ -21,6 +21,7 @@ from krl import train as script
 from krl.configs import arithmetic
 from krl.eval.command import measure
 from krl.policy.hf import export
+from krl.run import learner, spend
 from krl.run.lock import hold_workdir
 from krl.train import train
 from tests.command_line import (
@@ -120,7 +121,7 @@ def test_a_run_with_a_penalty_continues_only_towards_the_policy_that_it_began_fr
     keys = {"sft.steps": 0, "eval.every": 0, "loss.kl_coefficient": 0.1, "checkpoint.every": 1}
     run_here(tmp_path, **keys, steps=1)
     about = json.loads((tmp_path / "checkpoints" / "1" / "about" / "metadata").read_text())
-    start_params = script.start_params
+    start_params = learner.start_params
 
     def another(*arguments, **options):
         params = start_params(*arguments, **options)
@@ -128,7 +129,7 @@ def test_a_run_with_a_penalty_continues_only_towards_the_policy_that_it_began_fr
         return params | {"final_norm": {"weight": weight.at[3].set(jnp.nextafter(weight[3], 2.0))}}
 
     with monkeypatch.context() as patch:
-        patch.setattr(script, "start_params", another)
+        patch.setattr(learner, "start_params", another)
         told = f"holds the run to is not the one that it began from: {about['reference']} at step 1, .* now; bring back"
         with pytest.raises(ValueError, match=told):
             run_here(tmp_path, **keys, steps=2)
@@ -269,9 +270,9 @@ def test_prompts_that_get_nothing_are_left_out_and_the_run_continues_as_exactly(
 )
 def test_counts_that_a_rule_must_not_give_are_refused_by_its_name(counts, wrong):
     alloc = config_with(**POOL).alloc
-    script.check_counts(alloc, np.array([8, 4, 4]), 16)
+    spend.check_counts(alloc, np.array([8, 4, 4]), 16)
     with pytest.raises(ValueError, match=re.escape(f"the rule 'reach' gave {wrong}")):
-        script.check_counts(alloc, np.asarray(counts, np.float32 if isinstance(counts[0], float) else np.int32), 16)
+        spend.check_counts(alloc, np.asarray(counts, np.float32 if isinstance(counts[0], float) else np.int32), 16)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

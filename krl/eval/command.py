@@ -28,11 +28,12 @@ from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.eval.estimates import table
 from krl.eval.resume import evaluate_set
-from krl.eval.sample import FaultWatch, first_reward
+from krl.eval.sample import first_reward
 from krl.policy.tokenizer import Tokenizer, load_tokenizer
 from krl.run.checkpoint import Checkpoints, check_workdir, keep_from_others, open_workdir, write_json
 from krl.run.metrics import keep_compilations, progress
 from krl.run.processes import first_before_others, is_first, join_processes, place_whole, say, stay_together
+from krl.run.scoring import FaultWatch
 from krl.run.setup import (
     NAMES,
     abstract_params,

@@ -1,0 +1,198 @@
+"""Spending the budget of a step: which prompts get how many rollouts, sampling them, having them scored."""
+
+import functools
+import itertools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from krl import budget, rollout
+from krl.run.metrics import PhaseClock
+from krl.run.processes import place_whole
+from krl.run.scoring import Scoring, Verdicts
+from krl.run.setup import Setup, find_slots
+from krl.sharding import named_sharding, reshape_mesh
+from krl.tasks.rewards import as_float32
+from krl.types import Prompts, Rollouts
+
+# Small programs; what is static is hashable and the same in every step.
+mean_tokens = jax.jit(budget.mean_tokens)
+allocate = jax.jit(budget.allocate, static_argnames=("rule", "n_min", "n_max", "group", "explored"))
+reach_chances = jax.jit(budget.reach_chances, static_argnames=("group", "explored", "reach"))
+
+
+class Drawn(NamedTuple):
+    """What the budget of a step was spent on."""
+
+    counts: jax.Array  # [M] int32
+    believed: jax.Array  # [M] float32, expected success rates when the counts were chosen
+    info: dict[str, jax.Array]  # what the rule says of the counts, float32 scalars
+    rollouts: Rollouts  # R of them
+    verdicts: Verdicts  # on the host, exact
+    rewards: jax.Array  # [R] float32, the nearest that there are
+    scored: jax.Array  # [R] bool, the rollouts that have a reward
+
+
+def spend_budget(
+    config: ConfigDict, parts: Setup, params: dict, prompts: Prompts, known: budget.Belief, step: int, key: jax.Array,
+    clock: PhaseClock, chosen: tuple[jax.Array, dict] | None,
+) -> Drawn:  # fmt: skip
+    """Choose the counts of M prompts by what is known of them, [M] each, if they are not `chosen`; sample and score.
+
+    A rule of ROUNDS sees what the rounds before have shown; a round's samples of a prompt go on from there.
+    Scouts come before all rounds: the counts follow from what they alone show, and nothing else does.
+    """
+    alloc, num_prompts, place = config.alloc, len(prompts.task_ids), functools.partial(place_whole, parts.mesh)
+    tasks = parts.train.tasks.take(np.asarray(prompts.task_ids).tolist())
+
+    def draw(counts, num_rollouts, clock=clock, **options):
+        with clock.phase("rollout"):
+            scoring = Scoring(parts.ends, parts.verifiers, tasks.prompts, tasks.answers, counts, tasks.rows)
+            options |= {"num_rollouts": num_rollouts, "expected_tokens": lengths, "watch": scoring.watch}
+            options |= {name: config.sample[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+            rollouts = jax.block_until_ready(generate(config, parts, params, prompts, counts, key, **options))
+        with clock.phase("verify"):
+            verdicts = scoring.finish(num_rollouts)
+        with clock.phase("wait"):  # for the other processes
+            return rollouts, verdicts.of_all_processes()
+
+    def learn_from(known, rollouts, verdicts):
+        outcomes, has_reward = place((np.float32(verdicts.rewards.clip(0.0, 1.0)), verdicts.faults == 0))
+        index, scored, lengths = rollouts.prompt_index, rollouts.mask & has_reward, rollouts.lengths
+        seen = budget.observe(known, jnp.arange(num_prompts), outcomes, index, scored, step, lengths)
+        sums = (jnp.where(scored, x, 0.0) for x in (outcomes, 1 - outcomes))
+        return seen, *(jax.ops.segment_sum(x, index, num_segments=num_prompts) for x in sums)
+
+    lengths, scouts = mean_tokens(known), alloc.scouts
+    if scouts:  # their samples are numbered after those that count, and neither they nor their time do
+        every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock(config.stuck_seconds)
+        seen = draw(every, num_prompts * scouts, free, first_sample=alloc.n_max)
+        known, *_ = learn_from(budget.init_belief(num_prompts), *seen)
+    counts = jnp.zeros_like(prompts.task_ids)
+    shown = budget.Shown(counts, counts * 0.0, counts * 0.0)
+    rounds: list[tuple[Rollouts, Verdicts]] = []
+    ends = budget.rounds_of(alloc.rule, num_prompts, alloc.budget, alloc.n_min, alloc.group)
+    for spent, until in itertools.pairwise((0, *ends)):
+        if rounds:
+            known, wins, losses = learn_from(known, *rounds[-1])
+            shown = budget.Shown(counts, shown.successes + wins, shown.failures + losses)
+        told = {"shown": shown} if alloc.rule in budget.ROUNDS else {}
+        with clock.phase("budget"):
+            counts, info = chosen or choose_counts(config, num_prompts, known, until, **told)
+        rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
+    rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
+    verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
+    return Drawn(
+        counts=counts, believed=budget.mean(known), info=info, rollouts=rollouts, verdicts=verdicts,
+        rewards=place(as_float32(verdicts.rewards)),
+        scored=rollouts.mask & place(verdicts.faults == 0),
+    )  # fmt: skip
+
+
+def choose_counts(
+    config: ConfigDict, num_prompts: int, known: budget.Belief, spent: int, **told: budget.Shown
+) -> tuple[jax.Array, dict]:
+    """What the rule gives of the first `spent` rollouts of a step, checked, and what it says of that."""
+    alloc, rule = config.alloc, budget.RULES[config.alloc.rule]
+    if alloc.rule == "reach":
+        rule = reach_rule(alloc.reach)
+    counts, info = jax.block_until_ready(
+        allocate(
+            rule,
+            known,
+            spent,
+            alloc.n_min,
+            alloc.n_max,
+            group=alloc.group,
+            explored=explored(alloc, num_prompts),
+            **told,
+        )
+    )
+    check_counts(alloc, counts, spent)
+    return counts, info
+
+
+@functools.cache
+def reach_rule(reach: float) -> budget.Rule:
+    """The rule "reach" with an r; the same function for the same r, so that it is compiled once."""
+    return functools.partial(budget.RULES["reach"], reach=reach)
+
+
+def explored(alloc: ConfigDict, num_prompts: int) -> int:
+    """How many prompts of a step are sampled since they waited longest; one at least of a share above 0."""
+    return max(round(alloc.explored * num_prompts), math.ceil(alloc.explored))
+
+
+def find_chances(config: ConfigDict, num_prompts: int, known: budget.Belief) -> jax.Array | None:
+    """The probabilities [C] with which candidates are served, where the loss asks for them."""
+    alloc = config.alloc
+    if config.loss.average != "candidates":
+        return None
+    groups = {"group": alloc.group, "explored": explored(alloc, num_prompts)}
+    return reach_chances(known, alloc.budget, **groups, reach=alloc.reach)
+
+
+@functools.partial(jax.jit, static_argnames="most")
+def served_rows(counts: jax.Array, candidates: Any, most: int) -> tuple[jax.Array, Any]:
+    """(rows of the candidates that get any, filled up to `most` with others; what is known of these)."""
+    rows = jnp.argsort(counts == 0, stable=True)[:most]
+    return rows, jax.tree.map(lambda x: x[rows] if x.ndim else x, candidates)
+
+
+def check_counts(alloc: ConfigDict, counts: jax.Array, spent: int) -> None:
+    """Refuse counts that a rule must not give: it is named, with what is wrong.
+
+    Args:
+        alloc: the part of the config about the budget.
+        counts: of a step's prompts or candidates, [M] or [C].
+        spent: what they are to sum to, config.alloc.budget but for earlier rounds.
+
+    Raises:
+        ValueError: counts that are no integers, do not sum to it, leave the bounds, or split a group.
+    """
+    given, wrong = np.asarray(counts), ""
+    if not np.issubdtype(given.dtype, np.integer):
+        wrong = f"counts of type {given.dtype}, which are to be whole numbers"
+    elif given.sum() != spent:
+        wrong = f"{given.sum()} rollouts, and {spent} of config.alloc.budget={alloc.budget} are to be spent"
+    elif given.min() < alloc.n_min or given.max() > alloc.n_max:
+        wrong = (
+            f"a prompt {given.min()} rollouts and another {given.max()}, and config.alloc.n_min={alloc.n_min} to "
+            f"n_max={alloc.n_max} are allowed"
+        )
+    elif not alloc.n_min and (given % alloc.group).any():
+        wrong = (
+            f"a prompt {given[given % alloc.group > 0][0]} rollouts, and config.alloc.group={alloc.group} or a "
+            "multiple of it are allowed"
+        )
+    if wrong:
+        raise ValueError(f"the rule {alloc.rule!r} gave {wrong}; docs/recipes/rule.md says what a rule must keep")
+
+
+def generate(
+    config: ConfigDict,
+    parts: Setup,
+    params: dict,
+    *inputs: Any,
+    expected_tokens: jax.Array | None = None,
+    **options: Any,
+) -> Rollouts:
+    """`krl.rollout.generate` of the policy: params, then its prompts, counts and key, and its other options.
+
+    It decodes on the mesh of config.mesh.decode; what goes in and comes out is on that of the run.
+    """
+    layout = reshape_mesh(parts.mesh, tuple(config.mesh.decode))
+    elsewhere = layout != parts.mesh  # arrays know the mesh that they were made on, and programs take those of one
+    if elsewhere:
+        inputs, expected_tokens = jax.device_put((inputs, expected_tokens), named_sharding(layout))
+    with jax.set_mesh(layout):
+        rollouts = rollout.generate(
+            parts.policy_config, params, *inputs, max_new_tokens=config.sample.max_new_tokens,
+            eos_ids=parts.ends.eos_ids, stop_table=parts.ends.table, pad_id=parts.tokenizer.pad_id,
+            num_slots=find_slots(config, parts.policy_config, layout), expected_tokens=expected_tokens, **options,
+        )  # fmt: skip
+    return jax.device_put(rollouts, named_sharding(parts.mesh)) if elsewhere else rollouts
