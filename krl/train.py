@@ -16,7 +16,6 @@ import math
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,15 +44,14 @@ from krl.run.metrics import (
     CompileCounter,
     MetricsLog,
     PhaseClock,
+    belief_metrics,
     keep_compilations,
-    mean_of,
     memory_used,
     over_processes,
     profile,
     progress,
     read_rows,
     short,
-    staleness,
     status_line,
     step_metrics,
 )
@@ -70,7 +68,7 @@ from krl.run.processes import (
     say,
     stay_together,
 )
-from krl.run.scoring import FaultWatch
+from krl.run.scoring import FaultWatch, verdict_metrics
 from krl.run.setup import (
     NAMES,
     Setup,
@@ -80,7 +78,7 @@ from krl.run.setup import (
     say_ends,
     set_up,
 )
-from krl.run.spend import choose_counts, find_chances, generate, served_rows, spend_budget
+from krl.run.spend import choose_counts, describe_groups, find_chances, generate, served_rows, spend_budget
 from krl.run.update import (
     skipped_updates,
 )
@@ -300,33 +298,14 @@ def take_step(
 
     # ---------------------------------------------------------------- what the step showed
     shown = step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages, scored)
-    has_reward = (said.faults == 0) & (said.prompt_index < num_prompts)
-    metrics = {"reward_mean": mean_of(said.rewards, has_reward)}
-    metrics |= {k: float(v) for k, v in (shown | learnt | drawn.info).items()}
+    metrics = {name: float(value) for name, value in (shown | learnt | drawn.info).items()}
+    metrics |= verdict_metrics(said, parts.verifiers.names, num_prompts) | belief_metrics(belief, step)
+    metrics |= {"candidates": candidates} | {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
     seconds = sum(clock.seconds.values())
-    metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
-    metrics |= {f"verifier/{kind}": int((said.faults == 1 + number).sum()) for number, kind in enumerate(FAULTS)}
+    metrics |= {"seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds}
+    metrics |= {"rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1]}
+    groups = describe_groups(drawn, task_ids, budget.prior_mean(known))
     several = dict(zip(parts.verifiers.names, said.parts.T, strict=True))
-    metrics |= {f"reward/{name}": mean_of(values, has_reward) for name, values in several.items()}
-    metrics |= {
-        "discount": float(belief.discount), "discount_mixed": float(belief.discount_mixed), "fade": float(belief.fade),
-        "hopeless": float(jax.nn.sigmoid(belief.hopeless)), "candidates": candidates,
-        **staleness(belief.last_step, step),
-        "seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds,
-        "rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1],
-    }  # fmt: skip
-    given, wins, tokens = (
-        jax.ops.segment_sum(x, index, num_segments=num_prompts)
-        for x in (scored.astype(jnp.int32), jnp.where(scored, outcomes, 0.0), rollouts.lengths)
-    )
-    groups: dict[str, Any] = {
-        "task_ids": task_ids,
-        "counts": drawn.counts,
-        "scored": given,
-        "successes": wins,
-        "tokens": tokens,
-    }
-    groups |= {"belief": drawn.believed, "prior": budget.prior_mean(known)}
     each = {"faults": said.faults, "texts": said.texts, "reasons": said.reasons, "parts": several}
     return learner, metrics, groups, {"rollouts": rollouts, "rewards": rewards, "advantages": advantages} | each
 

@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from krl.budget import Belief
 from krl.learn import mixed_groups
 from krl.masked import divide, masked_sum, segment_sum
 from krl.run.processes import is_first
@@ -78,6 +79,12 @@ def step_metrics(
         "entropy": divide(*masked_sum(-rollouts.logps, tokens & rollouts.mask[:, None])),
         "rollouts": real,
     }
+
+
+def belief_metrics(belief: Belief, step: int) -> dict[str, float]:
+    """What the belief of all training prompts has come to after a step; see docs/metrics.md."""
+    fitted = {name: float(getattr(belief, name)) for name in ("discount", "discount_mixed", "fade")}
+    return fitted | {"hopeless": float(jax.nn.sigmoid(belief.hopeless))} | staleness(belief.last_step, step)
 
 
 def staleness(last_step: jax.Array, step: int) -> dict[str, float]:

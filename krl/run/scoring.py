@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from krl.policy.tokenizer import Decoder
+from krl.run.metrics import mean_of
 from krl.run.processes import first_text, say, sum_over_processes
 from krl.tasks import Answer
 from krl.tasks.pool import FAULTS, VerifierPool
@@ -139,3 +140,19 @@ class Scoring:
         for row, text, reason in zip(mine, self._texts, pool.last_reasons, strict=True):
             texts[row], reasons[row] = text, reason
         return Verdicts(rewards, faults, parts, index, texts, reasons)
+
+
+def verdict_metrics(said: Verdicts, names: Sequence[str], num_prompts: int) -> dict[str, float]:
+    """What the verifiers say of a step's rollouts, in the mean, and how often they failed; see docs/metrics.md.
+
+    Args:
+        said: of all processes.
+        names: of several rewards; () for one.
+        num_prompts: M.
+    """
+    has_reward = (said.faults == 0) & (said.prompt_index < num_prompts)
+    metrics: dict[str, float] = {"reward_mean": mean_of(said.rewards, has_reward)}
+    metrics |= {f"verifier/{kind}": int((said.faults == 1 + number).sum()) for number, kind in enumerate(FAULTS)}
+    return metrics | {
+        f"reward/{name}": mean_of(part, has_reward) for name, part in zip(names, said.parts.T, strict=True)
+    }

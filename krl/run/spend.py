@@ -37,6 +37,24 @@ class Drawn(NamedTuple):
     scored: jax.Array  # [R] bool, the rollouts that have a reward
 
 
+def describe_groups(drawn: Drawn, task_ids: np.ndarray, prior: jax.Array) -> dict[str, Any]:
+    """The row of a step's M groups for groups.jsonl: [M] each; docs/metrics.md says what they are.
+
+    Args:
+        drawn: what the budget was spent on.
+        task_ids: [M], of the prompts.
+        prior: [M] float32, what was expected of each before it was sampled.
+    """
+    index, num_prompts = drawn.rollouts.prompt_index, len(task_ids)
+    successes = jnp.where(drawn.scored, jnp.clip(drawn.rewards, 0.0, 1.0), 0.0)
+    given, wins, tokens = (
+        jax.ops.segment_sum(x, index, num_segments=num_prompts)
+        for x in (drawn.scored.astype(jnp.int32), successes, drawn.rollouts.lengths)
+    )
+    groups = {"task_ids": task_ids, "counts": drawn.counts, "scored": given, "successes": wins, "tokens": tokens}
+    return groups | {"belief": drawn.believed, "prior": prior}
+
+
 def spend_budget(
     config: ConfigDict, parts: Setup, params: dict, prompts: Prompts, known: budget.Belief, step: int, key: jax.Array,
     clock: PhaseClock, chosen: tuple[jax.Array, dict] | None,
