@@ -42,9 +42,8 @@ def tables(keys, sections: dict[str, str]) -> list[str]:
         ]
         for name, key in keys.items():
             if name.rpartition(".")[0] == section:
-                text = (
-                    key.help if key.help[1] == "," else key.help[0].upper() + key.help[1:]
-                ) + "."  # k, a number, is not K
+                number = key.help[1] == ","  # k, samples: another letter than K
+                text = (key.help if number else key.help[0].upper() + key.help[1:]) + "."
                 values = "" if key.range.must == "anything" else key.range.must
                 cells = (f"[`{name}`](#{name}){{#{name}}}", f"`{key.default!r}`", values, text)
                 lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -1,4 +1,4 @@
-"""Whether a change of the code changes what runs compute, to the last bit: twenty steps each of a dozen small runs.
+"""Whether a change of the code changes what runs compute, to the last bit: twenty steps each of eight small runs.
 
     python -m tests.frozen run OUT [--code DIR]     the runs, by the checkout in DIR (this one unless it is named)
     python -m tests.frozen compare OUT OTHER        what differs between two such directories; exit status 1 if anything does

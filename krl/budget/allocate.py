@@ -110,11 +110,14 @@ def reach_weights(belief: Belief, reach: float) -> jax.Array:
 def reach_chances(
     belief: Belief, budget: jax.Array | int, *, group: int = 1, explored: int = 0, reach: float = 0.01
 ) -> jax.Array:
-    """The probability with which each of C candidates gets any rollouts from `reach_rule`, up to n_max.
+    """The probability with which each of C candidates gets any rollouts from `reach_rule`, were there no n_max.
+
+    Shares of a group below 1 are such probabilities by the offsets of `in_proportion`. Those of exploration are about
+    right: it is taken to fall on all that are left alike, and what is rare waits longest and gets a little more.
 
     Args:
         belief, budget, group, explored: as for `allocate` with n_min = 0.
-        reach: r of the rule.
+        reach: r of the rule, a success rate.
 
     Returns:
         [C] float32 in (0, 1]; 0 only for what cannot be served.

@@ -1,6 +1,7 @@
 """From a config to what a run needs: tasks, tokenizer, decoder, verifiers and the parameters of its first step.
 
-The only file of the library that sees a config; what it calls takes named arguments.
+Beside `krl.run.spend` and `krl.run.learner`, which are parts of a step, the only file below the programs that sees a
+config; what it calls takes named arguments.
 """
 
 import dataclasses

@@ -117,7 +117,7 @@ def choose_counts(
     """What the rule gives of the first `spent` rollouts of a step, checked, and what it says of that."""
     alloc, rule = config.alloc, budget.RULES[config.alloc.rule]
     if alloc.rule == "reach":
-        rule = reach_rule(alloc.reach)
+        rule = with_reach(rule, alloc.reach)
     counts, info = jax.block_until_ready(
         allocate(
             rule,
@@ -135,9 +135,9 @@ def choose_counts(
 
 
 @functools.cache
-def reach_rule(reach: float) -> budget.Rule:
+def with_reach(rule: budget.Rule, reach: float) -> budget.Rule:
     """The rule "reach" with an r; the same function for the same r, so that it is compiled once."""
-    return functools.partial(budget.RULES["reach"], reach=reach)
+    return functools.partial(rule, reach=reach)
 
 
 def explored(alloc: ConfigDict, num_prompts: int) -> int:
