@@ -32,7 +32,6 @@ from ml_collections import ConfigDict
 
 from krl import budget, learn, policy, rollout
 from krl.configs import default
-from krl.configs.check import FREE_KEYS, flatten
 from krl.eval.sample import score_rollouts
 from krl.masked import divide, segment_sum
 from krl.run.checkpoint import Checkpoints
@@ -75,7 +74,7 @@ def read_checkpoint(workdir: pathlib.Path) -> Checkpoint:
     """The newest checkpoint of a work directory."""
     config = default.get_config()
     config.update_from_flattened_dict(json.loads((workdir / "config.json").read_text()))
-    parts = set_up(config, workdir, flatten(config), FREE_KEYS)
+    parts = set_up(config, workdir)
     like = {"params": parts.params, "belief": budget.init_belief(len(parts.train))}
     if config.alloc.prior != "shared":
         like["prior"] = budget.init_prior(config.alloc.prior, parts.num_features)

@@ -2,7 +2,7 @@
 
 The rooms: `krl.budget` (how many rollouts each prompt gets), `krl.rollout` (sampling them),
 `krl.learn` (rewards to gradients), `krl.policy` (the language model), `krl.tasks` (prompts and
-rewards), `krl.run` (devices, disk, screen). docs/architecture.md shows how a step goes through them.
+rewards), `krl.run` (devices, disk, screen); and `krl.train(config, workdir)` is a run. docs/architecture.md shows how a step goes through them.
 """
 
 import importlib
@@ -12,12 +12,13 @@ from krl._version import __version__
 
 if TYPE_CHECKING:
     from krl import budget, learn, policy, rollout, tasks
+    from krl.train import train
 
-__all__ = ["__version__", "budget", "learn", "policy", "rollout", "tasks"]
+__all__ = ["__version__", "budget", "learn", "policy", "rollout", "tasks", "train"]
 
 
 def __getattr__(name: str):
-    """A room when it is first asked for: the processes that check rewards need `krl.tasks` and must not load jax."""
+    """A room, or a run, when it is first asked for: the processes that check rewards need `krl.tasks` and must not load jax."""
     if name in __all__:
         return importlib.import_module(f"krl.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@
 The same command continues a run from its last checkpoint. Supervised fine-tuning comes first where
 config.sft.steps asks for it, and alone with --config.steps=0. --verbosity=1 shows where an error came from.
 
-In a notebook, `train(config, workdir)` is the same run. `take_step` is one step: prompts -> belief -> counts ->
+In a notebook, `krl.train(config, workdir)` is the same run. `take_step` is one step: prompts -> belief -> counts ->
 rollouts -> rewards -> advantages -> updates -> belief -> metrics; docs/architecture.md draws it.
 """
 
@@ -15,6 +15,7 @@ import functools
 import math
 import pathlib
 import sys
+import types
 from collections.abc import Callable
 
 import jax
@@ -25,20 +26,14 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from krl import budget
-from krl.configs.check import FREE_KEYS, check, flatten
+from krl.configs.check import check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.eval.sample import evaluate, first_reward, score_rollouts
+from krl.policy import PolicyConfig
 from krl.report import command as report
 from krl.run.checkpoint import Checkpoints, keep_from_others, stop_on_signal, write_json
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
-from krl.run.learner import (
-    Learner,
-    find_advantages,
-    rewards_to_compare,
-    saved,
-    start_or_continue,
-    update_policy,
-)
+from krl.run.learner import Learner, find_advantages, rewards_to_compare, saved, start_or_continue, update_policy
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
     CompileCounter,
@@ -68,20 +63,11 @@ from krl.run.processes import (
     say,
     stay_together,
 )
+from krl.run.result import Result
 from krl.run.scoring import FaultWatch, verdict_metrics
-from krl.run.setup import (
-    NAMES,
-    Setup,
-    about_run,
-    describe_step,
-    prompts_of_a_step,
-    say_ends,
-    set_up,
-)
+from krl.run.setup import NAMES, Setup, about_run, describe_step, name_own, say_ends, set_up
 from krl.run.spend import choose_counts, describe_groups, find_chances, generate, served_rows, spend_budget
-from krl.run.update import (
-    skipped_updates,
-)
+from krl.run.update import skipped_updates
 from krl.run.writers import check_writers, find_writers
 from krl.tasks import step_task_ids
 from krl.tasks.pool import FAULTS
@@ -102,29 +88,41 @@ def main(argv):
         raise SystemExit(STOPPED)
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
+def train(
+    config: ConfigDict, workdir: str | pathlib.Path, *, rule: budget.Rule | None = None,
+    reward: Callable[..., float] | None = None, prior: budget.Source | None = None,
+    policy: tuple[PolicyConfig, dict] | None = None,
+) -> Result | None:  # fmt: skip
     """The run of a config, from its last checkpoint on or from the start.
 
     Args:
         config: every key of configs/default.py.
         workdir: the directory that keeps what the run writes; docs/architecture.md lists it.
+        rule: from what is known of prompts to their counts, instead of config.alloc.rule; see `krl.budget.allocate`.
+        reward: (prompt, response, answer) -> number, instead of config.data.reward; called in this process.
+        prior: what to expect of a prompt before it was sampled, instead of config.alloc.prior.
+        policy: (sizes, parameters), such as `krl.policy.load_hf` gives, instead of config.policy; the parameters are
+            copied. config.tokenizer.path has its tokenizer.
 
     Returns:
-        The last row of metrics.jsonl, {} if it has none; None if a signal stopped the run.
+        The trained policy and its last metrics; None if a signal stopped the run.
 
     Raises:
         ValueError: a config or data that cannot work; the message says the fix.
         FloatingPointError: too many updates in a row were not finite, or too many steps beyond config.guard.
     """
     workdir, compiles = pathlib.Path(workdir), CompileCounter()
-    check(config, **NAMES)
+    own = {"rule": rule, "reward": reward, "prior": prior, "policy": policy}
+    own = {name: value for name, value in own.items() if value is not None}
+    config = name_own(config, own)
+    check(config, own, **NAMES)
     check_writers(flatten(config))
     with stop_on_signal() as asked, hold_workdir(workdir) if is_first() else contextlib.nullcontext():
         with first_before_others("set up"):
-            parts = set_up(config, workdir, flatten(config), FREE_KEYS)
+            parts = set_up(config, workdir, own)
         size = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
         say(
-            f"krl: {config.alloc.rule} budgets, {describe_step(config, len(parts.train))}, "
+            f"krl: {config.alloc.rule} budgets, {describe_step(config, parts.candidates, parts.served)}, "
             f"{len(parts.train)} training prompts ({parts.train.dropped} too long), {size:,} parameters, "
             f"mesh {dict(parts.mesh.shape)} of {jax.devices()[0].device_kind}"
         )
@@ -138,21 +136,22 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict | None:
         ):
             rollbacks, about, outcome = read_rollbacks(workdir), about_run(config, parts), "went back"
             while outcome == "went back":
-                outcome = take_steps(
+                outcome, params = take_steps(
                     config, workdir, parts, checkpoints, best, rollbacks, about | {"rollbacks": len(rollbacks)},
                     compiles, lambda: any_process(asked.is_set()),
                 )  # fmt: skip
-    return last_row(config, workdir) if outcome == "finished" else None
+    return Result(params, last_row(config, workdir), config, parts) if outcome == "finished" else None
 
 
 def take_steps(
     config: ConfigDict, workdir: pathlib.Path, parts: Setup, checkpoints: Checkpoints, best: Checkpoints,
     rollbacks: list[dict], about: dict, compiles: CompileCounter, should_stop: Callable[[], bool],
-) -> str:  # fmt: skip
+) -> tuple[str, dict]:  # fmt: skip
     """Take the steps that are left, from the newest checkpoint on or from the start.
 
     Returns:
-        "finished"; "stopped", everything being saved; or "went back": the same call goes on from the last checkpoint.
+        ("finished", the policy's parameters); ("stopped", {}), everything being saved; or ("went back", {}): the same
+        call goes on from the last checkpoint.
     """
     # ---------------------------------------------------------------- where the run starts from
     from krl.run.rollouts import describe_rollouts  # with Arrow, for which help and refusals need not wait
@@ -160,7 +159,7 @@ def take_steps(
     step, learner, reference = start_or_continue(config, parts, checkpoints, about, should_stop)
     if learner is None:
         say("krl: stopped during supervised fine-tuning; the same command continues it")
-        return "stopped"
+        return "stopped", {}
     if step == 0 and is_first():
         held_out = parts.test.tasks
         write_json(workdir / "held_out.json", {"prompts": held_out.prompts, "fields": dict(held_out.fields)})
@@ -194,7 +193,7 @@ def take_steps(
             spike = find_spike(metrics, config.guard)
             if spike:
                 go_back(workdir, rollbacks, step, checkpoints.latest_step() or 0, spike, most=config.guard.rollbacks)
-                return "went back"
+                return "went back", {}
             every = gather({k: v for k, v in metrics.items() if k.startswith("seconds/")} | memory_used())
             metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)} | over_processes(every)
             if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
@@ -219,8 +218,8 @@ def take_steps(
         check_copies(learner.state.params)
         checkpoints.save(step, saved(learner), about | {"step": step})
         say(f"krl: stopped after step {step}; the same command continues from there")
-        return "stopped"
-    return "finished"
+        return "stopped", {}
+    return "finished", learner.state.params
 
 
 def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:
@@ -262,7 +261,7 @@ def take_step(
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     sample_key, shuffle_key = jax.random.split(jax.random.fold_in(key, draw) if draw else key)
     with clock.phase("budget"):
-        candidates, num_prompts = prompts_of_a_step(config, len(parts.train))
+        candidates, num_prompts = parts.candidates, parts.served
         task_ids = step_task_ids(len(parts.train), candidates, step, seed=config.seed)
         before = known = take(belief, place(task_ids), step)
         features = place(parts.features[task_ids])
@@ -270,7 +269,7 @@ def take_step(
             known = inform(prior, before, features)
         chances, chosen = find_chances(config, num_prompts, known), None
         if candidates > num_prompts:
-            counts, info = choose_counts(config, num_prompts, known, config.alloc.budget)
+            counts, info = choose_counts(config, parts.rule, known, config.alloc.budget, num_prompts)
             rows, (before, known, features, counts, chances) = served_rows(
                 counts, (before, known, features, counts, chances), most=num_prompts
             )
@@ -340,3 +339,13 @@ def run_command() -> None:
     main_module.__doc__ = main_module.__doc__ or __doc__  # which --help shows; an installed command has none
     define_flags()
     app.run(main, flags_parser=parse_flags)
+
+
+class _Callable(types.ModuleType):
+    """The type of this module, so that `krl.train(config, workdir)` is a run whatever was imported before."""
+
+    def __call__(self, *args, **options):
+        return train(*args, **options)
+
+
+sys.modules[__name__].__class__ = _Callable

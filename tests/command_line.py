@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from types import MappingProxyType
 from unittest import mock
 
 import jax
@@ -66,10 +67,10 @@ def config_with(config="arithmetic", **changes):
     return made
 
 
-def run_here(workdir, config="arithmetic", **changes):
-    """The same run in this process, which has its programs already and starts in no time; the last row."""
+def run_here(workdir, config="arithmetic", own=MappingProxyType({}), **changes):
+    """The same run in this process, which has its programs already and starts in no time; what `train` returns."""
     with undrawn():
-        return train(config_with(config, **changes), workdir)
+        return train(config_with(config, **changes), workdir, **own)
 
 
 def told_by(call, *arguments, **named):

@@ -39,9 +39,9 @@ def mine():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty directory to run a page in, with small policies and few steps; rules and priors that a page adds go away again."""
+    """An empty directory to run a page in, with small policies and few steps."""
 
-    def train(config, workdir):
+    def train(config, workdir, **own):
         shorter = {key: value for key, value in TINY.items() if key.startswith(("eval", "policy"))}
         shorter |= {"steps": 3, "alloc.budget": 4 * config.prompts_per_step, "eval.prompts": 20}
         shorter |= {"sft.steps": 60, "sft.batch_size": 16}
@@ -49,17 +49,13 @@ def here(tmp_path, monkeypatch):
         config.data.max_prompt_tokens = min(config.data.max_prompt_tokens, 16)
         config.sample.max_new_tokens = min(config.sample.max_new_tokens, 16)
         with undrawn():
-            return TRAIN(config, workdir)
+            return TRAIN(config, workdir, **own)
 
-    kept = [(names, names.copy()) for names in (budget.RULES, budget.ROUNDS, budget.PRIORS)]
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(krl.train, "train", train)
     yield tmp_path
     sys.modules.pop("mine", None)
-    for names, before in kept:
-        names.clear()
-        names.update(before)
 
 
 def follow(page):
@@ -72,7 +68,7 @@ def follow(page):
 
 def test_quickstart(here):
     names = follow("quickstart.md")
-    assert names["last"]["step"] == 3
+    assert names["result"].metrics["step"] == 3
     assert len(rows(here / "runs" / "notebook")) == 4
 
 
@@ -106,7 +102,7 @@ def test_own_data(here):
         pathlib.Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = follow("recipes/data.md")["get_config"]()
     config.tokenizer.vocab_size = 300
-    assert krl.train.train(config, "runs/mine")["step"] == 3
+    assert krl.train.train(config, "runs/mine").metrics["step"] == 3
     assert json.loads((here / "runs" / "mine" / "held_out.json").read_text())["prompts"][-1] == "3 + 1?"
 
 
@@ -138,6 +134,32 @@ def test_own_prior(here):
     rates, _ = source.estimate(evidence, np.full(3, 0.5), np.array([[0, 1], [0, 2], [3, 3]]), 0.75)
     assert rates.tolist() == pytest.approx([(1.5 + 1) / (2 + 3), (1.5 + 1) / (2 + 2), 0.75])
     assert all(np.isfinite(row["prior_gain"]) for row in rows(here / "runs" / "hardest")[1:])
+
+
+def test_own_reward_in_a_notebook(here):
+    (block,) = (block for block in blocks("recipes/reward.md") if "reward=close" in block)
+    names = {"__name__": "page"}
+    exec(block, names)
+    assert names["close"]("2+3=", "6", "5") == 0.5
+    assert json.loads((here / "runs" / "close" / "config.json").read_text())["data.reward"] == "page:close"
+
+
+def test_own_policy(here):
+    names = follow("recipes/policy.md")
+    assert names["second"].metrics["step"] == 3
+    before, after = (rows(here / "runs" / name) for name in ("first", "second"))
+    assert len(before) == len(after) == 4
+
+
+def test_budgets_in_another_trainer(here):
+    (block,) = blocks("recipes/elsewhere.md")
+    assert len(block.splitlines()) <= 24
+    names = follow("recipes/elsewhere.md")
+    known = budget.take(names["belief"], np.arange(1000), 60)
+    believed, visits = np.asarray(budget.mean(known)), np.asarray(known.visits)
+    means = {rate: believed[names["rates"] == rate].mean() for rate in (0.0, 0.03, 0.5, 1.0)}
+    assert means[0.0] < means[0.03] < 0.1 < means[0.5] < 0.6 < 0.9 < means[1.0]
+    assert visits[names["rates"] == 1.0].mean() < 0.7 * visits[names["rates"] == 0.03].mean()
 
 
 @pytest.fixture(scope="module")

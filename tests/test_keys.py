@@ -28,7 +28,7 @@ import pytest
 from krl import budget, learn, policy, rollout
 from krl import train as script
 from krl.configs import default
-from krl.configs.check import FREE_KEYS, check, flatten
+from krl.configs.check import check, flatten
 from krl.eval.command import measure
 from krl.run import learner as learner_module
 from krl.run import setup, update
@@ -622,7 +622,7 @@ def check_finite(seen: Seen) -> None:
 def plain(tmp_path_factory) -> Seen:
     """Two steps with TINY alone, and what was set up for them."""
     config = make_config({})
-    parts = setup.set_up(config, tmp_path_factory.mktemp("plain"), flatten(config), FREE_KEYS)
+    parts = setup.set_up(config, tmp_path_factory.mktemp("plain"))
     seen = take_steps(config, parts)
     seen.plain = seen
     return seen

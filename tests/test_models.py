@@ -136,4 +136,4 @@ def test_a_broken_checkpoint_claims_no_work_directory(hugging_face, tmp_path):
     keys = keys | {"policy.path": tmp_path / "start", "steps": 1}
     assert "asks for (48, 16)" in told_by(run_here, tmp_path / "work", config="qwen2_5_math_7b", **keys)
     config.write_text(whole)
-    assert run_here(tmp_path / "work", config="qwen2_5_math_7b", **keys)["step"] == 1
+    assert run_here(tmp_path / "work", config="qwen2_5_math_7b", **keys).metrics["step"] == 1

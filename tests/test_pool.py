@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from krl.configs import arithmetic
-from krl.configs.check import FREE_KEYS, flatten
 from krl.eval import command as measuring
 from krl.run import setup
 from krl.tasks.pool import VerifierPool
@@ -353,7 +352,7 @@ def test_bad_names_and_numbers_are_refused_in_one_line(workers, tmp_path):
 def test_workers_end_where_a_run_or_a_measurement_is_refused_after_they_were_started(tmp_path, monkeypatch):
     started: list = []
 
-    def note(config):
+    def note(config, *given):
         started.append(make_pool("exact", workers=1))
         return started[-1]
 
@@ -362,7 +361,7 @@ def test_workers_end_where_a_run_or_a_measurement_is_refused_after_they_were_sta
     config = arithmetic.get_config()
     config.update_from_flattened_dict(TINY | {"data.max_prompt_tokens": 1})
     with pytest.raises(ValueError, match=r"raise config.data.max_prompt_tokens"):
-        setup.set_up(config, tmp_path / "run", flatten(config), FREE_KEYS)
+        setup.set_up(config, tmp_path / "run")
     config.policy.path = str(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="nowhere"):
         measuring.measure(config, tmp_path / "other")

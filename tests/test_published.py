@@ -28,7 +28,7 @@ def rounds(rule, prompts, total, n_min, n_max, group, outcomes):
     return all_counts
 
 
-@pytest.mark.parametrize("rule", sorted(budget.ROUNDS))
+@pytest.mark.parametrize("rule", sorted(filter(budget.has_rounds, budget.RULES)))
 def test_rounds_add_up_and_take_nothing_back(rule):
     rng = np.random.default_rng(0)
     n_min, group = (0, 4) if budget.may_choose(rule) else (4, 1)

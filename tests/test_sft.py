@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 
 from krl import policy
 from krl.configs import arithmetic
-from krl.configs.check import FREE_KEYS, flatten
 from krl.policy.tokenizer import load_tokenizer, train_sentencepiece
 from krl.run import lock, setup, sft
 from krl.run.sft import encode_pairs, finetune, pack_pairs
@@ -364,7 +363,7 @@ def set_up_here(place, **changes):
         } | changes
     )  # fmt: skip
     workdir = place / f"work{len(list(place.glob('work*')))}"
-    return setup.set_up(config, workdir, flatten(config), FREE_KEYS), config, workdir
+    return setup.set_up(config, workdir), config, workdir
 
 
 def write_sums(place, rows):
@@ -379,7 +378,7 @@ def test_a_fine_tuned_policy_belongs_to_what_the_files_held(tmp_path):
     write_sums(tmp_path, SUMS)
     first, config, workdir = set_up_here(tmp_path)
     model = first.tokenizer.files[0]
-    assert setup.set_up(config, workdir, flatten(config), FREE_KEYS).cache == first.cache  # the run that continues
+    assert setup.set_up(config, workdir).cache == first.cache  # the run that continues
     os.utime(tmp_path / "sums.jsonl", (1, 1))
     second, _, _ = set_up_here(tmp_path)
     assert (second.cache, second.tokenizer.files[0]) == (first.cache, model)

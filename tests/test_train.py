@@ -23,6 +23,7 @@ from krl.eval.command import measure
 from krl.policy.hf import export
 from krl.run import learner, spend
 from krl.run.lock import hold_workdir
+from krl.run.setup import prompts_of_a_step
 from krl.train import train
 from tests.command_line import (
     ROOT,
@@ -77,7 +78,7 @@ def test_checkpoints_in_a_directory_of_their_own_belong_to_one_run(tmp_path):
         ValueError, match="kept/checkpoints has checkpoints of a run with another config; choose another"
     ):
         run_here(tmp_path / "second", **keys | {"optim.learning_rate": 1e-5})
-    assert run_here(tmp_path / "first", **keys)["step"] == 4
+    assert run_here(tmp_path / "first", **keys).metrics["step"] == 4
 
 
 def test_a_signal_while_a_run_is_set_up_stops_it_before_its_first_step(tmp_path, monkeypatch, capsys):
@@ -92,7 +93,7 @@ def test_a_signal_while_a_run_is_set_up_stops_it_before_its_first_step(tmp_path,
         assert run_here(tmp_path, **{"sft.steps": 0}) is None
     assert "krl: stopped after step 0; the same command continues from there" in capsys.readouterr().out
     assert rows(tmp_path) == []
-    assert run_here(tmp_path, **{"sft.steps": 0})["step"] == 4
+    assert run_here(tmp_path, **{"sft.steps": 0}).metrics["step"] == 4
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4]
 
 
@@ -133,7 +134,7 @@ def test_a_run_with_a_penalty_continues_only_towards_the_policy_that_it_began_fr
         told = f"holds the run to is not the one that it began from: {about['reference']} at step 1, .* now; bring back"
         with pytest.raises(ValueError, match=told):
             run_here(tmp_path, **keys, steps=2)
-    assert run_here(tmp_path, **keys, steps=2)["step"] == 2
+    assert run_here(tmp_path, **keys, steps=2).metrics["step"] == 2
 
 
 def test_a_run_leaves_everything_a_user_looks_for(finished):
@@ -211,7 +212,7 @@ def test_steps_compile_nothing_after_the_first_two(finished):
 def test_a_finished_run_is_not_trained_again(finished, capsys):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_bytes()
-    assert run_here(workdir) == rows(workdir)[-1]
+    assert run_here(workdir).metrics == rows(workdir)[-1]
     assert "fine-tuning" not in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
@@ -455,24 +456,26 @@ def test_rules_that_choose_prompts_in_other_ways_train(tmp_path, rule):
 
 def test_a_pool_has_no_more_prompts_than_the_data_and_says_what_it_does_not_use():
     config = config_with(**POOL | {"alloc.candidates": 50})
-    assert script.prompts_of_a_step(config, 12) == (12, 4)
-    assert script.describe_step(config, 12).startswith(
+    assert prompts_of_a_step(config, budget.RULES["reach"], 12) == (12, 4)
+    assert script.describe_step(config, 12, 4).startswith(
         "up to 4 of 12 prompts and 16 rollouts a step (prompts_per_step=4"
     )
     config.prompts_per_step = 64
-    assert script.describe_step(config, 100) == "up to 4 of 50 prompts and 16 rollouts a step"
+    assert (
+        script.describe_step(config, *prompts_of_a_step(config, budget.RULES["reach"], 100))
+        == "up to 4 of 50 prompts and 16 rollouts a step"
+    )
 
 
-def test_rounds_that_come_to_one_are_shown_nothing_and_run(tmp_path, monkeypatch):
-    """A rule of ROUNDS takes `shown` without a default; its bounds may be called anything."""
+def test_rounds_that_come_to_one_are_shown_nothing_and_run(tmp_path):
+    """A rule in rounds takes `shown` without a default; its bounds may be called anything."""
 
+    @budget.in_rounds(lambda prompts, rollouts, n_min, group: (rollouts,))
     def look(belief, rollouts, least, most, group, shown):
         assert shown.counts.shape == belief.visits.shape
         return budget.allocate("uniform", belief, rollouts, least, most, group=group)
 
-    monkeypatch.setitem(budget.RULES, "look", look)
-    monkeypatch.setitem(budget.ROUNDS, "look", lambda prompts, rollouts, n_min, group: (rollouts,))
-    run_here(tmp_path / "work", **POOL | {"alloc.rule": "look", "sft.steps": 2, "steps": 1})
+    run_here(tmp_path / "work", own={"rule": look}, **POOL | {"sft.steps": 2, "steps": 1})
     assert sum(rows(tmp_path / "work", "groups")[0]["counts"]) == 16
 
 

@@ -1,10 +1,11 @@
 """How many rollouts each prompt gets: pure jnp, no model, no input or output."""
 
 from krl.budget.allocate import (
-    ROUNDS,
     RULES,
     Rule,
     allocate,
+    find_rule,
+    has_rounds,
     may_choose,
     must_choose,
     reach_chances,
@@ -42,7 +43,16 @@ from krl.budget.prior import (
     prior_metrics,
 )
 from krl.budget.simulate import Replay, logged_rates, replay, synthetic_rates
-from krl.budget.solve import Shown, in_proportion, knapsack, knapsack_cost, knapsack_large, max_plus_dp, price
+from krl.budget.solve import (
+    Shown,
+    in_proportion,
+    in_rounds,
+    knapsack,
+    knapsack_cost,
+    knapsack_large,
+    max_plus_dp,
+    price,
+)
 from krl.budget.value import (
     continuous_value,
     gains_of,
@@ -56,7 +66,6 @@ from krl.budget.value import (
 
 __all__ = [
     "PRIORS",
-    "ROUNDS",
     "RULES",
     "Belief",
     "Prior",
@@ -67,10 +76,13 @@ __all__ = [
     "allocate",
     "continuous_value",
     "explain",
+    "find_rule",
     "gains_of",
     "grpo_value",
+    "has_rounds",
     "hash_features",
     "in_proportion",
+    "in_rounds",
     "inform",
     "init_belief",
     "init_prior",

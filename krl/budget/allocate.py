@@ -24,8 +24,9 @@ import numpy as np
 
 from krl.budget import published
 from krl.budget.belief import Belief, log_possible, mean, mean_tokens, possible, posterior, reward_variance
-from krl.budget.solve import Counts, Shown, in_proportion, knapsack, price
+from krl.budget.solve import Counts, Shown, in_proportion, in_rounds, knapsack, pilot_and_rest, price
 from krl.budget.value import Value, check_bounds, continuous_value, gains_of, log_gains_beta
+from krl.configs.named import find
 from krl.masked import divide
 
 Rule = Callable[..., Counts]  # (belief, budget, n_min, n_max), and group= too where it may choose prompts
@@ -139,6 +140,7 @@ def variance_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: in
     return in_proportion(jnp.sqrt(rate * (1 - rate)), budget, n_min, n_max, group, belief.recorded.sum()), {}
 
 
+@in_rounds(pilot_and_rest)
 def two_round_rule(
     belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None
 ) -> Counts:
@@ -185,38 +187,32 @@ RULES: dict[str, Rule] = {  # by the name in config.alloc.rule
 }
 
 
-def _pilot_and_rest(prompts: int, budget: int, n_min: int, group: int) -> tuple[int, ...]:
-    return (prompts * n_min, budget)
+def find_rule(rule: str | Rule) -> Rule:
+    """The rule of a name in RULES, or of one's own, "package.module:function"; a function is itself.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if callable(rule):
+        return rule
+    if rule not in RULES and ":" not in rule:
+        raise ValueError(f"unknown allocation rule {rule!r}; the rules are {sorted(RULES)}, or package.module:function")
+    return find(rule, RULES, "rule ")
 
 
-def _half_and_rest(prompts: int, budget: int, n_min: int, group: int) -> tuple[int, ...]:
-    return (budget // (2 * group) * group, budget)
-
-
-def _half_and_three(prompts: int, budget: int, n_min: int, group: int) -> tuple[int, ...]:
-    return (*(budget * part // (6 * group) * group for part in (3, 4, 5)), budget)
-
-
-# Rules that spend the budget of a step in rounds, each after the outcomes of those before: (M, R, n_min, group) -> the
-# rollouts by the end of each round. Such a rule also takes `shown`, what the rounds before have given, which it may not
-# lower, and what came of it; its belief has seen that too.
-ROUNDS: dict[str, Callable[[int, int, int, int], tuple[int, ...]]] = {
-    "two_round": _pilot_and_rest,
-    "hora": _pilot_and_rest,
-    "gvm": _pilot_and_rest,
-    "pilot_commit": _half_and_rest,
-    "reinforce_ada": _half_and_three,
-}
+def has_rounds(rule: str | Rule) -> bool:
+    """Whether a rule spends the budget of a step in several rounds, see `in_rounds`."""
+    return hasattr(find_rule(rule), "ends")
 
 
 def may_choose(rule: str | Rule) -> bool:
     """Whether a rule may give prompts nothing: one that takes `group`."""
-    return "group" in inspect.signature(RULES[rule] if isinstance(rule, str) else rule).parameters
+    return "group" in inspect.signature(find_rule(rule)).parameters
 
 
 def must_choose(rule: str | Rule) -> bool:
     """Whether a rule cannot give every prompt some: one that takes `group`, and has no default for it."""
-    taken = inspect.signature(RULES[rule] if isinstance(rule, str) else rule).parameters
+    taken = inspect.signature(find_rule(rule)).parameters
     return "group" in taken and taken["group"].default is inspect.Parameter.empty
 
 
@@ -243,7 +239,7 @@ def allocate(
         explored: with n_min = 0, how many prompts get a group that the rule gives nothing: those that were not sampled
             for longest, the lower index first; static. The rule has g times as many rollouts less. 0 in a pool that has
             fewer prompts than the budget has groups, and in rounds.
-        shown: of the rounds before, for a rule of ROUNDS; budget is what is spent with this round.
+        shown: of the rounds before, for a rule in rounds; budget is what is spent with this round.
 
     Returns:
         (counts [M] int32, info: the rule's own numbers; docs/metrics.md says which). The counts of the rules
@@ -253,14 +249,12 @@ def allocate(
         ValueError: an unknown name, bounds with n_min < 0 or n_max < n_min, a budget out of range, a rule that cannot
             give nothing where n_min is 0.
     """
-    if isinstance(rule, str) and rule not in RULES:
-        raise ValueError(f"unknown allocation rule {rule!r}; the rules are {sorted(RULES)}")
     if not n_min and not may_choose(rule):
         names = sorted(filter(may_choose, RULES))
         raise ValueError(f"the rule {rule!r} gives every prompt some; with n_min=0 take one of {names}")
     if n_min and must_choose(rule):
         raise ValueError(f"the rule {rule!r} chooses which prompts get any; it needs n_min=0, got {n_min}")
-    rule = RULES[rule] if isinstance(rule, str) else rule
+    rule = find_rule(rule)
     check_bounds(n_min, n_max, least=0)
     more, explored = ({}, explored) if shown is None else ({"shown": shown}, 0)
     prompts = belief.visits.shape[0]
@@ -294,13 +288,14 @@ def kept_groups(prompts: int, groups: jax.Array | int, explored: int) -> jax.Arr
     return jnp.where(prompts >= groups, jnp.minimum(explored, groups), 0)
 
 
-def rounds_of(rule: str, prompts: int, budget: int, n_min: int, group: int = 1) -> tuple[int, ...]:
-    """The rollouts that a step of M prompts has spent by the end of each of its rounds; (R,) but for ROUNDS.
+def rounds_of(rule: str | Rule, prompts: int, budget: int, n_min: int, group: int = 1) -> tuple[int, ...]:
+    """The rollouts that a step of M prompts has spent by the end of each of its rounds; (R,) for a rule without any.
 
     >>> rounds_of("two_round", 8, 64, 2)
     (16, 64)
     """
-    ends = ROUNDS[rule](prompts, budget, n_min, group) if rule in ROUNDS else (budget,)
+    find_ends = getattr(find_rule(rule), "ends", lambda *sizes: (budget,))
+    ends = find_ends(prompts, budget, n_min, group)
     return tuple(end for before, end in itertools.pairwise((0, *ends)) if end > before)  # none that spends nothing
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from krl.budget.belief import Belief, mean, window_rate
-from krl.budget.solve import Counts, Shown, in_proportion, knapsack, spread_evenly
+from krl.budget.solve import Counts, Shown, in_proportion, in_rounds, knapsack, pilot_and_rest, spread_evenly
 from krl.budget.value import log_gains
 from krl.masked import divide
 
@@ -136,6 +136,11 @@ def mopps_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, 
     return _by_priority(-jnp.abs(drawn - 0.5), 1, budget, n_min, n_max, group), {}
 
 
+def _half_and_rest(prompts: int, budget: int, n_min: int, group: int) -> tuple[int, ...]:
+    return (budget // (2 * group) * group, budget)
+
+
+@in_rounds(_half_and_rest)
 def pilot_commit_rule(
     belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, shown: Shown | None = None
 ) -> Counts:
@@ -158,6 +163,11 @@ def pilot_commit_rule(
     return _by_priority(priority, wanted, budget, given, n_max, group), {"committed": committed.sum()}
 
 
+def _half_and_three(prompts: int, budget: int, n_min: int, group: int) -> tuple[int, ...]:
+    return (*(budget * part // (6 * group) * group for part in (3, 4, 5)), budget)
+
+
+@in_rounds(_half_and_three)
 def reinforce_ada_rule(
     belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, shown: Shown | None = None
 ) -> Counts:
@@ -213,6 +223,7 @@ def coba_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -
     return knapsack(first[:, None] - speed[:, None] * n, budget, n_min), {}
 
 
+@in_rounds(pilot_and_rest)
 def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None) -> Counts:
     """After n_min rollouts of every prompt, the counts with the most prompts that are expected to succeed in the rest.
 
@@ -230,6 +241,7 @@ def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, s
     return knapsack(jnp.log(divide(a, a + b)) + before[:, : n_max - n_min], budget, n_min), {}
 
 
+@in_rounds(pilot_and_rest)
 def gvm_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None) -> Counts:
     """After n_min rollouts of every prompt, the others in proportion to 1 / sqrt(p + alpha / p), and none where p is 0.
 

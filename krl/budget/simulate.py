@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from krl.budget import belief as beliefs
-from krl.budget.allocate import ROUNDS, RULES, Rule, allocate, rounds_of
+from krl.budget.allocate import Rule, allocate, find_rule, has_rounds, rounds_of
 from krl.budget.solve import Counts, Shown
 from krl.budget.value import grpo_value
 from krl.masked import divide, segment_sum
@@ -131,7 +131,7 @@ def replay(
     Each pass over the data is a fresh permutation, cut into steps of M prompts, the same for every rule.
 
     Args:
-        rule: a key of RULES, a function like them (without a pilot), or "known" for the knapsack that is
+        rule: a key of RULES, a function like them, or "known" for the knapsack that is
             told the rates.
         rates: [S, steps, D] float32, true success rates for each seed.
         keys: [S] random keys, one per seed; consumed.
@@ -150,8 +150,6 @@ def replay(
         ValueError: an unknown rule, bounds or a budget that cannot be, a rule that does not keep them, or rates
             that are not [S, steps, D] with D >= M.
     """
-    if rule != "known" and isinstance(rule, str) and rule not in RULES:
-        raise ValueError(f"unknown allocation rule {rule!r}; the rules are 'known' and {sorted(RULES)}")
     if rates.ndim != 3 or rates.shape[2] < prompts_per_step or rates.shape[0] != keys.shape[0]:
         raise ValueError(f"rates must be [seeds, steps, D] with D >= {prompts_per_step}, got {rates.shape}")
     start = beliefs.init_belief(rates.shape[2])
@@ -159,13 +157,13 @@ def replay(
         start = start.replace(prior_alpha=jnp.float32(prior[0]), prior_beta=jnp.float32(prior[1]))
     if discounts is not None:
         start = start.replace(discount=jnp.float32(discounts[0]), discount_mixed=jnp.float32(discounts[1]))
-    choose = "knapsack" if rule == "known" else rule
+    choose = find_rule("knapsack" if rule == "known" else rule)
     pool: tuple[tuple[str, Any], ...] = (("group", group), ("explored", explored))
     some = beliefs.take(start, jnp.arange(prompts_per_step))
-    rounds = rounds_of(rule, prompts_per_step, budget, n_min, group) if rule in ROUNDS else ()
+    rounds = rounds_of(choose, prompts_per_step, budget, n_min, group) if has_rounds(choose) else ()
     allocate(choose, some, budget, n_min, n_max, **dict(pool))  # refuses what cannot be
     shown = _replay_seeds(
-        RULES[choose] if isinstance(choose, str) else choose, rates, keys, start, prompts_per_step, budget, n_min,
+        choose, rates, keys, start, prompts_per_step, budget, n_min,
         n_max, pool, prior is None, discounts is None, rule == "known", rounds,
     )  # fmt: skip
     shown = {name: np.asarray(value) for name, value in shown.items()}

@@ -30,6 +30,30 @@ class Shown(NamedTuple):
     failures: jax.Array  # [M] float32, sums of 1 - reward; those without a reward are in neither
 
 
+Ends = Callable[
+    [int, int, int, int], tuple[int, ...]
+]  # (M, R, n_min, group) -> rollouts spent by the end of each round
+
+
+def in_rounds(ends: Ends) -> Callable[[Callable[..., Counts]], Callable[..., Counts]]:
+    """Marks a rule that spends the budget of a step in rounds, each after the outcomes of those before.
+
+    Such a rule also takes `shown`, what the rounds before have given, which it may not lower, and what came of it; its
+    belief has seen that too.
+    """
+
+    def mark(rule: Callable[..., Counts]) -> Callable[..., Counts]:
+        vars(rule)["ends"] = ends
+        return rule
+
+    return mark
+
+
+def pilot_and_rest(prompts: int, budget: int, n_min: int, group: int) -> tuple[int, ...]:
+    """Two rounds: n_min rollouts of every prompt come first."""
+    return (prompts * n_min, budget)
+
+
 def knapsack(
     log_gains: jax.Array,
     budget: jax.Array | int,

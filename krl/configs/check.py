@@ -3,11 +3,14 @@
 import ast
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from krl.configs.default import COLDEST, EMBEDDED, FREE_KEYS, KEYS
+from krl.configs.named import find
 
 __all__ = ["FREE_KEYS", "KINDS", "check", "check_keys", "did_you_mean", "flatten", "no_such_key", "parse_arguments"]
 
@@ -68,8 +71,9 @@ def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
 
 
 def check(
-    config: ConfigDict, *, rules: Iterable[str], may_choose: Callable[[str], bool], must_choose: Callable[[str], bool],
-    rounds: Iterable[str], priors: Iterable[str],
+    config: ConfigDict, own: Mapping[str, Any] = MappingProxyType({}), *, rules: Mapping[str, Any],
+    may_choose: Callable[[Any], bool], must_choose: Callable[[Any], bool], has_rounds: Callable[[Any], bool],
+    priors: Mapping[str, Any],
     templates: Iterable[str], sources: Iterable[str], averages: Iterable[str], scales: Iterable[str],
     surrogates: Iterable[str], kl_estimators: Iterable[str],
 ) -> None:  # fmt: skip
@@ -77,10 +81,11 @@ def check(
 
     Args:
         config: the whole configuration.
-        rules: the names of allocation rules.
-        may_choose, must_choose: whether the rule of a name may give a prompt nothing, and whether it can do no other.
-        rounds: the rules that spend a step's budget in several rounds.
-        priors: the names of priors besides "shared".
+        own: what was given in Python instead of a name: "rule" and "prior".
+        rules: the allocation rules by name.
+        may_choose, must_choose: whether a rule may give a prompt nothing, and whether it can do no other.
+        has_rounds: whether a rule spends a step's budget in several rounds.
+        priors: those besides "shared", by name.
         templates: the names of prompt templates.
         sources: the names of known data sets.
         averages, scales, surrogates, kl_estimators: the names that the loss knows.
@@ -98,8 +103,9 @@ def check(
     alloc, optim = config.alloc, config.optim
     for name, row in KEYS.items():
         need(row.range.holds(flatten(config)[name]), name, row.range.must)
-    need(alloc.rule in rules, "alloc.rule", f"one of {sorted(rules)}")
-    need(alloc.prior in ("shared", *priors), "alloc.prior", f"one of {['shared', *sorted(priors)]}")
+    rule = own.get("rule") or find(alloc.rule, rules, "config.alloc.rule=")
+    if "prior" not in own:
+        find(alloc.prior, {"shared": None} | dict(priors), "config.alloc.prior=")
     need(
         alloc.prior != "groups" or bool(alloc.prior_field), "alloc.prior_field", "the field that names a prompt's group"
     )
@@ -144,8 +150,20 @@ def check(
     )
     need(alloc.prior_width <= 1 << 24, "alloc.prior_width", f"at most {1 << 24}: each is a parameter of the prior")
     need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
-    choosing = sorted(filter(may_choose, rules))
-    _check_sum(config, need, choosing, must_choose(alloc.rule), rounds)
+    if alloc.n_min:
+        need(
+            not must_choose(rule), "alloc.rule", "another one, or alloc.n_min must be 0: this rule chooses the prompts"
+        )
+        _check_sum(config, need)
+    else:
+        choosing = sorted(name for name, one in rules.items() if may_choose(one))
+        need(
+            may_choose(rule),
+            "alloc.rule",
+            f"one of {choosing}, or alloc.n_min at least 1: others give every prompt some (a rule of your own that may "
+            "give nothing takes `group`)",
+        )
+        _check_pool(config, need, has_rounds(rule))
     updates = optim.updates_per_step
     need(alloc.budget % updates == 0, "alloc.budget", f"a multiple of optim.updates_per_step={updates}")
     _check_mesh(config, need)
@@ -154,38 +172,27 @@ def check(
     _check_data(config, need, templates=templates, sources=sources)
 
 
-def _check_sum(
-    config: ConfigDict, need: Callable[[bool, str, str], None], choosing: Sequence[str], must_choose: bool,
-    rounds: Iterable[str],
-) -> None:  # fmt: skip
-    """The part about how many rollouts a step's prompts can take; `need` refuses."""
+def _check_sum(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+    """The part about how many rollouts a step's prompts can take where every one gets some; `need` refuses."""
     prompts, alloc = config.prompts_per_step, config.alloc
-    if alloc.n_min:
-        need(
-            not must_choose,
-            "alloc.rule",
-            "another one, or alloc.n_min must be 0: this rule chooses the prompts",
-        )
-        least, most = prompts * alloc.n_min, prompts * alloc.n_max
-        need(
-            least <= alloc.budget <= most,
-            "alloc.budget",
-            f"between {least} (prompts_per_step={prompts} x alloc.n_min={alloc.n_min}) and {most} (x "
-            f"alloc.n_max={alloc.n_max})",
-        )
-        return
+    least, most = prompts * alloc.n_min, prompts * alloc.n_max
     need(
-        alloc.rule in choosing,
-        "alloc.rule",
-        f"one of {choosing}, or alloc.n_min at least 1: others give every prompt some (a rule of your own that may "
-        "give nothing takes `group`)",
+        least <= alloc.budget <= most,
+        "alloc.budget",
+        f"between {least} (prompts_per_step={prompts} x alloc.n_min={alloc.n_min}) and {most} (x "
+        f"alloc.n_max={alloc.n_max})",
     )
+
+
+def _check_pool(config: ConfigDict, need: Callable[[bool, str, str], None], has_rounds: bool) -> None:
+    """The part about prompts that may get nothing; `need` refuses."""
+    alloc = config.alloc
     need(2 <= alloc.group <= alloc.n_max, "alloc.group", f"from 2 to alloc.n_max={alloc.n_max}")
     need(alloc.budget % alloc.group == 0, "alloc.budget", f"a multiple of alloc.group={alloc.group} with alloc.n_min=0")
     need(alloc.budget >= alloc.group, "alloc.budget", f"at least alloc.group={alloc.group}")
     need(alloc.scouts == 0, "alloc.scouts", "0 with alloc.n_min=0: they sample every prompt")
     need(
-        alloc.candidates > 0 or alloc.rule not in rounds,
+        alloc.candidates > 0 or not has_rounds,
         "alloc.candidates",
         f"at least 1 with the rule {alloc.rule!r}, which reads all of them",
     )

@@ -88,7 +88,8 @@ KEYS: dict[str, Key] = {
         "stacks of all threads. 0 for no limit"),
     # ---------------------------------------------------------------- alloc
     "alloc.rule": Key("reach", ANY, FIXED,
-        "a key of krl.budget.RULES: \"reach\", \"knapsack\" for the paper's value, \"uniform\" for plain GRPO"),
+        "a key of krl.budget.RULES: \"reach\", \"knapsack\" for the paper's value, \"uniform\" for plain GRPO; or your "
+        'own, "package.module:function"'),
     "alloc.budget": Key(512, ANY, FIXED, "R, rollouts per step, over all prompts"),
     "alloc.n_min": Key(0, FROM_0, FIXED,
         "fewest rollouts of a prompt in a step. 0: a step has alloc.candidates prompts, of which those that are "
@@ -106,8 +107,8 @@ KEYS: dict[str, Key] = {
     "alloc.prior": Key("features", ANY, FIXED,
         "what a prompt's success rate is expected to be before it is sampled: \"shared\" (one prior for all "
         'prompts), "groups" (by a field of the data), "features" (by pieces of its text and all of data.fields), or '
-        '"gaussian_process" (by the same features, as the rule "vip" was published); or your own, by its name in '
-        "krl.budget.PRIORS"),
+        '"gaussian_process" (by the same features, as the rule "vip" was published); or your own, '
+        '"package.module:name"'),
     "alloc.prior_field": Key("", ANY, FIXED,
         "field of the data that names a prompt's group, such as \"subject\"; for prior=\"groups\", and for your own "
         'prior to go by ("" for the features)'),

@@ -15,7 +15,7 @@ from krl import policy
 from krl.plan.hlo import Cost, read_cost
 from krl.rollout.sampler import PROGRAMS, Work, decoding_axes
 from krl.rollout.serve import REFILL, Options, Settings, State, drains
-from krl.run.setup import find_slots, prompts_of_a_step
+from krl.run.setup import find_rule, find_slots, prompts_of_a_step
 from krl.run.update import for_this_backend, policy_update, rows_at_once
 from krl.sharding import batch_devices, named_sharding
 from krl.types import Prompts, Rollouts, TrainState
@@ -166,7 +166,9 @@ def _array(mesh: Mesh, shape: tuple[int, ...], dtype: Any, *axes: str | None) ->
 
 
 def _prompts(config: ConfigDict, mesh: Mesh) -> Prompts:
-    _, served = prompts_of_a_step(config, max(config.alloc.candidates, config.alloc.budget))  # of enough data
+    _, served = prompts_of_a_step(
+        config, find_rule(config), max(config.alloc.candidates, config.alloc.budget)
+    )  # of enough data
     shape = (served, config.data.max_prompt_tokens)
     return Prompts(_array(mesh, shape, jnp.int32), _array(mesh, shape, bool), _array(mesh, shape[:1], jnp.int32))
 

@@ -40,12 +40,12 @@ def start_or_continue(
     place, alloc = functools.partial(place_whole, parts.mesh), config.alloc
     kept = {name: alloc[name] for name in ("discount", "discount_mixed", "fade")}
     belief = place(budget.init_belief(len(parts.train), prompt_tokens=parts.train.mask.sum(axis=1), **kept))
-    prior = None if alloc.prior == "shared" else place(budget.init_prior(alloc.prior, parts.num_features))
+    prior = None if parts.prior is None else place(budget.init_prior(parts.prior, parts.num_features))
     begins = checkpoints.latest_step() is None
     params: dict | None = {}
     if begins or config.loss.kl_coefficient:
         params = start_params(
-            config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, should_stop=should_stop
+            config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, parts.given, should_stop=should_stop
         )
     if params is None:
         return 0, None, None

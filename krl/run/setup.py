@@ -4,16 +4,19 @@ Beside `krl.run.spend` and `krl.run.learner`, which are parts of a step, the onl
 config; what it calls takes named arguments.
 """
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -21,12 +24,13 @@ from ml_collections import ConfigDict
 from krl import budget, learn, policy
 from krl.configs import default
 from krl.configs.check import FREE_KEYS, flatten, parse_arguments
+from krl.configs.named import find, name_of
 from krl.policy.hf import check_hf
 from krl.policy.hf_config import config_json
 from krl.policy.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, train_sentencepiece
 from krl.rollout import Ends, find_ends, slots_in_memory
 from krl.rollout.stop import describe_ends, missing_end
-from krl.run.checkpoint import claim_workdir, open_workdir
+from krl.run.checkpoint import claim_workdir, digest, open_workdir
 from krl.run.lock import wait_for
 from krl.run.metrics import progress
 from krl.run.processes import is_first, place_whole, say
@@ -41,11 +45,14 @@ from krl.tasks.operators import make_operators
 from krl.tasks.pool import VerifierPool
 
 NAMES: dict[str, Any] = {  # what a config may name
-    "rules": budget.RULES, "may_choose": budget.may_choose, "must_choose": budget.must_choose, "rounds": budget.ROUNDS,
+    "rules": budget.RULES, "may_choose": budget.may_choose, "must_choose": budget.must_choose, "has_rounds": budget.has_rounds,
     "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
     "averages": learn.AVERAGES, "scales": learn.SCALES, "surrogates": learn.SURROGATES,
     "kl_estimators": learn.KL_ESTIMATORS,
 }  # fmt: skip
+
+
+GIVEN = "(given)"  # config.policy.path of a run whose policy was given in Python
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,44 +72,49 @@ class Setup:
     pairs: Pairs | None  # of supervised fine-tuning, None without one
     cache: pathlib.Path  # directory of the policy fine-tuned for this config on these pairs
     optimizer: optax.GradientTransformation  # of the policy
+    rule: budget.Rule  # from what is known of prompts to their counts
+    prior: budget.Source | None  # None where all prompts share one
+    candidates: int  # C, prompts that a step chooses from
+    served: int  # M, those that it can serve; C where every prompt gets some
+    given: tuple[policy.PolicyConfig, dict] | None  # a policy to begin from that is in no directory
 
 
-def set_up(config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence[str]) -> Setup:
+def set_up(config: ConfigDict, workdir: pathlib.Path, own: Mapping[str, Any] = MappingProxyType({})) -> Setup:
     """Load what a run needs, refuse what cannot work, and make the work directory the run's own.
 
     Args:
         config: of the run, checked.
         workdir: created if missing.
-        flat: the same config as a flat dictionary, JSON values.
-        free: keys that may change when a run continues.
+        own: what was given in Python instead of a name in the config, see `krl.train.train`.
 
     Raises:
         ValueError: data, tokenizer, policy or work directory do not fit the config; the message says the fix.
     """
     mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
     if is_first():
-        open_workdir(workdir, flat, free)
-    verifiers = make_verifiers(config)
+        open_workdir(workdir, flatten(config), FREE_KEYS)
+    verifiers = make_verifiers(config, own.get("reward"))
     try:  # its processes must not outlive what is refused after they were started
-        return _set_up(config, workdir, flat, free, mesh, verifiers)
+        return _set_up(config, workdir, own, mesh, verifiers)
     except BaseException:
         verifiers.close()
         raise
 
 
 def _set_up(
-    config: ConfigDict, workdir: pathlib.Path, flat: dict, free: Sequence[str], mesh: jax.sharding.Mesh,
-    verifiers: VerifierPool
+    config: ConfigDict, workdir: pathlib.Path, own: Mapping[str, Any], mesh: jax.sharding.Mesh, verifiers: VerifierPool
 ) -> Setup:  # fmt: skip
     """The part of `set_up` that needs the verifiers to be there."""
     tasks = load_task_sets(config)
     folder = pathlib.Path(config.sft.dir or workdir / "sft")
     tokenizer = load_tokenizer(find_tokenizer(config, tasks["sft"], folder, workdir))
-    policy_config = find_policy(config, tokenizer, workdir)
+    given = own.get("policy")
+    policy_config = find_policy(config, tokenizer, workdir, given[0] if given else None)
     ends = find_ends(tokenizer, config.sample.stop, policy_config.vocab_size)
     train = encode(config, tokenizer, tasks["train"])
     test = encode(config, tokenizer, tasks["test"], limit=config.eval.prompts)
-    candidates, _ = prompts_of_a_step(config, len(train))
+    rule = find_rule(config, own.get("rule"))
+    candidates, served = prompts_of_a_step(config, rule, len(train))
     step_task_ids(len(train), candidates, 0, seed=config.seed)  # refuses too few prompts
     most = candidates * (
         config.alloc.n_max if config.alloc.n_min else config.alloc.n_max // config.alloc.group * config.alloc.group
@@ -118,22 +130,40 @@ def _set_up(
     abstract_params(
         policy_config, reshape_mesh(mesh, tuple(config.mesh.decode))
     )  # refuses a layout that does not divide them
-    claim_workdir(workdir, flat, config_json(policy_config, policy_config.stored_dtype), tokenizer)
+    claim_workdir(workdir, flatten(config), config_json(policy_config, policy_config.stored_dtype), tokenizer)
     return Setup(
         mesh=mesh, verifiers=verifiers, tokenizer=tokenizer, ends=ends, policy_config=policy_config, params=params,
         train=train, test=test, features=features, num_features=num_features, pairs=pairs,
         cache=sft_cache(folder, config, policy_config.vocab_size, pairs or ()), optimizer=find_optimizer(config),
+        rule=rule, prior=find_prior(config, own.get("prior")), candidates=candidates, served=served, given=given,
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------- tasks and their rewards
 
 
-def make_verifiers(config: ConfigDict) -> VerifierPool:
-    """The reward's worker processes."""
-    limits = config.verify
+def name_own(config: ConfigDict, own: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run with what was given in Python, which it names; the one that it was given stays as it is."""
+    config = copy.deepcopy(config)
+    for key, name in {"alloc.rule": "rule", "alloc.prior": "prior", "data.reward": "reward"}.items():
+        if name in own:
+            config.update_from_flattened_dict({key: name_of(own[name])})
+    if "policy" in own:
+        config.policy.path = GIVEN
+    return config
+
+
+def make_verifiers(config: ConfigDict, given: Callable[..., float] | None = None) -> VerifierPool:
+    """The reward's worker processes; what they cannot import, a `given` one and a notebook's, is called in this one."""
+    limits, name = config.verify, config.data.reward
+    here = given is not None or "__main__:" in name
+    if here:
+        say(
+            f"krl: the reward {name} is called in this process, without limits of time and memory; worker processes "
+            "with limits call one that a file has and config.data.reward names"
+        )
     return VerifierPool(
-        config.data.reward, workers=limits.workers, item_seconds=limits.item_seconds,
+        given or name, workers=0 if here else limits.workers, item_seconds=limits.item_seconds,
         batch_seconds=limits.batch_seconds, items_per_worker=limits.items_per_worker, memory_gb=limits.memory_gb,
         environment=[name.strip() for name in limits.environment.split(",") if name.strip()],
     )  # fmt: skip
@@ -226,7 +256,9 @@ def find_tokenizer(config: ConfigDict, tasks: TaskSet, folder: pathlib.Path, wor
     """The tokenizer of a run that has begun, or the config's, the policy's, or one trained on the texts."""
     if (workdir / "config.json").exists():
         return workdir / "policy"
-    if config.policy.path:
+    if config.policy.path == GIVEN and not config.tokenizer.path:
+        raise ValueError("a policy that is given to train needs config.tokenizer.path, the directory of its tokenizer")
+    if config.policy.path not in ("", GIVEN):
         try:
             policy.read_config(config.policy.path)
         except ValueError as error:
@@ -244,16 +276,20 @@ def find_tokenizer(config: ConfigDict, tasks: TaskSet, folder: pathlib.Path, wor
     return file
 
 
-def find_policy(config: ConfigDict, tokenizer: Tokenizer, workdir: pathlib.Path) -> policy.PolicyConfig:
-    """The decoder of a run: its checkpoint's, or one of the config's sizes."""
+def find_policy(
+    config: ConfigDict, tokenizer: Tokenizer, workdir: pathlib.Path, given: policy.PolicyConfig | None = None
+) -> policy.PolicyConfig:
+    """The decoder of a run: the one that was given, its checkpoint's, or one of the config's sizes."""
     if config.policy.path:
         if (workdir / "config.json").exists():
             found = policy.read_config(workdir / "policy", **computed_by(config))
+        elif given:
+            found = dataclasses.replace(given, **computed_by(config))
         else:
             found, _ = check_hf(config.policy.path, **computed_by(config))
         check_vocabulary(tokenizer, found.vocab_size)
         row = config.data.max_prompt_tokens + config.sample.max_new_tokens
-        longest = json.loads(found.source).get("max_position_embeddings") or row
+        longest = json.loads(found.source or "{}").get("max_position_embeddings") or row
         if row > longest:
             say(f"krl: rows of {row} tokens are longer than the {longest} that the checkpoint was made for")
         return found
@@ -277,19 +313,35 @@ def say_ends(config: ConfigDict, ends: Ends, prompts: EncodedTasks) -> None:
         say(f"krl: {warning}")
 
 
-def prompts_of_a_step(config: ConfigDict, num_tasks: int) -> tuple[int, int]:
+def find_rule(config: ConfigDict, given: budget.Rule | None = None) -> budget.Rule:
+    """The rule that was given, or that the config names."""
+    named = given or budget.find_rule(config.alloc.rule)
+    return _with_reach(named, config.alloc.reach) if config.alloc.rule == "reach" else named
+
+
+@functools.cache
+def _with_reach(rule: budget.Rule, reach: float) -> budget.Rule:
+    """The rule "reach" with an r; the same function for the same r, so that it is compiled once."""
+    return functools.partial(rule, reach=reach)
+
+
+def find_prior(config: ConfigDict, given: budget.Source | None = None) -> budget.Source | None:
+    """The source of priors that was given, or that the config names; None for one that all prompts share."""
+    return given or find(config.alloc.prior, {"shared": None} | budget.PRIORS, "config.alloc.prior=")
+
+
+def prompts_of_a_step(config: ConfigDict, rule: budget.Rule, num_tasks: int) -> tuple[int, int]:
     """(C, M): the prompts that a step chooses from, and that it can serve; the same where every prompt gets some."""
     if config.alloc.n_min:
         return config.prompts_per_step, config.prompts_per_step
     candidates = min(config.alloc.candidates or num_tasks, num_tasks)
-    if config.alloc.rule in budget.ROUNDS:
+    if budget.has_rounds(rule):
         return candidates, candidates  # which of them are served is not known before the first round
     return candidates, min(config.alloc.budget // config.alloc.group, candidates)
 
 
-def describe_step(config: ConfigDict, num_tasks: int) -> str:
+def describe_step(config: ConfigDict, candidates: int, served: int) -> str:
     """How many prompts and rollouts a step has, for the line at the start."""
-    candidates, served = prompts_of_a_step(config, num_tasks)
     rollouts = f"{config.alloc.budget} rollouts a step"
     if config.alloc.n_min:
         return f"{served} prompts and {rollouts}"
@@ -380,6 +432,7 @@ def start_params(
     mesh: jax.sharding.Mesh,
     pairs: Pairs | None,
     cache: pathlib.Path,
+    given: tuple[policy.PolicyConfig, dict] | None,
     *,
     should_stop: Callable[[], bool],
 ) -> dict | None:
@@ -387,7 +440,7 @@ def start_params(
 
     Args:
         config: of the run.
-        policy_config, mesh, pairs, cache: as in `Setup`. Of runs that share the cache one fine-tunes, and others wait.
+        policy_config, mesh, pairs, cache, given: as in `Setup`. Of runs that share the cache one fine-tunes, and others wait.
         should_stop: whether fine-tuning should save and leave, asked before each update.
 
     Returns:
@@ -397,7 +450,9 @@ def start_params(
         ValueError: the checkpoint in policy.path is another than the run began from.
         FloatingPointError: too many updates of fine-tuning in a row were not finite.
     """
-    if config.policy.path:
+    if config.policy.path == GIVEN:
+        params = copy_params(given, policy_config, mesh)
+    elif config.policy.path:
         found, params = policy.load_hf(config.policy.path, mesh)
         if dataclasses.replace(found, **computed_by(config)) != policy_config:
             raise ValueError(f"{config.policy.path} is not what this run began from; choose another --workdir")
@@ -408,7 +463,8 @@ def start_params(
     if pairs is None:
         return params
     if config.policy.path:
-        cache = cache.with_name(f"{cache.name}_{fingerprint(pathlib.Path(config.policy.path))}")
+        began = digest(params) if given else fingerprint(pathlib.Path(config.policy.path))
+        cache = cache.with_name(f"{cache.name}_{began}")
     if is_first():
         _make_cache(cache)
     lock = wait_for(cache.with_name(f"{cache.name}.running"), f"the fine-tuning in {cache}", should_stop)
@@ -424,6 +480,24 @@ def start_params(
             report=lambda step, loss: show(step, f"loss {loss:.3f}"),
         )  # fmt: skip
     return params if finished else None
+
+
+def copy_params(
+    given: tuple[policy.PolicyConfig, dict] | None, policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh
+) -> dict:
+    """A copy, on the mesh, of the parameters of a policy that was given: a step gives its buffers away.
+
+    Raises:
+        ValueError: there is none, or it is not the policy that the run began from.
+    """
+    if given is None:
+        raise ValueError("this run began from a policy that was given in Python; give it to train again, policy=")
+    like = abstract_params(policy_config, mesh)
+    if jax.tree.map(jnp.shape, given[1]) != jax.tree.map(jnp.shape, like):
+        raise ValueError("policy=: the parameters are not those of the PolicyConfig that was given with them")
+    return jax.tree.map(
+        lambda leaf, at: jax.device_put(jnp.array(leaf, at.dtype, copy=True), at.sharding), given[1], like
+    )
 
 
 def find_optimizer(config: ConfigDict) -> optax.GradientTransformation:

@@ -61,7 +61,7 @@ def spend_budget(
 ) -> Drawn:  # fmt: skip
     """Choose the counts of M prompts by what is known of them, [M] each, if they are not `chosen`; sample and score.
 
-    A rule of ROUNDS sees what the rounds before have shown; a round's samples of a prompt go on from there.
+    A rule in rounds sees what the rounds before have shown; a round's samples of a prompt go on from there.
     Scouts come before all rounds: the counts follow from what they alone show, and nothing else does.
     """
     alloc, num_prompts, place = config.alloc, len(prompts.task_ids), functools.partial(place_whole, parts.mesh)
@@ -93,14 +93,14 @@ def spend_budget(
     counts = jnp.zeros_like(prompts.task_ids)
     shown = budget.Shown(counts, counts * 0.0, counts * 0.0)
     rounds: list[tuple[Rollouts, Verdicts]] = []
-    ends = budget.rounds_of(alloc.rule, num_prompts, alloc.budget, alloc.n_min, alloc.group)
+    ends = budget.rounds_of(parts.rule, num_prompts, alloc.budget, alloc.n_min, alloc.group)
     for spent, until in itertools.pairwise((0, *ends)):
         if rounds:
             known, wins, losses = learn_from(known, *rounds[-1])
             shown = budget.Shown(counts, shown.successes + wins, shown.failures + losses)
-        told = {"shown": shown} if alloc.rule in budget.ROUNDS else {}
+        told = {"shown": shown} if budget.has_rounds(parts.rule) else {}
         with clock.phase("budget"):
-            counts, info = chosen or choose_counts(config, num_prompts, known, until, **told)
+            counts, info = chosen or choose_counts(config, parts.rule, known, until, num_prompts, **told)
         rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
     rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
     verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
@@ -112,12 +112,10 @@ def spend_budget(
 
 
 def choose_counts(
-    config: ConfigDict, num_prompts: int, known: budget.Belief, spent: int, **told: budget.Shown
+    config: ConfigDict, rule: budget.Rule, known: budget.Belief, spent: int, num_prompts: int, **told: budget.Shown
 ) -> tuple[jax.Array, dict]:
     """What the rule gives of the first `spent` rollouts of a step, checked, and what it says of that."""
-    alloc, rule = config.alloc, budget.RULES[config.alloc.rule]
-    if alloc.rule == "reach":
-        rule = with_reach(rule, alloc.reach)
+    alloc = config.alloc
     counts, info = jax.block_until_ready(
         allocate(
             rule,
@@ -132,12 +130,6 @@ def choose_counts(
     )
     check_counts(alloc, counts, spent)
     return counts, info
-
-
-@functools.cache
-def with_reach(rule: budget.Rule, reach: float) -> budget.Rule:
-    """The rule "reach" with an r; the same function for the same r, so that it is compiled once."""
-    return functools.partial(rule, reach=reach)
 
 
 def explored(alloc: ConfigDict, num_prompts: int) -> int:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from krl.configs.named import name_of
 from krl.tasks.rewards import (
     Item,
     Part,
@@ -111,8 +112,8 @@ class VerifierPool:
     Args:
         reward: a name in `krl.tasks.verify.REWARDS`, or "package.module:function" of a function
             (prompt, response, answer) -> float, or (prompt, response, answer, row) -> float; modules are found where
-            this process finds them. Or several with weights, see `krl.tasks.rewards.parse_rewards`.
-        workers: processes; with 0 the function runs in this process, without limits.
+            this process finds them. Or several with weights, see `krl.tasks.rewards.parse_rewards`. Or a function.
+        workers: processes; with 0, which a function needs, it is called in this process, without limits.
         item_seconds: for one item; the worker is killed when it takes longer.
         batch_seconds: for a batch, once all its items are there; what is unfinished then has no reward.
         items_per_worker: a worker is replaced after so many items, whatever it has piled up.
@@ -136,7 +137,7 @@ class VerifierPool:
 
     def __init__(
         self,
-        reward: str,
+        reward: str | Callable[..., object],
         *,
         workers: int,
         item_seconds: float,
@@ -150,14 +151,17 @@ class VerifierPool:
                 f"a verifier pool needs workers >= 0 and positive limits, got {workers=}, {item_seconds=}, "
                 f"{batch_seconds=}, {items_per_worker=}, {memory_gb=}"
             )
-        self.names = component_names(reward)
+        if workers and not isinstance(reward, str):
+            raise ValueError("a reward that is a function is called in this process, with workers=0; name it instead")
+        text = reward if isinstance(reward, str) else name_of(reward)
+        self.names = component_names(text)
         self.last_error = self.last_failure = ""
         self.last_faults: list[str] = []
         self.last_reasons: list[str] = []
         self.last_rewards, self.last_parts = np.zeros(0), np.zeros((0, len(self.names)))
-        self._first_message = (reward, memory_gb, os.getpid())
+        self._first_message = (text, memory_gb, os.getpid())
         self._item_seconds, self._batch_seconds, self._items_per_worker = item_seconds, batch_seconds, items_per_worker
-        self._weights = tuple(parse_rewards(reward).values())
+        self._weights = tuple(parse_rewards(text).values())
         self._parts = None if workers else load_rewards(reward)
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         told = {name: os.environ[name] for name in (*KEPT, *environment) if name in os.environ}
@@ -170,7 +174,7 @@ class VerifierPool:
             for _ in range(workers):
                 self._start()
             if workers:
-                self._await_first(reward)
+                self._await_first(text)
         except BaseException:
             self.close()
             raise

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from krl.configs.named import name_of
 from krl.tasks.verify import Answer, find_reward
 
 SOLVED = 1.0  # the reward from which a response counts as solved
@@ -61,17 +62,19 @@ def component_names(text: str) -> tuple[str, ...]:
     return () if list(weights.values()) == [1.0] else tuple(weights)
 
 
-def load_rewards(text: str) -> tuple[Part, ...]:
+def load_rewards(text: str | Callable[..., object]) -> tuple[Part, ...]:
     """The functions of a reward, or of a list of them.
 
     Args:
-        text: of the config: names in `krl.tasks.verify.REWARDS` or "package.module:function", each with "*weight" or
+        text: a function, or the text of the config: names in `krl.tasks.verify.REWARDS` or "package.module:function", each with "*weight" or
             without, separated by commas.
 
     Raises:
         ValueError: as for `parse_rewards` and `find_reward`, or a function that cannot be called with a prompt, a
             response and an answer; in one line.
     """
+    if callable(text):
+        return (Part(name_of(text), 1.0, *_form(name_of(text), text)),)
     parts = []
     for name, weight in parse_rewards(text).items():
         function = find_reward(name)

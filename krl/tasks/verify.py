@@ -24,11 +24,11 @@ parse LaTeX into sympy. What counts as equal:
 """
 
 import functools
-import importlib
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from krl.configs.named import find
 from krl.tasks.extract import extract_answer
 from krl.tasks.notation import MAX_CHARACTERS, normal_form
 from krl.tasks.units import UPRIGHT
@@ -66,24 +66,9 @@ def find_reward(name: str) -> Reward:
     Raises:
         ValueError: the module cannot be imported, has no such function, or the name is of neither kind.
     """
-    if name in REWARDS:
-        return REWARDS[name]
-    module_name, colon, function_name = name.partition(":")
-    if not (module_name and colon and function_name):
-        raise ValueError(f"reward {name!r} must be one of {sorted(REWARDS)} or look like package.module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise ValueError(
-            f"reward {name!r}: cannot import {module_name}: {type(error).__name__}: {reason}; "
-            "put the module next to train.py or install it"
-        ) from None
-    function = getattr(module, function_name, None)
-    if function is None:
-        raise ValueError(f"reward {name!r}: {module_name} has no {function_name}; check the name after the colon")
+    function = find(name, REWARDS, "reward ")
     if not callable(function):
-        raise ValueError(f"reward {name!r}: {function_name} is a {type(function).__name__}, not a function")
+        raise ValueError(f"reward {name!r}: {name.partition(':')[2]} is a {type(function).__name__}, not a function")
     return function
 
 

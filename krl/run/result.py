@@ -1,0 +1,76 @@
+"""What a finished run hands to the notebook that called it."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from krl.policy import PolicyConfig
+from krl.policy.tokenizer import Tokenizer
+from krl.run.processes import place_whole, to_host
+from krl.run.scoring import decode_rollouts
+from krl.run.setup import Setup, encode
+from krl.run.spend import generate
+from krl.sharding import batch_devices
+from krl.tasks import TaskSet
+from krl.types import Prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The policy that a run has trained, and what its last step showed."""
+
+    params: dict  # of the policy, on the run's mesh
+    metrics: dict[str, float]  # the last row of metrics.jsonl; {} without one
+    config: ConfigDict  # of the run
+    parts: Setup = dataclasses.field(repr=False)  # its mesh, tasks, tokenizer and sizes
+
+    @property
+    def policy(self) -> PolicyConfig:
+        """The policy's sizes: `(result.policy, result.params)` is what `train` takes as `policy`."""
+        return self.parts.policy_config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's; its files are in the folder `policy` of the work directory."""
+        return self.parts.tokenizer
+
+    def generate(self, texts: Sequence[str], *, temperature: float | None = None, seed: int = 0) -> list[str]:
+        """One response to each text, in the run's template; texts that are given twice are answered twice.
+
+        Args:
+            texts: questions, without the template.
+            temperature: 0 for the most likely tokens; by default that of evaluations.
+            seed: of the samples.
+
+        Raises:
+            ValueError: no text, or one that is longer than config.data.max_prompt_tokens.
+        """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"generate takes a list of texts, such as ['2+3='], got {texts!r}")
+        asked = encode(self.config, self.tokenizer, TaskSet(prompts=tuple(texts), answers=("",) * len(texts)))
+        if asked.dropped:
+            most = self.config.data.max_prompt_tokens
+            raise ValueError(
+                f"{asked.dropped} of {len(texts)} texts have no token, or more than config.data.max_prompt_tokens={most}"
+            )
+        mesh, rows = self.parts.mesh, np.arange(len(texts), dtype=np.int32)
+        prompts = place_whole(mesh, Prompts(asked.tokens, asked.mask, rows))
+        evaluation, devices = self.config.eval, batch_devices(mesh)
+        with jax.set_mesh(mesh):
+            rollouts = generate(
+                self.config, self.parts, self.params, prompts, place_whole(mesh, np.ones_like(rows)),
+                jax.random.key(seed), num_rollouts=math.ceil(len(rows) / devices) * devices, top_p=evaluation.top_p,
+                temperature=evaluation.temperature if temperature is None else temperature,
+            )  # fmt: skip
+        return decode_rollouts(self.parts.ends, to_host(rollouts))[: len(rows)]
+
+    def __getitem__(self, name: str) -> Any:
+        """A number of `metrics`, which `train` returned alone until version 0.4."""
+        warnings.warn(f'train returns a Result: write .metrics["{name}"]', DeprecationWarning, stacklevel=2)
+        return self.metrics[name]
