@@ -21,7 +21,9 @@ import numpy as np
 from benchmarks.runs import machine
 from krl import policy, rollout
 from krl.policy.attention import attend_rows
-from krl.run.update import for_this_backend, init_state, make_optimizer, policy_update
+from krl.run.compiled import for_this_backend
+from krl.run.optimizer import init_state, make_optimizer
+from krl.run.update import policy_update
 from krl.types import Prompts, Rollouts
 
 LARGE = policy.PolicyConfig(

@@ -20,7 +20,8 @@ from krl import rollout
 from krl.configs import arithmetic
 from krl.eval.sample import score_rollouts
 from krl.policy.tokenizer import load_tokenizer
-from krl.run import setup
+from krl.run import data as run_data
+from krl.run import start as run_start
 from krl.sharding import make_mesh
 from krl.types import Prompts
 
@@ -38,15 +39,15 @@ def main():
     config.sft.dir = options.sft
 
     mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
-    tasks = setup.load_task_sets(config)
+    tasks = run_data.load_task_sets(config)
     folder = pathlib.Path(options.sft)
-    tokenizer = load_tokenizer(setup.find_tokenizer(config, tasks["sft"], folder, folder))
-    pairs = setup.find_pairs(config, setup.encode(config, tokenizer, tasks["sft"]), tokenizer)
-    policy_config = setup.find_policy(config, tokenizer, folder)
-    cache = setup.sft_cache(folder, config, policy_config.vocab_size, pairs)
-    encoded = setup.encode(config, tokenizer, tasks["train"])
-    with jax.set_mesh(mesh), setup.make_verifiers(config) as verifiers:
-        params = setup.start_params(config, policy_config, mesh, pairs, cache, should_stop=lambda: False)
+    tokenizer = load_tokenizer(run_start.find_tokenizer(config, tasks["sft"], folder, folder))
+    pairs = run_start.find_pairs(config, run_data.encode(config, tokenizer, tasks["sft"]), tokenizer)
+    policy_config = run_start.find_policy(config, tokenizer, folder)
+    cache = run_start.sft_cache(folder, config, policy_config.vocab_size, pairs)
+    encoded = run_data.encode(config, tokenizer, tasks["train"])
+    with jax.set_mesh(mesh), run_data.make_verifiers(config) as verifiers:
+        params = run_start.start_params(config, policy_config, mesh, pairs, cache, None, should_stop=lambda: False)
         generate = functools.partial(
             rollout.generate, policy_config, params, max_new_tokens=config.sample.max_new_tokens,
             eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,

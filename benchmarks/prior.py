@@ -27,7 +27,7 @@ from krl.budget import prior as priors
 from krl.configs import default
 from krl.policy.tokenizer import load_tokenizer
 from krl.report.history import read_run
-from krl.run.setup import encode, load_task_sets
+from krl.run.data import encode, load_task_sets
 from krl.tasks import load_named, step_task_ids
 
 

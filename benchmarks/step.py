@@ -24,7 +24,9 @@ import numpy as np
 from benchmarks.rollout import CONFIG, ENDS, NEW_TOKENS, PROMPT_TOKENS, PROMPTS, ROLLOUTS
 from benchmarks.runs import machine
 from krl import learn, policy, rollout
-from krl.run.update import for_this_backend, init_state, make_optimizer, policy_update
+from krl.run.compiled import for_this_backend
+from krl.run.optimizer import init_state, make_optimizer
+from krl.run.update import policy_update
 from krl.types import Prompts, Rollouts
 
 OPTIMIZER = make_optimizer(

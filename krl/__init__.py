@@ -1,8 +1,8 @@
 """krl: GRPO with knapsack rollout budgets, in JAX.
 
-The rooms: `krl.budget` (how many rollouts each prompt gets), `krl.rollout` (sampling them),
-`krl.learn` (rewards to gradients), `krl.policy` (the language model), `krl.tasks` (prompts and
-rewards), `krl.run` (devices, disk, screen); and `krl.train(config, workdir)` is a run. docs/architecture.md shows how a step goes through them.
+The rooms: `krl.budget` (how many rollouts each prompt gets), `krl.rollout` (sampling them), `krl.learn` (rewards to
+gradients), `krl.policy` (the language model), `krl.tasks` (prompts and rewards), `krl.run` (devices, disk, screen); and
+`krl.train(config, workdir)` is a run. docs/architecture.md shows how a step goes through them.
 """
 
 import importlib

@@ -23,17 +23,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from etils import epath
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from krl import budget
 from krl.configs.check import check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
-from krl.eval.sample import evaluate, first_reward, score_rollouts
+from krl.eval.held_out import evaluate_held_out, write_held_out
 from krl.policy import PolicyConfig
 from krl.report import command as report
-from krl.run.checkpoint import Checkpoints, keep_from_others, stop_on_signal, write_json
+from krl.run import processes
+from krl.run.checkpoint import Checkpoints, keep_from_others, stop_on_signal
+from krl.run.compiled import for_this_backend
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
-from krl.run.learner import Learner, find_advantages, rewards_to_compare, saved, start_or_continue, update_policy
+from krl.run.learner import Learner, find_advantages, rewards_to_compare, saved, start_or_continue
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
     CompileCounter,
@@ -50,24 +52,22 @@ from krl.run.metrics import (
     status_line,
     step_metrics,
 )
-from krl.run.processes import (
-    STOPPED,
-    any_process,
-    check_agreement,
-    check_copies,
-    first_before_others,
-    gather,
-    is_first,
-    join_processes,
-    place_whole,
-    say,
-    stay_together,
-)
+from krl.run.optimizer import skipped_updates
 from krl.run.result import Result
-from krl.run.scoring import FaultWatch, verdict_metrics
-from krl.run.setup import NAMES, Setup, about_run, describe_step, name_own, say_ends, set_up
-from krl.run.spend import choose_counts, describe_groups, find_chances, generate, served_rows, spend_budget
-from krl.run.update import skipped_updates
+from krl.run.scoring import FaultWatch
+from krl.run.setup import NAMES, Setup, about_run, describe_step, name_own, set_up
+from krl.run.spend import (
+    allocate,
+    check_counts,
+    describe_groups,
+    describe_spending,
+    each_rollout,
+    find_chances,
+    served_rows,
+    spend_budget,
+)
+from krl.run.start import say_ends
+from krl.run.update import policy_update
 from krl.run.writers import check_writers, find_writers
 from krl.tasks import step_task_ids
 from krl.tasks.pool import FAULTS
@@ -78,14 +78,14 @@ def main(argv):
     """The command line."""
     script = pathlib.Path(argv[0]).name
     with one_line_errors(script):
-        join_processes(flags.FLAGS.config.distributed)
+        processes.join_processes(flags.FLAGS.config.distributed)
     file = pathlib.Path(flags.FLAGS.workdir, f"error{jax.process_index() or ''}.txt")
-    with stay_together(), one_line_errors(script, file):
+    with processes.stay_together(), one_line_errors(script, file):
         keep_from_others()
         keep_compilations()
         last = train(flags.FLAGS.config, flags.FLAGS.workdir)
     if last is None:
-        raise SystemExit(STOPPED)
+        raise SystemExit(processes.STOPPED)
 
 
 def train(
@@ -117,11 +117,11 @@ def train(
     config = name_own(config, own)
     check(config, own, **NAMES)
     check_writers(flatten(config))
-    with stop_on_signal() as asked, hold_workdir(workdir) if is_first() else contextlib.nullcontext():
-        with first_before_others("set up"):
+    with stop_on_signal() as asked, hold_workdir(workdir) if processes.is_first() else contextlib.nullcontext():
+        with processes.first_before_others("set up"):
             parts = set_up(config, workdir, own)
         size = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
-        say(
+        processes.say(
             f"krl: {config.alloc.rule} budgets, {describe_step(config, parts.candidates, parts.served)}, "
             f"{len(parts.train)} training prompts ({parts.train.dropped} too long), {size:,} parameters, "
             f"mesh {dict(parts.mesh.shape)} of {jax.devices()[0].device_kind}"
@@ -134,18 +134,18 @@ def train(
             Checkpoints(place / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
             Checkpoints(place / "best", keep=1) as best,
         ):
-            rollbacks, about, outcome = read_rollbacks(workdir), about_run(config, parts), "went back"
+            rollbacks, outcome = read_rollbacks(workdir), "went back"
             while outcome == "went back":
                 outcome, params = take_steps(
-                    config, workdir, parts, checkpoints, best, rollbacks, about | {"rollbacks": len(rollbacks)},
-                    compiles, lambda: any_process(asked.is_set()),
+                    config, workdir, parts, checkpoints, best, rollbacks, compiles,
+                    lambda: processes.any_process(asked.is_set()),
                 )  # fmt: skip
     return Result(params, last_row(config, workdir), config, parts) if outcome == "finished" else None
 
 
 def take_steps(
     config: ConfigDict, workdir: pathlib.Path, parts: Setup, checkpoints: Checkpoints, best: Checkpoints,
-    rollbacks: list[dict], about: dict, compiles: CompileCounter, should_stop: Callable[[], bool],
+    rollbacks: list[dict], compiles: CompileCounter, should_stop: Callable[[], bool],
 ) -> tuple[str, dict]:  # fmt: skip
     """Take the steps that are left, from the newest checkpoint on or from the start.
 
@@ -154,15 +154,13 @@ def take_steps(
         call goes on from the last checkpoint.
     """
     # ---------------------------------------------------------------- where the run starts from
-    from krl.run.rollouts import describe_rollouts  # with Arrow, for which help and refusals need not wait
-
+    about = about_run(config, parts) | {"rollbacks": len(rollbacks)}
     step, learner, reference = start_or_continue(config, parts, checkpoints, about, should_stop)
     if learner is None:
-        say("krl: stopped during supervised fine-tuning; the same command continues it")
+        processes.say("krl: stopped during supervised fine-tuning; the same command continues it")
         return "stopped", {}
-    if step == 0 and is_first():
-        held_out = parts.test.tasks
-        write_json(workdir / "held_out.json", {"prompts": held_out.prompts, "fields": dict(held_out.fields)})
+    if step == 0:
+        write_held_out(workdir, parts.test.tasks)
     hear = FaultWatch(parts.verifiers, config.verify.may_fail)
     highest, newest = best.about_newest().get("accuracy", -math.inf), None
 
@@ -176,7 +174,9 @@ def take_steps(
             texts_every=config.log.texts_every,
         ) as log,
         progress(config.steps, step, config.alloc.rule) as show,
-        profile(workdir / "profile", begin=step + 2, steps=config.profile.steps if is_first() else 0) as record,
+        profile(
+            workdir / "profile", begin=step + 2, steps=config.profile.steps if processes.is_first() else 0
+        ) as record,
     ):
         if step == 0 and config.eval.every and not should_stop():
             metrics = {"rollouts_total": 0} | evaluate_held_out(config, parts, learner, log, 0, hear)
@@ -194,7 +194,7 @@ def take_steps(
             if spike:
                 go_back(workdir, rollbacks, step, checkpoints.latest_step() or 0, spike, most=config.guard.rollbacks)
                 return "went back", {}
-            every = gather({k: v for k, v in metrics.items() if k.startswith("seconds/")} | memory_used())
+            every = processes.gather({k: v for k, v in metrics.items() if k.startswith("seconds/")} | memory_used())
             metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)} | over_processes(every)
             if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
                 metrics |= evaluate_held_out(config, parts, learner, log, step, hear)
@@ -202,33 +202,44 @@ def take_steps(
                     highest = metrics["eval/accuracy"]
                     best.save(step, {"params": learner.state.params}, about | {"step": step, "accuracy": highest})
                 newest = metrics["eval/accuracy"]
-            log.write(step, metrics)
-            served = np.asarray(groups["counts"]) > 0
-            log.write_groups(step, {name: np.asarray(values)[served] for name, values in groups.items()})
-            log.write_processes(step, every)
-            if config.log.rollouts_gb or config.log.texts_every:
-                log.write_rollouts(step, describe_rollouts(parts.train, step, groups, **rollouts))
+            log_step(log, parts, step, metrics, every, groups, rollouts)
             show(step, status_line(metrics, newest))
             hear(int(sum(metrics[f"verifier/{kind}"] for kind in FAULTS)), config.alloc.budget, f"step {step}")
             refuse_bad_updates(learner.state, config.max_bad_updates)
             if step % config.checkpoint.every == 0 or step == config.steps:
-                check_copies(learner.state.params)
+                processes.check_copies(learner.state.params)
                 checkpoints.save(step, saved(learner), about | {"step": step})
     if step < config.steps:
-        check_copies(learner.state.params)
+        processes.check_copies(learner.state.params)
         checkpoints.save(step, saved(learner), about | {"step": step})
-        say(f"krl: stopped after step {step}; the same command continues from there")
+        processes.say(f"krl: stopped after step {step}; the same command continues from there")
         return "stopped", {}
     return "finished", learner.state.params
 
 
+def log_step(
+    log: MetricsLog, parts: Setup, step: int, metrics: dict, every: dict[str, list[float]], groups: dict, rollouts: dict
+) -> None:
+    """Write a step's row, its groups that got any rollouts, the processes' times, and its rollouts if they are kept."""
+    log.write(step, metrics)
+    served = np.asarray(groups["counts"]) > 0
+    log.write_groups(step, {name: np.asarray(values)[served] for name, values in groups.items()})
+    log.write_processes(step, every)
+    if log.wants_rollouts:
+        from krl.run.rollouts import describe_rollouts  # with Arrow, for which help and refusals need not wait
+
+        log.write_rollouts(step, describe_rollouts(parts.train, step, groups, **rollouts))
+
+
 def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:
     """Tell what a finished run showed; the last row of its metrics, {} if it has none."""
-    with first_before_others("report"):
+    with processes.first_before_others("report"):
         if config.steps:
-            say(report.of_a_run(workdir) if is_first() else "")
+            processes.say(report.of_a_run(workdir) if processes.is_first() else "")
         else:
-            say(f"krl: fine-tuned; the checkpoint is in {epath.Path(config.checkpoint.dir or workdir) / 'checkpoints'}")
+            processes.say(
+                f"krl: fine-tuned; the checkpoint is in {epath.Path(config.checkpoint.dir or workdir) / 'checkpoints'}"
+            )
     rows = read_rows(workdir / "metrics.jsonl")
     return rows[-1] if rows else {}
 
@@ -257,7 +268,7 @@ def take_step(
         docs/metrics.md defines metrics and groups.
     """
     clock, (state, belief, prior) = PhaseClock(config.stuck_seconds), learner
-    place = functools.partial(place_whole, parts.mesh)
+    place = functools.partial(processes.place_whole, parts.mesh)
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     sample_key, shuffle_key = jax.random.split(jax.random.fold_in(key, draw) if draw else key)
     with clock.phase("budget"):
@@ -267,70 +278,43 @@ def take_step(
         features = place(parts.features[task_ids])
         if prior is not None:
             known = inform(prior, before, features)
-        chances, chosen = find_chances(config, num_prompts, known), None
+        chances, chosen = find_chances(config, parts, known), None
         if candidates > num_prompts:
-            counts, info = choose_counts(config, parts.rule, known, config.alloc.budget, num_prompts)
+            counts, info = jax.block_until_ready(allocate(parts.rule, known, config.alloc.budget, **parts.bounds))
+            check_counts(config.alloc, counts, config.alloc.budget)
             rows, (before, known, features, counts, chances) = served_rows(
                 counts, (before, known, features, counts, chances), most=num_prompts
             )
             task_ids, chosen = task_ids[np.asarray(rows)], (counts, info)
         prompts = place(Prompts(parts.train.tokens[task_ids], parts.train.mask[task_ids], task_ids))
     drawn = spend_budget(config, parts, state.params, prompts, known, step, sample_key, clock, chosen)
-    rollouts, rewards, said = drawn.rollouts, drawn.rewards, drawn.verdicts
-    heard = rollouts.replace(mask=drawn.scored)  # a rollout without a reward teaches nothing
-    served = int((drawn.counts > 0).sum())
+    rollouts, rewards, scored, said = drawn.rollouts, drawn.rewards, drawn.scored, drawn.verdicts
+    heard = rollouts.replace(mask=scored)  # a rollout without a reward teaches nothing
     with clock.phase("update"):
         compared = place(rewards_to_compare(config.loss.scale, said, summed=len(parts.verifiers.names) > 1))
-        advantages = find_advantages(config, compared, heard, num_prompts, chances)
-        state, learnt = update_policy(config, parts, reference, state, prompts, heard, advantages, shuffle_key)
-        outcomes = jnp.clip(rewards, 0.0, 1.0)  # beliefs are about shares of success
-        index, scored = rollouts.prompt_index, drawn.scored
+        loss, longest = FrozenConfigDict(config.loss), config.sample.max_new_tokens
+        advantages = find_advantages(loss, num_prompts, longest, compared, heard, chances)
+        update = for_this_backend(policy_update, parts.policy_config, parts.optimizer, **parts.learning)
+        state, learnt = update(state, prompts, heard, advantages, shuffle_key, reference=reference)
+        outcomes, index = jnp.clip(rewards, 0.0, 1.0), rollouts.prompt_index  # beliefs are about shares of success
         if prior is not None:
             prior = learn_prior(prior, before, features, outcomes, index, scored)
-            learnt |= budget.prior_metrics(prior, served)
+            learnt |= budget.prior_metrics(prior, int((drawn.counts > 0).sum()))
         belief = update_belief(
             belief, prompts.task_ids, outcomes, index, scored, step, rollouts.lengths, known=known,
             sampled=drawn.counts > 0, fit_discounts=config.alloc.fit_discounts,
         )  # fmt: skip
         learner = jax.block_until_ready(Learner(state, belief, prior))
-    check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
-
-    # ---------------------------------------------------------------- what the step showed
-    shown = step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages, scored)
-    metrics = {name: float(value) for name, value in (shown | learnt | drawn.info).items()}
-    metrics |= verdict_metrics(said, parts.verifiers.names, num_prompts) | belief_metrics(belief, step)
-    metrics |= {"candidates": candidates} | {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
-    seconds = sum(clock.seconds.values())
-    metrics |= {"seconds/step": seconds, "tokens_per_second": int(rollouts.lengths.sum()) / seconds}
+    processes.check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
+    metrics = learnt | step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages, scored)
+    metrics = {name: float(value) for name, value in metrics.items()} | belief_metrics(belief, step)
     metrics |= {"rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1]}
+    metrics |= {"candidates": candidates} | describe_spending(drawn, clock, parts.verifiers.names)
     groups = describe_groups(drawn, task_ids, budget.prior_mean(known))
-    several = dict(zip(parts.verifiers.names, said.parts.T, strict=True))
-    each = {"faults": said.faults, "texts": said.texts, "reasons": said.reasons, "parts": several}
-    return learner, metrics, groups, {"rollouts": rollouts, "rewards": rewards, "advantages": advantages} | each
+    return learner, metrics, groups, each_rollout(drawn, advantages, parts.verifiers.names)
 
 
-# -------------------------------------------------------------------- evaluation
-
-
-def measure(config: ConfigDict, parts: Setup, params: dict, hear: FaultWatch) -> tuple[dict[str, float], np.ndarray]:
-    """What `krl.eval.sample.evaluate` finds on the held-out prompts."""
-    sample = functools.partial(generate, config, parts, temperature=config.eval.temperature, top_p=config.eval.top_p)
-    return evaluate(
-        sample, functools.partial(score_rollouts, parts.ends, first_reward(parts.verifiers)), params, parts.test,
-        jax.random.key(config.seed + 1), samples=config.eval.samples, num_rollouts=config.alloc.budget,
-        place=functools.partial(place_whole, parts.mesh), hear=hear,
-    )  # fmt: skip
-
-
-def evaluate_held_out(
-    config: ConfigDict, parts: Setup, learner: Learner, log: MetricsLog, step: int, hear: FaultWatch
-) -> dict[str, float]:
-    """The metrics of the held-out prompts after some steps; the solved samples of each prompt go to the log."""
-    with PhaseClock(config.stuck_seconds).phase("evaluation"):
-        measured, solved = measure(config, parts, learner.state.params, hear)
-    spent = step * config.alloc.budget
-    log.write_evaluation(step, rollouts_total=spent, samples=config.eval.samples, solved=solved)
-    return {f"eval/{name}": value for name, value in measured.items()}
+# -------------------------------------------------------------------- the command
 
 
 def run_command() -> None:

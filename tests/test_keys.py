@@ -30,8 +30,12 @@ from krl import train as script
 from krl.configs import default
 from krl.configs.check import check, flatten
 from krl.eval.command import measure
+from krl.eval.held_out import measure as measure_held_out
+from krl.run import data as run_data
 from krl.run import learner as learner_module
-from krl.run import setup, update
+from krl.run import optimizer as run_optimizer
+from krl.run import setup
+from krl.run import start as run_start
 from krl.run.checkpoint import Checkpoints
 from krl.run.guard import find_spike
 from krl.run.metrics import PhaseClock, read_rows
@@ -577,21 +581,24 @@ def spy_on_sampler(seen: Seen):
 
 def take_steps(config, parts: setup.Setup, plain: Seen | None = None) -> Seen:
     """The steps of a config after the set-up of TINY, and an evaluation if it has eval keys of its own."""
-    features, num_features = setup.find_features(config, parts.train)
+    features, num_features = run_data.find_features(config, parts.train)
     mesh = setup.make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
     if mesh != parts.mesh:
-        parts = dataclasses.replace(parts, mesh=mesh, params=setup.abstract_params(parts.policy_config, mesh))
+        parts = dataclasses.replace(parts, mesh=mesh, params=run_start.abstract_params(parts.policy_config, mesh))
     if config.verify.workers:
-        parts = dataclasses.replace(parts, verifiers=setup.make_verifiers(config))
+        parts = dataclasses.replace(parts, verifiers=run_data.make_verifiers(config))
     optimizer = optimizer_of(json.dumps({f"optim.{key}": value for key, value in config.optim.items()}))
-    parts = dataclasses.replace(parts, features=features, num_features=num_features, optimizer=optimizer)
+    parts = dataclasses.replace(
+        parts, features=features, num_features=num_features, optimizer=optimizer, learning=setup.find_learning(config),
+        **setup.find_budget(config, len(parts.train)),
+    )  # fmt: skip
     seen = Seen(config, pathlib.Path(), plain, parts)  # type: ignore[arg-type]
     nothing: Any = SimpleNamespace(latest_step=lambda: None)
     starts: Any = {
         "start_params": lambda *args, **options: start_once(
-            lambda: setup.start_params(*args, **options), config.seed, mesh
+            lambda: run_start.start_params(*args, **options), config.seed, mesh
         ),
-        "init_state": lambda *args: start_once(lambda: update.init_state(*args), config.seed, mesh, optimizer),
+        "init_state": lambda *args: start_once(lambda: run_optimizer.init_state(*args), config.seed, mesh, optimizer),
     }
     with (
         jax.set_mesh(mesh),
@@ -606,7 +613,7 @@ def take_steps(config, parts: setup.Setup, plain: Seen | None = None) -> Seen:
             seen.steps.append((on_host(learner), *on_host(rest)))
         if config.eval.samples != TINY["eval.samples"]:
             hear = script.FaultWatch(parts.verifiers, config.verify.may_fail)
-            seen.measured = script.measure(config, parts, learner.state.params, hear)
+            seen.measured = measure_held_out(config, parts, learner.state.params, hear)
     check_finite(seen)
     return seen
 

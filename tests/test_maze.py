@@ -7,7 +7,8 @@ import pytest
 from krl import budget
 from krl.configs import maze
 from krl.configs.check import check
-from krl.run.setup import NAMES, find_features
+from krl.run.data import find_features
+from krl.run.setup import NAMES
 from krl.tasks import EncodedTasks
 from krl.tasks.maze import make_mazes
 from tests.command_line import rows, run

@@ -11,8 +11,9 @@ import pytest
 from krl import budget, policy, rollout
 from krl.rollout import sampler, serve
 from krl.run.checkpoint import Checkpoints
+from krl.run.optimizer import abstract_state, init_state, make_optimizer
 from krl.run.processes import place_whole
-from krl.run.update import abstract_state, init_state, make_optimizer, policy_update
+from krl.run.update import policy_update
 from krl.sharding import make_mesh, tree_sharding
 from tests import tiny
 

@@ -8,7 +8,7 @@ import pytest
 
 from krl import budget
 from krl.configs import operators
-from krl.run.setup import find_features
+from krl.run.data import find_features
 from krl.tasks import EncodedTasks
 from krl.tasks.operators import (
     FUNCTIONS,

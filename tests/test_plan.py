@@ -9,7 +9,7 @@ from krl.plan.command import advise, find_sizes, plan, show
 from krl.plan.programs import _prompts, abstract_sampler
 from krl.plan.roofline import Accelerator, decode_layouts, seconds
 from krl.rollout.sampler import PROGRAMS
-from krl.run.setup import abstract_params
+from krl.run.start import abstract_params
 from krl.sharding import make_mesh
 
 GROUPS, SPLIT, SLOTS, PROMPTS, ROLLOUTS = 4, 2, 16, 8, 64

@@ -24,8 +24,11 @@ from krl import policy
 from krl.configs import arithmetic
 from krl.policy.tokenizer import load_tokenizer, train_sentencepiece
 from krl.run import lock, setup, sft
+from krl.run import start as run_start
+from krl.run.compiled import for_this_backend
+from krl.run.optimizer import init_state, make_optimizer
 from krl.run.sft import encode_pairs, finetune, pack_pairs
-from krl.run.update import for_this_backend, init_state, make_optimizer, supervised_update
+from krl.run.update import supervised_update
 from krl.sharding import make_mesh, named_sharding, tree_sharding
 from krl.tasks import EncodedTasks, TaskSet
 from tests import tiny
@@ -409,7 +412,7 @@ def test_a_checkpoint_is_told_from_another_by_all_its_bytes(tmp_path):
     for value in (0, 1, 0):
         weights[len(weights) // 2] = value
         (tmp_path / "model.safetensors").write_bytes(weights.tobytes())
-        found.append(setup.fingerprint(tmp_path))
+        found.append(run_start.fingerprint(tmp_path))
     assert found[0] == found[2] != found[1]
 
 
@@ -429,12 +432,12 @@ def test_of_runs_that_share_a_cache_one_fine_tunes_and_the_others_wait(tmp_path,
             done.touch()
         return params, True
 
-    monkeypatch.setattr(setup, "finetune", fake)
+    monkeypatch.setattr(run_start, "finetune", fake)
 
     def start(should_stop=lambda: False):
         with jax.set_mesh(parts.mesh):
-            return setup.start_params(
-                config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, should_stop=should_stop
+            return run_start.start_params(
+                config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, None, should_stop=should_stop
             )
 
     with ThreadPoolExecutor(3) as pool:

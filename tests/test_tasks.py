@@ -19,8 +19,9 @@ import pytest
 
 from krl.configs import default
 from krl.configs.check import check, parse_arguments
-from krl.run import setup
-from krl.run.setup import NAMES, load_task_sets
+from krl.run import data as run_data
+from krl.run.data import load_task_sets
+from krl.run.setup import NAMES
 from krl.tasks import TaskSet, encode_tasks, load_tasks, step_task_ids
 from krl.tasks.arithmetic import RUNGS, make_ladder
 from krl.tasks.fields import find_field, plain_answer, plain_pair, plain_prompt, plain_row
@@ -683,7 +684,7 @@ def test_chats_go_to_chat_templates_whole():
 def test_the_configs_arguments_reach_the_template():
     config = default.get_config()
     config.data.update(template="chat", template_arguments="number=66, system_prompt='Be.'", max_prompt_tokens=40)
-    encoded = setup.encode(config, Letters(), TaskSet(("1",), ("1",)))
+    encoded = run_data.encode(config, Letters(), TaskSet(("1",), ("1",)))
     assert "".join(map(chr, encoded.tokens[encoded.mask][1:-1])) == "<system>Be.<user>1B"
 
 

@@ -389,7 +389,7 @@ def test_a_notebook_calls_the_run_without_flags_and_from_any_thread(finished, tm
     config = arithmetic.get_config()
     config.update_from_flattened_dict(TINY)
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(train, config, workdir).result() == rows(workdir)[-1]
+        assert pool.submit(train, config, workdir).result().metrics == rows(workdir)[-1]
         results = pool.submit(measure, config, workdir).result()
     assert results["held_out"]["avg@2"]["value"] == pytest.approx(rows(workdir)[-1]["eval/accuracy"], abs=1e-6)
     config.seed = 7

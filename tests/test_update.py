@@ -13,18 +13,11 @@ import pytest
 
 from krl import policy, rollout
 from krl.learn import policy_loss
-from krl.run.pack import pack
-from krl.run.update import (
-    KEPT,
-    _accumulate,
-    apply_gradients,
-    for_this_backend,
-    init_state,
-    make_optimizer,
-    policy_update,
-    skipped_updates,
-    supervised_update,
-)
+from krl.learn.batches import accumulate
+from krl.learn.pack import pack
+from krl.run.compiled import KEPT, for_this_backend
+from krl.run.optimizer import apply_gradients, init_state, make_optimizer, skipped_updates
+from krl.run.update import policy_update, supervised_update
 from krl.sharding import make_mesh, named_sharding, tree_sharding
 from tests import tiny
 
@@ -252,7 +245,7 @@ def test_gradients_travel_once_however_many_micro_batches_there_are():
         return total, {"ratio_max": (part.max(), jnp.float32(part.size))}
 
     def total(weights, rows):
-        return _accumulate(loss_of, weights, (), rows, 24, 8)
+        return accumulate(loss_of, weights, (), rows, 24, 8)
 
     alone = jax.jit(total)(weights, rows)
     with jax.set_mesh(make_mesh((8,), ("data",))):

@@ -31,20 +31,12 @@ from krl.eval.resume import evaluate_set
 from krl.eval.sample import first_reward
 from krl.policy.tokenizer import Tokenizer, load_tokenizer
 from krl.run.checkpoint import Checkpoints, check_workdir, keep_from_others, open_workdir, write_json
+from krl.run.data import encode, load_task_sets, make_verifiers
 from krl.run.metrics import keep_compilations, progress
 from krl.run.processes import first_before_others, is_first, join_processes, place_whole, say, stay_together
 from krl.run.scoring import FaultWatch
-from krl.run.setup import (
-    NAMES,
-    abstract_params,
-    encode,
-    find_policy,
-    find_slots,
-    fingerprint,
-    load_task_sets,
-    make_verifiers,
-    say_ends,
-)
+from krl.run.setup import NAMES, find_slots
+from krl.run.start import abstract_params, find_policy, fingerprint, say_ends
 from krl.sharding import make_mesh, reshape_mesh
 from krl.tasks import SOURCES, EncodedTasks, TaskSet, load_named
 from krl.tasks.files import named_file

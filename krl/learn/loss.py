@@ -8,6 +8,7 @@ estimators).
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +18,30 @@ from krl.masked import divide, masked_sum
 _FARTHEST = 20.0  # beyond exp(20) a ratio carries no information; the bound keeps inf out of 0 * inf gradients
 
 
+class Loss(NamedTuple):
+    """How the loss of a token follows from its ratio, `policy_loss`; the fields are keyword arguments of it."""
+
+    surrogate: str = "ppo"  # a key of SURROGATES
+    clip_low: float = 0.2  # how far the ratio may move below 1
+    clip_high: float = 0.28  # and above 1
+    dual_clip: float = 10.0  # bound on the ratio that counts against a bad rollout, > 1
+    importance_cap: float = 2.0  # the largest weight of a token for what the sampler computed otherwise, > 0
+    kl_coefficient: float = 0.0  # weight of the divergence from the reference, per nat
+    kl_estimator: str = "k3"  # a key of KL_ESTIMATORS
+    entropy_coefficient: float = 0.0  # weight of the bonus for entropy, per nat
+
+
 def policy_loss(
     logps: jax.Array,
     old_logps: jax.Array,
     advantages: jax.Array,
     mask: jax.Array,
     *,
-    surrogate: str = "ppo",
-    clip_low: float = 0.2,
-    clip_high: float = 0.28,
-    dual_clip: float = 10.0,
     sequences: jax.Array | None = None,
     sampler_logps: jax.Array | None = None,
-    importance_cap: float = 2.0,
     reference_logps: jax.Array | None = None,
-    kl_coefficient: float = 0.0,
-    kl_estimator: str = "k3",
     entropies: jax.Array | None = None,
-    entropy_coefficient: float = 0.0,
+    **options: Any,
 ) -> tuple[tuple[jax.Array, jax.Array], dict[str, tuple[jax.Array, jax.Array]]]:
     """The loss of every token, by the ratio w = exp(logp - old_logp) and the advantage A of the token's rollout.
 
@@ -42,76 +49,80 @@ def policy_loss(
         "gspo"   the same, with the geometric mean of its rollout's ratios in place of w
         "cispo"  -min(w, 1 + clip_high) A logp,   where the factor before logp has no gradient
 
-    Where the sampler computes other log-probabilities than the learner for the same parameters, each token's loss is
-    multiplied by min(exp(old_logp - sampler_logp), importance_cap), before any sum. Added are kl_coefficient times an
-    estimate of the divergence from the reference, with d = reference_logp - logp:
-
-        "k1"  -d        "k2"  d^2 / 2        "k3"  e^d - d - 1
-
-    less entropy_coefficient times the entropy. In expectation the gradient of "k1" is zero, that of "k2" the
-    divergence's.
+    times `sampler_weight`, plus kl_coefficient times `divergence`, less entropy_coefficient times the entropy.
 
     Args:
         logps: [B, T] float32, nats, of the policy being trained; gradients flow through it.
         old_logps: [B, T] float32, nats, of the policy that sampled, as the learner computes them.
         advantages: [B] float32, or [B, T] where rows hold several rollouts.
         mask: [B, T] bool, True on response tokens.
-        surrogate: a key of SURROGATES.
-        clip_low, clip_high: how far the ratio may move below and above 1.
-        dual_clip: bound on the ratio that counts against a bad rollout, > 1.
         sequences: [B, T] int32 in [0, B T), the rollout of each token where rows hold several; None for one a row.
         sampler_logps: [B, T] float32, nats, as the sampler computed them; None if old_logps are those.
-        importance_cap: the largest weight of a token for the difference, > 0.
         reference_logps: [B, T] float32, nats, of the policy to stay close to; None without a penalty.
-        kl_coefficient: weight of that penalty, per nat.
-        kl_estimator: a key of KL_ESTIMATORS.
         entropies: [B, T] float32, nats, of the distributions that the tokens were drawn from; None without a bonus.
-        entropy_coefficient: weight of that bonus, per nat.
+        options: the fields of `Loss`.
 
     Returns:
-        ((loss sum, token count), metrics): metrics map a name to a (sum, count) pair; `ratio_max` is a
-        (maximum, count) pair.
+        ((loss sum, token count), metrics): (sum, count) pairs by name; `ratio_max` is a (maximum, count) pair.
 
     Raises:
         ValueError: shapes that do not fit together, or an unknown surrogate or estimator.
     """
-    _check(logps, old_logps, advantages, mask, surrogate, kl_estimator)
+    how = Loss(**options)
+    _check(logps, old_logps, advantages, mask, how)
     advantage = advantages[:, None] if advantages.ndim == 1 else advantages
     log_ratio = jnp.where(mask, logps - old_logps, 0.0)
-    if surrogate == "gspo":
+    if how.surrogate == "gspo":
         log_ratio = _sequence_mean(log_ratio, mask, sequences)
     ratio = jnp.exp(jnp.clip(log_ratio, -_FARTHEST, _FARTHEST))
-    loss = SURROGATES[surrogate](ratio, jnp.where(mask, logps, 0.0), advantage, clip_low, clip_high, dual_clip)
+    clips = how.clip_low, how.clip_high, how.dual_clip
+    loss = SURROGATES[how.surrogate](ratio, jnp.where(mask, logps, 0.0), advantage, *clips)
     active = mask & (advantage != 0)
-    metrics = _ratio_metrics(ratio, advantage, active, clip_low, clip_high, dual_clip)
+    metrics = _ratio_metrics(ratio, advantage, active, *clips)
     if sampler_logps is not None:
-        apart = jnp.where(mask, jax.lax.stop_gradient(old_logps) - sampler_logps, 0.0)
-        weight = jnp.exp(jnp.clip(apart, -_FARTHEST, _FARTHEST))
-        loss = loss * jnp.minimum(weight, importance_cap)
-        metrics["importance_mean"] = masked_sum(jnp.minimum(weight, importance_cap), active)
-        metrics["importance_capped_fraction"] = masked_sum(weight > importance_cap, active)
+        weight = sampler_weight(jax.lax.stop_gradient(old_logps), sampler_logps, mask)
+        loss = loss * jnp.minimum(weight, how.importance_cap)
+        metrics["importance_mean"] = masked_sum(jnp.minimum(weight, how.importance_cap), active)
+        metrics["importance_capped_fraction"] = masked_sum(weight > how.importance_cap, active)
     if reference_logps is not None:
-        behind = jnp.clip(jnp.where(mask, reference_logps - logps, 0.0), -_FARTHEST, _FARTHEST)
-        divergence = KL_ESTIMATORS[kl_estimator](behind)
-        loss = loss + kl_coefficient * divergence
-        metrics["kl"] = masked_sum(divergence, mask)
+        apart = divergence(logps, reference_logps, mask, how.kl_estimator)
+        loss = loss + how.kl_coefficient * apart
+        metrics["kl"] = masked_sum(apart, mask)
     if entropies is not None:
-        loss = loss - entropy_coefficient * jnp.where(mask, entropies, 0.0)
+        loss = loss - how.entropy_coefficient * jnp.where(mask, entropies, 0.0)
     return masked_sum(loss, mask), metrics
 
 
-def _check(
-    logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, mask: jax.Array, surrogate: str, kl_estimator: str
-) -> None:
+def sampler_weight(old_logps: jax.Array, sampler_logps: jax.Array, mask: jax.Array) -> jax.Array:
+    """exp(old_logp - sampler_logp), [B, T]: what a token counts, up to a cap, where the sampler computes otherwise.
+
+    For the same parameters sampler and learner have other log-probabilities, by their kernels and precisions. The cap
+    is put on each token's weight before any sum.
+    """
+    return jnp.exp(jnp.clip(jnp.where(mask, old_logps - sampler_logps, 0.0), -_FARTHEST, _FARTHEST))
+
+
+def divergence(logps: jax.Array, reference_logps: jax.Array, mask: jax.Array, estimator: str) -> jax.Array:
+    """An estimate of how far the policy is from the reference, [B, T] nats, by d = reference_logp - logp.
+
+        "k1"  -d        "k2"  d^2 / 2        "k3"  e^d - d - 1
+
+    In expectation the gradient of "k1" is zero, that of "k2" the divergence's.
+    """
+    behind = jnp.clip(jnp.where(mask, reference_logps - logps, 0.0), -_FARTHEST, _FARTHEST)
+    return KL_ESTIMATORS[estimator](behind)
+
+
+def _check(logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, mask: jax.Array, how: Loss) -> None:
     fits = advantages.shape in (logps.shape, logps.shape[:1])
     if not logps.ndim == 2 or not logps.shape == old_logps.shape == mask.shape or not fits:
         raise ValueError(
             "logps, old_logps and mask must be [B, T] and advantages [B] or [B, T], got "
             f"{logps.shape}, {old_logps.shape}, {mask.shape} and {advantages.shape}"
         )
-    for name, given, known in (("surrogate", surrogate, SURROGATES), ("kl_estimator", kl_estimator, KL_ESTIMATORS)):
-        if given not in known:
-            raise ValueError(f"{name} {given!r} must be one of {sorted(known)}")
+    for name, known in (("surrogate", SURROGATES), ("kl_estimator", KL_ESTIMATORS)):
+        if getattr(how, name) not in known:
+            raise ValueError(f"{name} {getattr(how, name)!r} must be one of {sorted(known)}")
 
 
 def _clipped(

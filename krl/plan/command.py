@@ -29,8 +29,9 @@ from krl.plan.roofline import ACCELERATORS, Accelerator, Seconds, decode_layouts
 from krl.policy.attention import why_not
 from krl.rollout.sampler import slot_bytes
 from krl.rollout.serve import SHRINK
-from krl.run.setup import NAMES, abstract_params, computed_by, find_optimizer, sized_policy
-from krl.run.update import abstract_state
+from krl.run.optimizer import abstract_state
+from krl.run.setup import NAMES, find_optimizer
+from krl.run.start import abstract_params, computed_by, sized_policy
 from krl.sharding import RULES, make_mesh, reshape_mesh
 
 KEPT = ("parameters", "optimiser", "parameters of the reference")  # all the time; the other parts while decoding

@@ -12,11 +12,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from krl import policy
+from krl.learn.pack import rows_at_once
 from krl.plan.hlo import Cost, read_cost
 from krl.rollout.sampler import PROGRAMS, Work, decoding_axes
 from krl.rollout.serve import REFILL, Options, Settings, State, drains
-from krl.run.setup import find_rule, find_slots, prompts_of_a_step
-from krl.run.update import for_this_backend, policy_update, rows_at_once
+from krl.run.compiled import for_this_backend
+from krl.run.setup import find_learning, find_rule, find_slots, prompts_of_a_step
+from krl.run.update import policy_update
 from krl.sharding import batch_devices, named_sharding
 from krl.types import Prompts, Rollouts, TrainState
 
@@ -125,12 +127,7 @@ def compile_update(
         here: whether the devices are this process's own.
     """
     optim, loss, rollouts = config.optim, config.loss, config.alloc.budget
-    options = {
-        "num_updates": optim.updates_per_step, "micro_tokens": optim.micro_tokens, "packed": optim.packed,
-        "temperature": config.sample.temperature, "importance_cap": loss.importance_cap,
-        **{name: loss[name] for name in ("surrogate", "clip_low", "clip_high", "dual_clip")},
-        **{name: loss[name] for name in ("kl_coefficient", "kl_estimator", "entropy_coefficient")},
-    }  # fmt: skip
+    options = find_learning(config)
     if here:
         update = for_this_backend(policy_update, policy_config, optimizer, **options)
     else:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from krl.run.metrics import read_rows
+from krl.run.optimizer import skipped_updates
 from krl.run.processes import is_first, say
-from krl.run.update import skipped_updates
 from krl.types import TrainState
 
 LIMITS = {"loss": "loss", "ratio": "ratio_max", "kl": "kl"}  # key of config.guard -> metric of a step

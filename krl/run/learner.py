@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,11 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from krl import budget, learn
 from krl.run.checkpoint import Checkpoints, digest
+from krl.run.optimizer import abstract_state, init_state
 from krl.run.processes import place_whole, say
 from krl.run.scoring import Verdicts
-from krl.run.setup import Setup, start_params
-from krl.run.update import abstract_state, for_this_backend, init_state, policy_update, shared_jit
+from krl.run.setup import Setup
+from krl.run.start import start_params
 from krl.tasks.rewards import as_float32
 from krl.types import Rollouts, TrainState
 
@@ -111,22 +112,20 @@ def rewards_to_compare(scale: str, said: Verdicts, *, summed: bool) -> np.ndarra
     return as_float32(said.rewards)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def find_advantages(
-    config: ConfigDict, rewards: jax.Array, rollouts: Rollouts, num_prompts: int, chances: jax.Array | None
-) -> jax.Array:
-    """The advantages of a step's rollouts, [R] float32, by config.loss.
-
-    Prompts were served with the chances [M], which the average "candidates" needs.
-    """
-    weigh = shared_jit(step_advantages, FrozenConfigDict(config.loss), num_prompts, config.sample.max_new_tokens)
-    return weigh(rewards, rollouts, chances)
-
-
-def step_advantages(
     loss: FrozenConfigDict, num_prompts: int, longest: int, rewards: jax.Array, rollouts: Rollouts,
     chances: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
-    """What `find_advantages` computes; responses have at most `longest` tokens."""
+    """The advantages of a step's rollouts, [R] float32, times their weights in the loss.
+
+    Args:
+        loss: config.loss.
+        num_prompts: M.
+        longest: the most tokens of a response.
+        rewards, rollouts: R of each; a rollout that is not in the mask teaches nothing.
+        chances: [M] float32, those with which the prompts were served, for the average "candidates".
+    """
     groups, lengths = (rollouts.prompt_index, rollouts.mask, num_prompts), rollouts.lengths
     if loss.overlong_tokens:
         rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
@@ -136,19 +135,3 @@ def step_advantages(
     )  # fmt: skip
     values = jnp.where(rollouts.finished, values, 0.0) if loss.mask_truncated else values
     return values * learn.token_weights(loss.average, lengths, *groups, longest, chances)
-
-
-def update_policy(
-    config: ConfigDict, parts: Setup, reference: dict | None, state: TrainState, *drawn: Any
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """`krl.run.update.policy_update` of the state on what was drawn: prompts, rollouts, advantages and a key."""
-    optim, loss = config.optim, config.loss
-    update = for_this_backend(
-        policy_update, parts.policy_config, parts.optimizer,
-        num_updates=optim.updates_per_step, micro_tokens=optim.micro_tokens, packed=optim.packed,
-        temperature=config.sample.temperature, surrogate=loss.surrogate, clip_low=loss.clip_low,
-        clip_high=loss.clip_high, dual_clip=loss.dual_clip, importance_cap=loss.importance_cap,
-        kl_coefficient=loss.kl_coefficient, kl_estimator=loss.kl_estimator,
-        entropy_coefficient=loss.entropy_coefficient,
-    )  # fmt: skip
-    return update(state, *drawn, reference=reference)

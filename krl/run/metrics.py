@@ -291,6 +291,11 @@ class MetricsLog:
     def __exit__(self, *exception):
         self._open.__exit__(*exception)
 
+    @property
+    def wants_rollouts(self) -> bool:
+        """Whether `write_rollouts` has any use for them."""
+        return bool(self._rollouts_gb or self._texts_every)
+
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Add a row of metrics; numbers that are not finite become null in the JSON."""
         finite = {k: (v if math.isfinite(v) else None) for k, v in metrics.items()}

@@ -12,9 +12,10 @@ from ml_collections import ConfigDict
 
 from krl.policy import PolicyConfig
 from krl.policy.tokenizer import Tokenizer
+from krl.run.data import encode
 from krl.run.processes import place_whole, to_host
 from krl.run.scoring import decode_rollouts
-from krl.run.setup import Setup, encode
+from krl.run.setup import Setup
 from krl.run.spend import generate
 from krl.sharding import batch_devices
 from krl.tasks import TaskSet
@@ -25,9 +26,9 @@ from krl.types import Prompts
 class Result:
     """The policy that a run has trained, and what its last step showed."""
 
-    params: dict  # of the policy, on the run's mesh
+    params: dict = dataclasses.field(repr=False)  # of the policy, on the run's mesh
     metrics: dict[str, float]  # the last row of metrics.jsonl; {} without one
-    config: ConfigDict  # of the run
+    config: ConfigDict = dataclasses.field(repr=False)  # of the run
     parts: Setup = dataclasses.field(repr=False)  # its mesh, tasks, tokenizer and sizes
 
     @property
@@ -55,10 +56,8 @@ class Result:
             raise ValueError(f"generate takes a list of texts, such as ['2+3='], got {texts!r}")
         asked = encode(self.config, self.tokenizer, TaskSet(prompts=tuple(texts), answers=("",) * len(texts)))
         if asked.dropped:
-            most = self.config.data.max_prompt_tokens
-            raise ValueError(
-                f"{asked.dropped} of {len(texts)} texts have no token, or more than config.data.max_prompt_tokens={most}"
-            )
+            most = f"config.data.max_prompt_tokens={self.config.data.max_prompt_tokens}"
+            raise ValueError(f"{asked.dropped} of {len(texts)} texts have no token, or more than {most}")
         mesh, rows = self.parts.mesh, np.arange(len(texts), dtype=np.int32)
         prompts = place_whole(mesh, Prompts(asked.tokens, asked.mask, rows))
         evaluation, devices = self.config.eval, batch_devices(mesh)

@@ -10,7 +10,9 @@ import numpy as np
 from krl import policy
 from krl.policy.tokenizer import Tokenizer
 from krl.run.checkpoint import Checkpoints
-from krl.run.update import for_this_backend, init_state, make_optimizer, skipped_updates, supervised_update
+from krl.run.compiled import for_this_backend
+from krl.run.optimizer import init_state, make_optimizer, skipped_updates
+from krl.run.update import supervised_update
 from krl.tasks import EncodedTasks, step_task_ids
 
 # Training sequences, W rows of C columns: tokens [W, C] int32, layout [W, C] bool or int32 and target mask
@@ -160,7 +162,7 @@ def finetune(
         steps: updates in all.
         batch_size: rows of pairs per update; each pass over the rows is a fresh permutation.
         micro_tokens: tokens that go through the model at once.
-        learning_rate, warmup_steps, decay_steps: of AdamW, see `krl.run.update.make_optimizer`.
+        learning_rate, warmup_steps, decay_steps: of AdamW, see `krl.run.optimizer.make_optimizer`.
         seed: order of the rows.
         save_every: updates between checkpoints, >= 1. It is also saved at the end and when it should stop.
         max_bad_updates: non-finite updates in a row that end the run.

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from krl import budget, rollout
 from krl.run.metrics import PhaseClock
 from krl.run.processes import place_whole
-from krl.run.scoring import Scoring, Verdicts
+from krl.run.scoring import Scoring, Verdicts, verdict_metrics
 from krl.run.setup import Setup, find_slots
 from krl.sharding import named_sharding, reshape_mesh
 from krl.tasks.rewards import as_float32
@@ -53,6 +53,23 @@ def describe_groups(drawn: Drawn, task_ids: np.ndarray, prior: jax.Array) -> dic
     )
     groups = {"task_ids": task_ids, "counts": drawn.counts, "scored": given, "successes": wins, "tokens": tokens}
     return groups | {"belief": drawn.believed, "prior": prior}
+
+
+def describe_spending(drawn: Drawn, clock: PhaseClock, names: Sequence[str]) -> dict[str, float]:
+    """A step's metrics of its counts, its rewards, `names` if there are several, and its time; see docs/metrics.md."""
+    seconds = sum(clock.seconds.values())
+    metrics = {name: float(value) for name, value in drawn.info.items()}
+    metrics |= verdict_metrics(drawn.verdicts, names, len(drawn.counts))
+    metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
+    return metrics | {"seconds/step": seconds, "tokens_per_second": int(drawn.rollouts.lengths.sum()) / seconds}
+
+
+def each_rollout(drawn: Drawn, advantages: jax.Array, names: Sequence[str]) -> dict[str, Any]:
+    """What the rollout log keeps of R rollouts: [R] of each, for `krl.run.rollouts.describe_rollouts`."""
+    said = drawn.verdicts
+    several = dict(zip(names, said.parts.T, strict=True))
+    each = {"faults": said.faults, "texts": said.texts, "reasons": said.reasons, "parts": several}
+    return {"rollouts": drawn.rollouts, "rewards": drawn.rewards, "advantages": advantages} | each
 
 
 def spend_budget(
@@ -100,7 +117,8 @@ def spend_budget(
             shown = budget.Shown(counts, shown.successes + wins, shown.failures + losses)
         told = {"shown": shown} if budget.has_rounds(parts.rule) else {}
         with clock.phase("budget"):
-            counts, info = chosen or choose_counts(config, parts.rule, known, until, num_prompts, **told)
+            counts, info = chosen or jax.block_until_ready(allocate(parts.rule, known, until, **parts.bounds, **told))
+        check_counts(alloc, counts, until)
         rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
     rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
     verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
@@ -111,39 +129,12 @@ def spend_budget(
     )  # fmt: skip
 
 
-def choose_counts(
-    config: ConfigDict, rule: budget.Rule, known: budget.Belief, spent: int, num_prompts: int, **told: budget.Shown
-) -> tuple[jax.Array, dict]:
-    """What the rule gives of the first `spent` rollouts of a step, checked, and what it says of that."""
-    alloc = config.alloc
-    counts, info = jax.block_until_ready(
-        allocate(
-            rule,
-            known,
-            spent,
-            alloc.n_min,
-            alloc.n_max,
-            group=alloc.group,
-            explored=explored(alloc, num_prompts),
-            **told,
-        )
-    )
-    check_counts(alloc, counts, spent)
-    return counts, info
-
-
-def explored(alloc: ConfigDict, num_prompts: int) -> int:
-    """How many prompts of a step are sampled since they waited longest; one at least of a share above 0."""
-    return max(round(alloc.explored * num_prompts), math.ceil(alloc.explored))
-
-
-def find_chances(config: ConfigDict, num_prompts: int, known: budget.Belief) -> jax.Array | None:
+def find_chances(config: ConfigDict, parts: Setup, known: budget.Belief) -> jax.Array | None:
     """The probabilities [C] with which candidates are served, where the loss asks for them."""
-    alloc = config.alloc
     if config.loss.average != "candidates":
         return None
-    groups = {"group": alloc.group, "explored": explored(alloc, num_prompts)}
-    return reach_chances(known, alloc.budget, **groups, reach=alloc.reach)
+    groups = {name: parts.bounds[name] for name in ("group", "explored")}
+    return reach_chances(known, config.alloc.budget, **groups, reach=config.alloc.reach)
 
 
 @functools.partial(jax.jit, static_argnames="most")

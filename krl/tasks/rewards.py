@@ -66,8 +66,8 @@ def load_rewards(text: str | Callable[..., object]) -> tuple[Part, ...]:
     """The functions of a reward, or of a list of them.
 
     Args:
-        text: a function, or the text of the config: names in `krl.tasks.verify.REWARDS` or "package.module:function", each with "*weight" or
-            without, separated by commas.
+        text: a function, or the text of the config: names in `krl.tasks.verify.REWARDS` or "package.module:function",
+            each with "*weight" or without, separated by commas.
 
     Raises:
         ValueError: as for `parse_rewards` and `find_reward`, or a function that cannot be called with a prompt, a

@@ -1,0 +1,233 @@
+"""From a config to the policy that a run begins with: its tokenizer, its sizes and its parameters."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from krl import policy
+from krl.configs.check import FREE_KEYS, flatten
+from krl.policy.hf import check_hf
+from krl.policy.tokenizer import Tokenizer, check_vocabulary, train_sentencepiece
+from krl.rollout import Ends
+from krl.rollout.stop import describe_ends, missing_end
+from krl.run.checkpoint import digest
+from krl.run.lock import wait_for
+from krl.run.metrics import progress
+from krl.run.processes import is_first, place_whole, say
+from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
+from krl.sharding import tree_sharding
+from krl.tasks import EncodedTasks, TaskSet
+
+GIVEN = "(given)"  # config.policy.path of a run whose policy was given in Python
+
+
+def find_tokenizer(config: ConfigDict, tasks: TaskSet, folder: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
+    """The tokenizer of a run that has begun, or the config's, the policy's, or one trained on the texts."""
+    if (workdir / "config.json").exists():
+        return workdir / "policy"
+    if config.policy.path == GIVEN and not config.tokenizer.path:
+        raise ValueError("a policy that is given to train needs config.tokenizer.path, the directory of its tokenizer")
+    if config.policy.path not in ("", GIVEN):
+        try:
+            policy.read_config(config.policy.path)
+        except ValueError as error:
+            raise ValueError(f"config.policy.path={config.policy.path!r}: {error}") from None
+    if config.tokenizer.path or config.policy.path:
+        return pathlib.Path(config.tokenizer.path or config.policy.path)
+    frame = config.data.template if "{prompt}" in config.data.template else "{prompt}"
+    prompts = [frame.replace("{prompt}", prompt) for prompt in tasks.prompts]
+    texts = [p + c for p, c in zip(prompts, tasks.completions or tasks.prompts, strict=True)]
+    size, fallback = config.tokenizer.vocab_size, config.tokenizer.byte_fallback
+    file = folder / _digest(json.dumps([size, fallback, texts]).encode()) / "tokenizer.model"
+    if not file.exists():
+        _make_cache(file.parent)
+        train_sentencepiece(texts, file, vocab_size=size, byte_fallback=fallback)
+    return file
+
+
+def find_policy(
+    config: ConfigDict, tokenizer: Tokenizer, workdir: pathlib.Path, given: policy.PolicyConfig | None = None
+) -> policy.PolicyConfig:
+    """The decoder of a run: the one that was given, its checkpoint's, or one of the config's sizes."""
+    if config.policy.path:
+        if (workdir / "config.json").exists():
+            found = policy.read_config(workdir / "policy", **computed_by(config))
+        elif given:
+            found = dataclasses.replace(given, **computed_by(config))
+        else:
+            found, _ = check_hf(config.policy.path, **computed_by(config))
+        check_vocabulary(tokenizer, found.vocab_size)
+        row = config.data.max_prompt_tokens + config.sample.max_new_tokens
+        longest = json.loads(found.source or "{}").get("max_position_embeddings") or row
+        if row > longest:
+            say(f"krl: rows of {row} tokens are longer than the {longest} that the checkpoint was made for")
+        return found
+    return sized_policy(config, tokenizer.vocab_size)
+
+
+def sized_policy(config: ConfigDict, vocab_size: int) -> policy.PolicyConfig:
+    """The decoder of the config's own sizes."""
+    sizes = {name: value for name, value in config.policy.items() if name != "path"}
+    try:
+        return policy.PolicyConfig(vocab_size=vocab_size, **sizes)
+    except ValueError as error:
+        raise ValueError(f"config.policy: {error}") from None
+
+
+def computed_by(config: ConfigDict) -> dict[str, Any]:
+    """The options of a decoder that are about its computation and not its checkpoint."""
+    return {name: config.policy[name] for name in ("dtype", "unroll", "remat", "attention")}
+
+
+def abstract_params(policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh) -> dict:
+    """The shapes, dtypes and shardings of a policy's parameters, for a checkpoint to be read into."""
+    shapes = jax.eval_shape(lambda: policy.init(policy_config, jax.random.key(0)))
+    shardings = tree_sharding(mesh, policy.param_axes(policy_config), shapes)
+    return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
+
+
+def say_ends(config: ConfigDict, ends: Ends, prompts: EncodedTasks) -> None:
+    """Tell what ends a response, and warn where the chat template's end of a turn does not."""
+    say(f"krl: {describe_ends(ends)}")
+    warning = missing_end(ends, prompts.tokens[prompts.mask], chat=config.data.template.startswith("chat"))
+    if warning:
+        say(f"krl: {warning}")
+
+
+# ---------------------------------------------------------------- the parameters of the first step
+
+
+def sft_cache(folder: pathlib.Path, config: ConfigDict, vocab_size: int, pairs: Sequence[np.ndarray]) -> pathlib.Path:
+    """The directory of the fine-tuned policy that belongs to this config and to what these files held, and to no other.
+
+    Args:
+        folder: that it lies in.
+        config: of the run.
+        vocab_size: V of the policy.
+        pairs: from `find_pairs`; they say all that fine-tuning sees of data, template and tokenizer.
+    """
+    flat = flatten(config)
+    chosen = {k: flat[k] for k in sorted(flat) if k.startswith(("seed", "policy.", "sft.")) and k not in FREE_KEYS}
+    told = [f"{part.dtype} {part.shape}" for part in pairs]
+    return folder / _digest(json.dumps([chosen, vocab_size, told]).encode(), *map(np.ascontiguousarray, pairs))
+
+
+def find_pairs(config: ConfigDict, encoded: EncodedTasks, tokenizer: Tokenizer) -> Pairs:
+    """The rows of supervised fine-tuning."""
+    if not config.sft.row_tokens:
+        return encode_pairs(encoded, tokenizer, config.sample.max_new_tokens)
+    pairs, left_out = pack_pairs(encoded, tokenizer, config.sft.row_tokens)
+    say(f"krl: {len(encoded) - left_out} pairs for fine-tuning in {len(pairs[0])} rows, {left_out} too long")
+    return pairs
+
+
+def start_params(
+    config: ConfigDict,
+    policy_config: policy.PolicyConfig,
+    mesh: jax.sharding.Mesh,
+    pairs: Pairs | None,
+    cache: pathlib.Path,
+    given: tuple[policy.PolicyConfig, dict] | None,
+    *,
+    should_stop: Callable[[], bool],
+) -> dict | None:
+    """The parameters of the first step, fine-tuned if there are pairs; to be called inside `jax.set_mesh(mesh)`.
+
+    Args:
+        config: of the run.
+        policy_config, mesh, pairs, cache, given: as in `Setup`. Of runs that share the cache one fine-tunes, and
+            others wait.
+        should_stop: whether fine-tuning should save and leave, asked before each update.
+
+    Returns:
+        The parameters on the mesh; None if it should stop before they were finished.
+
+    Raises:
+        ValueError: the checkpoint in policy.path is another than the run began from.
+        FloatingPointError: too many updates of fine-tuning in a row were not finite.
+    """
+    if config.policy.path == GIVEN:
+        params = copy_params(given, policy_config, mesh)
+    elif config.policy.path:
+        found, params = policy.load_hf(config.policy.path, mesh)
+        if dataclasses.replace(found, **computed_by(config)) != policy_config:
+            raise ValueError(f"{config.policy.path} is not what this run began from; choose another --workdir")
+    else:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(policy_config, mesh))
+        initialise = jax.jit(policy.init, static_argnums=0, out_shardings=shardings)
+        params = initialise(policy_config, jax.random.key(config.seed))
+    if pairs is None:
+        return params
+    if config.policy.path:
+        began = digest(params) if given else fingerprint(pathlib.Path(config.policy.path))
+        cache = cache.with_name(f"{cache.name}_{began}")
+    if is_first():
+        _make_cache(cache)
+    lock = wait_for(cache.with_name(f"{cache.name}.running"), f"the fine-tuning in {cache}", should_stop)
+    with lock as ours, progress(config.sft.steps, 0, "fine-tuning") as show:
+        if not ours:
+            return None
+        params, finished = finetune(
+            policy_config, params, pairs, cache, steps=config.sft.steps, batch_size=config.sft.batch_size,
+            micro_tokens=config.optim.micro_tokens, learning_rate=config.sft.learning_rate, warmup_steps=20,
+            decay_steps=0, seed=config.seed,
+            save_every=config.sft.save_every, max_bad_updates=config.max_bad_updates, should_stop=should_stop,
+            place=functools.partial(place_whole, mesh),
+            report=lambda step, loss: show(step, f"loss {loss:.3f}"),
+        )  # fmt: skip
+    return params if finished else None
+
+
+def copy_params(
+    given: tuple[policy.PolicyConfig, dict] | None, policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh
+) -> dict:
+    """A copy, on the mesh, of the parameters of a policy that was given: a step gives its buffers away.
+
+    Raises:
+        ValueError: there is none, or it is not the policy that the run began from.
+    """
+    if given is None:
+        raise ValueError("this run began from a policy that was given in Python; give it to train again, policy=")
+    like = abstract_params(policy_config, mesh)
+    if jax.tree.map(jnp.shape, given[1]) != jax.tree.map(jnp.shape, like):
+        raise ValueError("policy=: the parameters are not those of the PolicyConfig that was given with them")
+    return jax.tree.map(
+        lambda leaf, at: jax.device_put(jnp.array(leaf, at.dtype, copy=True), at.sharding), given[1], like
+    )
+
+
+def fingerprint(path: pathlib.Path) -> str:
+    """A digest of all that is in a checkpoint's config.json and safetensors."""
+
+    def of_file(file: pathlib.Path) -> bytes:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "blake2b").digest()
+
+    files = sorted([path / "config.json", *path.glob("*.safetensors")])
+    with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to other threads
+        return _digest(*(file.name.encode() for file in files), *pool.map(of_file, files))
+
+
+def _digest(*parts: Any) -> str:
+    """Of bytes and arrays, one after the other."""
+    digest = hashlib.blake2b(digest_size=6)
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _make_cache(directory: pathlib.Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot write {directory}: {error}; choose another config.sft.dir") from None
