@@ -1,6 +1,7 @@
 """Sharding is data: one table from the names of array axes to the axes of the device mesh."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -85,7 +86,7 @@ def named_sharding(mesh: Mesh, *logical_axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(logical_axes, mesh.axis_names))
 
 
-def tree_sharding(mesh: Mesh, axes: dict, shapes: dict) -> dict:
+def tree_sharding(mesh: Mesh, axes: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
     """Shardings of a parameter tree.
 
     Args:
@@ -97,7 +98,7 @@ def tree_sharding(mesh: Mesh, axes: dict, shapes: dict) -> dict:
         ValueError: an axis whose length its mesh axes do not divide; the message names the parameter.
     """
 
-    def one(path, logical: PartitionSpec, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    def one(path: tuple[Any, ...], logical: PartitionSpec, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         sharding = named_sharding(mesh, *logical)
         try:
             sharding.shard_shape(leaf.shape)

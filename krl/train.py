@@ -17,6 +17,7 @@ import pathlib
 import sys
 import types
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ from krl.tasks.pool import FAULTS
 from krl.types import Prompts
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """The command line."""
     script = pathlib.Path(argv[0]).name
     with one_line_errors(script):
@@ -91,7 +92,7 @@ def main(argv):
 def train(
     config: ConfigDict, workdir: str | pathlib.Path, *, rule: budget.Rule | None = None,
     reward: Callable[..., float] | None = None, prior: budget.Source | None = None,
-    policy: tuple[PolicyConfig, dict] | None = None,
+    policy: tuple[PolicyConfig, dict[str, Any]] | None = None,
 ) -> Result | None:  # fmt: skip
     """The run of a config, from its last checkpoint on or from the start.
 
@@ -145,8 +146,8 @@ def train(
 
 def take_steps(
     config: ConfigDict, workdir: pathlib.Path, parts: Setup, checkpoints: Checkpoints, best: Checkpoints,
-    rollbacks: list[dict], compiles: CompileCounter, should_stop: Callable[[], bool],
-) -> tuple[str, dict]:  # fmt: skip
+    rollbacks: list[dict[str, Any]], compiles: CompileCounter, should_stop: Callable[[], bool],
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
     """Take the steps that are left, from the newest checkpoint on or from the start.
 
     Returns:
@@ -218,7 +219,13 @@ def take_steps(
 
 
 def log_step(
-    log: MetricsLog, parts: Setup, step: int, metrics: dict, every: dict[str, list[float]], groups: dict, rollouts: dict
+    log: MetricsLog,
+    parts: Setup,
+    step: int,
+    metrics: dict[str, float],
+    every: dict[str, list[float]],
+    groups: dict[str, Any],
+    rollouts: dict[str, Any],
 ) -> None:
     """Write a step's row, its groups that got any rollouts, the processes' times, and its rollouts if they are kept."""
     log.write(step, metrics)
@@ -231,7 +238,7 @@ def log_step(
         log.write_rollouts(step, describe_rollouts(parts.train, step, groups, **rollouts))
 
 
-def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict:
+def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     """Tell what a finished run showed; the last row of its metrics, {} if it has none."""
     with processes.first_before_others("report"):
         if config.steps:
@@ -252,8 +259,13 @@ update_belief = jax.jit(budget.update, static_argnames="fit_discounts", donate_a
 
 
 def take_step(
-    config: ConfigDict, parts: Setup, learner: Learner, step: int, draw: int = 0, reference: dict | None = None
-) -> tuple[Learner, dict[str, float], dict, dict]:
+    config: ConfigDict,
+    parts: Setup,
+    learner: Learner,
+    step: int,
+    draw: int = 0,
+    reference: dict[str, Any] | None = None,
+) -> tuple[Learner, dict[str, float], dict[str, Any], dict[str, Any]]:
     """One step: choose prompts and counts, sample, score, and learn.
 
     Args:
@@ -328,7 +340,7 @@ def run_command() -> None:
 class _Callable(types.ModuleType):
     """The type of this module, so that `krl.train(config, workdir)` is a run whatever was imported before."""
 
-    def __call__(self, *args, **options):
+    def __call__(self, *args: Any, **options: Any) -> Result | None:
         return train(*args, **options)
 
 

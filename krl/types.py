@@ -15,6 +15,8 @@ Masks are bool and True means real. Rollouts are flat rows, never an [M, N] grid
 but their sum is constant, so `[R]` rows with a prompt index hold a step without padding.
 """
 
+from typing import Any
+
 import jax
 import numpy as np
 import optax
@@ -48,5 +50,5 @@ class Rollouts(struct.PyTreeNode):
 class TrainState(struct.PyTreeNode):
     """What the optimiser changes."""
 
-    params: dict  # the policy's parameters, float32
+    params: dict[str, Any]  # the policy's parameters, float32
     opt_state: optax.OptState

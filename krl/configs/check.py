@@ -15,7 +15,7 @@ from krl.configs.named import find
 __all__ = ["FREE_KEYS", "KINDS", "check", "check_keys", "did_you_mean", "flatten", "no_such_key", "parse_arguments"]
 
 
-def flatten(config: ConfigDict) -> dict:
+def flatten(config: ConfigDict) -> dict[str, Any]:
     """The configuration as {"section.key": value}."""
     flat = {}
     for key, value in config.items():

@@ -16,6 +16,7 @@ import pathlib
 import sys
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from absl import app, flags
@@ -51,7 +52,7 @@ VOTES: dict[str, Callable[[str], str | None]] = {
 }
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """The command line."""
     script = pathlib.Path(argv[0]).name
     with one_line_errors(script):
@@ -63,7 +64,7 @@ def main(argv):
         measure(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
-def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
+def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict[str, Any]]:
     """Measure the policy of a work directory, or of policy.path, and print the table.
 
     Args:
@@ -93,7 +94,7 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict]:
 def measure_sets(
     config: ConfigDict, run: pathlib.Path | None, workdir: pathlib.Path, sets: dict[str, TaskSet],
     mesh: jax.sharding.Mesh, verifiers: VerifierPool,
-) -> dict[str, dict]:  # fmt: skip
+) -> dict[str, dict[str, Any]]:  # fmt: skip
     """The part of `measure` that needs verifiers.
 
     Args:
@@ -186,7 +187,7 @@ def encode_set(config: ConfigDict, tokenizer: Tokenizer, name: str, tasks: TaskS
 
 def load_params(
     config: ConfigDict, policy_config: policy.PolicyConfig, workdir: pathlib.Path | None, mesh: jax.sharding.Mesh
-) -> tuple[str, dict]:
+) -> tuple[str, dict[str, Any]]:
     """Words that identify the policy, and its parameters on the mesh; without a work directory, policy.path."""
     if workdir is None:
         path = pathlib.Path(config.policy.path)

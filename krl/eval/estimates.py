@@ -6,6 +6,7 @@ of an answer, raises the mean reward but neither pass@k nor maj@k.
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE
@@ -19,7 +20,7 @@ NUM_RESAMPLES = 10_000  # of a bootstrap interval
 
 def summarize(
     rewards: np.ndarray, lengths: np.ndarray, finished: np.ndarray, keys: Sequence[Sequence[str | None]]
-) -> dict:
+) -> dict[str, Any]:
     """The statistics of k samples of each of D tasks.
 
     Args:
@@ -132,7 +133,7 @@ def bootstrap(values: np.ndarray, *, seed: int = 0) -> tuple[np.ndarray, np.ndar
     return low, high
 
 
-def average(results: dict[str, dict]) -> dict[str, float]:
+def average(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """The unweighted mean over sets of their avg@k, pass@k, maj@k, response length and truncation rate.
 
     Args:
@@ -145,14 +146,14 @@ def average(results: dict[str, dict]) -> dict[str, float]:
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
-def _headline(summary: dict) -> dict[str, float]:
+def _headline(summary: dict[str, Any]) -> dict[str, float]:
     """The numbers of a set's row in the table."""
     k = summary["samples"]
     estimates = {f"{name}@k": summary[f"{name}@{k}"]["value"] for name in ("avg", "pass", "maj")}
     return estimates | {name: summary[name] for name in ("response_length", "truncation_rate")}
 
 
-def table(results: dict[str, dict]) -> Table:
+def table(results: dict[str, dict[str, Any]]) -> Table:
     """One row a set and, under several, their average; rates in percent, intervals of 95%.
 
     Args:

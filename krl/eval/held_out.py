@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +25,9 @@ def write_held_out(workdir: pathlib.Path, tasks: TaskSet) -> None:
         write_json(workdir / "held_out.json", {"prompts": tasks.prompts, "fields": dict(tasks.fields)})
 
 
-def measure(config: ConfigDict, parts: Setup, params: dict, hear: FaultWatch) -> tuple[dict[str, float], np.ndarray]:
+def measure(
+    config: ConfigDict, parts: Setup, params: dict[str, Any], hear: FaultWatch
+) -> tuple[dict[str, float], np.ndarray]:
     """What `krl.eval.sample.evaluate` finds on the held-out prompts."""
     sample = functools.partial(generate, config, parts, temperature=config.eval.temperature, top_p=config.eval.top_p)
     return evaluate(

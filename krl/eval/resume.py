@@ -6,7 +6,7 @@ import os
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ def evaluate_set(
     name: str,
     sample: Callable[..., Rollouts],
     score: Score,
-    params: dict,
+    params: dict[str, Any],
     encoded: EncodedTasks,
     key: jax.Array,
     *,
@@ -44,10 +44,10 @@ def evaluate_set(
     num_rollouts: int,
     place: Callable[[Prompts], Prompts],
     path: pathlib.Path,
-    settings: dict,
+    settings: dict[str, Any],
     report: Callable[[int, str], None] = lambda done, text: None,
     hear: Callable[[int, int, str], None] = lambda failed, total, where: None,
-) -> dict:
+) -> dict[str, Any]:
     """Measure a policy on one benchmark and keep every sample, so that a run that was killed can go on.
 
     The file's first row holds the settings. Every other row is one sample, in the order of tasks and samples: `set`,
@@ -112,7 +112,7 @@ def evaluate_set(
     return _summary(rows, samples) | {"faults": dict(faults)} if is_first() else {}
 
 
-def _summary(rows: Sequence[Measured], samples: int) -> dict:
+def _summary(rows: Sequence[Measured], samples: int) -> dict[str, Any]:
     """`summarize` of all samples in their order."""
     kinds = {"reward": float, "length": int, "finished": bool, "key": object}
     rewards, lengths, finished, keys = (_grid(rows, *each).reshape(-1, samples) for each in kinds.items())
@@ -124,7 +124,7 @@ def _grid(rows: Sequence[Measured], field: str, dtype: type) -> np.ndarray:
     return np.array([getattr(row, field) for row in rows], dtype)
 
 
-def _resume(path: pathlib.Path, settings: dict, samples: int) -> tuple[list[Measured], Counter]:
+def _resume(path: pathlib.Path, settings: dict[str, Any], samples: int) -> tuple[list[Measured], Counter[str]]:
     """Cut a file of samples back to its last whole batch, or begin it.
 
     Returns:
@@ -137,7 +137,7 @@ def _resume(path: pathlib.Path, settings: dict, samples: int) -> tuple[list[Meas
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Measured] = []
     batch: list[Measured] = []
-    faults: Counter = Counter()
+    faults: Counter[str] = Counter()
     with path.open("a+b") as file:
         file.seek(0)
         first = file.readline()
@@ -160,17 +160,17 @@ def _resume(path: pathlib.Path, settings: dict, samples: int) -> tuple[list[Meas
     return rows, faults
 
 
-def _measure(row: dict) -> Measured:
+def _measure(row: dict[str, Any]) -> Measured:
     """The part of a row that the statistics need."""
     return Measured(*(row[field] for field in Measured._fields))
 
 
-def _line(row: dict) -> bytes:
+def _line(row: dict[str, Any]) -> bytes:
     """A row as it stands in the file. JSON escapes line ends, so only the last byte is one."""
     return json.dumps(row).encode() + b"\n"
 
 
-def _parse(line: bytes) -> dict | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     """The row of a line, or None if the line was cut short or damaged."""
     try:
         row = json.loads(line) if line.endswith(b"\n") else None
@@ -179,18 +179,19 @@ def _parse(line: bytes) -> dict | None:
     return row if isinstance(row, dict) else None
 
 
-def _append(file: BinaryIO, rows: Sequence[dict]) -> None:
+def _append(file: BinaryIO, rows: Sequence[dict[str, Any]]) -> None:
     """Add rows to a file; once this returns they survive a kill and a loss of power."""
     file.write(b"".join(map(_line, rows)))
     file.flush()
     os.fsync(file.fileno())
 
 
-def _check_settings(path: pathlib.Path, header: dict | None, settings: dict) -> None:
+def _check_settings(path: pathlib.Path, header: dict[str, Any] | None, settings: dict[str, Any]) -> None:
     """Refuse a file that was not made with these settings."""
     if header is None or header.keys() != {"settings"}:
         raise ValueError(f"{path} is no file of samples; remove it or choose another place")
     earlier = header["settings"]
+    show: Callable[[dict[str, Any], str], str]
     show = lambda given, name: f"{name}={given[name]!r}" if name in given else f"no {name}"  # noqa: E731
     differ = [
         f"{show(earlier, name)}, now {show(settings, name)}"

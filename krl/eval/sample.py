@@ -1,6 +1,7 @@
 """How well a policy does on tasks: sampling each task a few times, scoring the samples, averaging."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -89,7 +90,7 @@ def score_apart(score: Score, items: Sequence[Item]) -> tuple[np.ndarray, dict[s
 
 def sample_tasks(
     sample: Callable[..., Rollouts],
-    params: dict,
+    params: dict[str, Any],
     encoded: EncodedTasks,
     key: jax.Array,
     *,
@@ -144,7 +145,7 @@ def sample_tasks(
 def evaluate(
     sample: Callable[..., Rollouts],
     score: Callable[[Rollouts, Sequence[str], Sequence[Answer], Sequence[Row]], tuple[np.ndarray, dict[str, int]]],
-    params: dict,
+    params: dict[str, Any],
     encoded: EncodedTasks,
     key: jax.Array,
     *,

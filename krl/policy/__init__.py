@@ -1,6 +1,6 @@
 """The language model, its checkpoints and its tokenizer."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from krl.policy.hf_config import read_config
 from krl.policy.model import (
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # On first use, so that `python -m krl.policy.hf` does not find its module imported already.
     if name in ("load_hf", "save_hf"):
         from krl.policy import hf

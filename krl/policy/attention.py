@@ -5,6 +5,8 @@ before its own position, and fewer than `window` positions back where a layer sl
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +64,7 @@ def attend_rows(
     columns = jnp.arange(query.shape[1])
     keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
 
-    def attend(query, query_columns, query_segments):
+    def attend(query: jax.Array, query_columns: jax.Array, query_segments: Any) -> jax.Array:
         behind = query_columns[:, :, None] - columns
         visible = (behind >= 0) & (behind < window) if window else behind >= 0
         if segments is not None:
@@ -95,14 +97,21 @@ def attend_cached(
         [B, T, H, Q]; an average of all values where a query sees nothing.
     """
 
-    def attend(query, visible):
+    def attend(query: jax.Array, visible: jax.Array) -> jax.Array:
         hide = lambda logits: jnp.where(visible[:, None, None], logits, _NOTHING)  # noqa: E731
         return _attend(query, keys, values, hide, scale, softcap)
 
     return _in_blocks(attend, query, visible)
 
 
-def _attend(query, keys, values, hide, scale, softcap):
+def _attend(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    hide: Callable[[jax.Array], jax.Array],
+    scale: float,
+    softcap: float,
+) -> jax.Array:
     """Attention of [B, T, H, Q] queries to [B, K, C, Q] keys and values; hide masks logits [B, K, H / K, T, C]."""
     rows, length, heads, size = query.shape
     kv_heads, columns = keys.shape[1:3]
@@ -115,7 +124,7 @@ def _attend(query, keys, values, hide, scale, softcap):
     return mixed.transpose(0, 3, 1, 2, 4).reshape(rows, length, heads, size)
 
 
-def _in_blocks(attend, *arrays):
+def _in_blocks(attend: Callable[..., jax.Array], *arrays: Any) -> jax.Array:
     """Attention for _BLOCK queries at a time, made again in the backward pass; arrays are [., T, ...] or None.
 
     So there is never an [H, T, T] array (Rabe and Staats, arXiv 2112.05682).
@@ -124,7 +133,7 @@ def _in_blocks(attend, *arrays):
     if length <= _BLOCK:
         return attend(*arrays)
 
-    def cut(array):
+    def cut(array: jax.Array) -> jax.Array:
         array = jnp.pad(array, ((0, 0), (0, -length % _BLOCK), *((0, 0),) * (array.ndim - 2)))
         return array.reshape(array.shape[0], -1, _BLOCK, *array.shape[2:]).swapaxes(0, 1)
 
@@ -160,7 +169,7 @@ def splash(
         block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
 
-    def local(query, key, value, segments):
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, segments: jax.Array | None) -> jax.Array:
         kernel = kernels.make_splash_mha_single_device(
             masks.MultiHeadMask([mask] * query.shape[2]),
             block_sizes=sizes,

@@ -75,7 +75,7 @@ def _tensors(config: PolicyConfig) -> dict[str, _Tensor]:
     return tensors
 
 
-def _leaf(tree: dict, path: tuple[str, ...]) -> Any:
+def _leaf(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
     for key in path:
         tree = tree[key]
     return tree
@@ -87,7 +87,7 @@ def _shape(tensor: _Tensor, leaf: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis] for axis in group) for group in tensor.groups)
 
 
-def load_hf(path: str | pathlib.Path, mesh: Mesh | None = None, **options: Any) -> tuple[PolicyConfig, dict]:
+def load_hf(path: str | pathlib.Path, mesh: Mesh | None = None, **options: Any) -> tuple[PolicyConfig, dict[str, Any]]:
     """Read a checkpoint directory into float32 parameters on the devices.
 
     One file is open at a time and one tensor at a time is on the host: each process reads of it what
@@ -122,7 +122,7 @@ def load_hf(path: str | pathlib.Path, mesh: Mesh | None = None, **options: Any) 
                 if whole is None:
                     whole = jax.jit(jnp.zeros, static_argnums=0, out_shardings=sharding)(shape)
                 leaves[tensor.path] = _read(opened.get_slice(name), tensor, whole, sharding)
-    params: dict = {}
+    params: dict[str, Any] = {}
     for keys, leaf in leaves.items():
         inner = params
         for key in keys[:-1]:
@@ -261,7 +261,7 @@ def _few(names: Sequence[str]) -> str:
 def save_hf(
     path: str | pathlib.Path,
     config: PolicyConfig,
-    params: dict,
+    params: dict[str, Any],
     *,
     dtype: str | None = None,
     files: Sequence[pathlib.Path] = (),
@@ -377,7 +377,9 @@ def export(workdir: str | pathlib.Path, path: str | pathlib.Path, *, dtype: str 
     return step
 
 
-def _plan_shards(config: PolicyConfig, params: dict, itemsize: int, shard_bytes: int) -> list[dict[str, _Tensor]]:
+def _plan_shards(
+    config: PolicyConfig, params: dict[str, Any], itemsize: int, shard_bytes: int
+) -> list[dict[str, _Tensor]]:
     """Tensors in their order, cut into runs of at most shard_bytes."""
     shards: list[dict[str, _Tensor]] = [{}]
     size = 0
@@ -390,7 +392,7 @@ def _plan_shards(config: PolicyConfig, params: dict, itemsize: int, shard_bytes:
     return shards
 
 
-def _write(params: dict, tensor: _Tensor) -> np.ndarray:
+def _write(params: dict[str, Any], tensor: _Tensor) -> np.ndarray:
     """One tensor of a checkpoint on the host, contiguous, of the parameter's type."""
     leaf = _leaf(params, tensor.path)
     leaf = leaf if tensor.layer is None else leaf[tensor.layer]

@@ -21,7 +21,10 @@ from krl.policy.attention import KERNELS, attend_cached, attend_rows
 from krl.policy.scores import token_scores
 from krl.sharding import constrain
 
-ACTIVATIONS: dict[str, Callable] = {"silu": nn.silu, "gelu_tanh": functools.partial(nn.gelu, approximate=True)}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nn.silu,
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+}
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = {
     "none": None,
@@ -79,7 +82,7 @@ class PolicyConfig:
     source: str = dataclasses.field(default="", repr=False, compare=False)  # text of its config.json
     stored_dtype: str = dataclasses.field(default="float32", repr=False, compare=False)  # of its tensors
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "mlp_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -117,13 +120,13 @@ class Cache(struct.PyTreeNode):
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def init(config: PolicyConfig, key: jax.Array) -> dict:
+def init(config: PolicyConfig, key: jax.Array) -> dict[str, Any]:
     """Fresh float32 parameters. The key is consumed."""
     return nn.meta.unbox(_init_boxed(config, key))
 
 
 @functools.cache  # it traces the whole decoder, and set-up and updates ask several times
-def param_axes(config: PolicyConfig) -> dict:
+def param_axes(config: PolicyConfig) -> dict[str, Any]:
     """The logical axis names of every parameter: the tree of `init` with PartitionSpec leaves, not to be changed."""
     return nn.get_partition_spec(jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0))))
 
@@ -131,7 +134,7 @@ def param_axes(config: PolicyConfig) -> dict:
 @functools.partial(jax.jit, static_argnames="config")
 def apply(
     config: PolicyConfig,
-    params: dict,
+    params: dict[str, Any],
     tokens: jax.Array,
     mask: jax.Array | None = None,
     segments: jax.Array | None = None,
@@ -161,7 +164,7 @@ def init_cache(config: PolicyConfig, rows: int, columns: int) -> Cache:
     return Cache(keys=empty, values=empty, positions=jnp.full((rows, columns), -1, jnp.int32))
 
 
-def for_decoding(config: PolicyConfig, params: dict) -> dict:
+def for_decoding(config: PolicyConfig, params: dict[str, Any]) -> dict[str, Any]:
     """Parameters as `decode` reads them: in the compute dtype, but for norms, and apart for each layer.
 
     Args:
@@ -169,7 +172,7 @@ def for_decoding(config: PolicyConfig, params: dict) -> dict:
         params: from `init` or `krl.policy.load_hf`.
     """
 
-    def cast(leaf):
+    def cast(leaf: jax.Array) -> jax.Array:
         return leaf if leaf.ndim == 1 else leaf.astype(config.dtype)
 
     layers = tuple(
@@ -181,7 +184,12 @@ def for_decoding(config: PolicyConfig, params: dict) -> dict:
 
 @functools.partial(jax.jit, static_argnames="config")
 def decode(
-    config: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, cache: Cache, column: jax.Array | int
+    config: PolicyConfig,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache,
+    column: jax.Array | int,
 ) -> tuple[jax.Array, Cache]:
     """Read T more tokens of every row and predict the one after.
 
@@ -203,7 +211,12 @@ def decode(
 
 
 def read(
-    config: PolicyConfig, params: dict, tokens: jax.Array, positions: jax.Array, cache: Cache, column: jax.Array | int
+    config: PolicyConfig,
+    params: dict[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: Cache,
+    column: jax.Array | int,
 ) -> tuple[jax.Array, Cache]:
     """`decode` without its prediction: (hidden states [B, T, E], the cache)."""
     held = jax.lax.dynamic_update_slice(cache.positions, positions, (0, column))
@@ -226,7 +239,7 @@ def read(
 @functools.partial(jax.jit, static_argnames=("config", "start", "chunk", "entropy"))
 def token_logps(
     config: PolicyConfig,
-    params: dict,
+    params: dict[str, Any],
     tokens: jax.Array,
     mask: jax.Array | None = None,
     segments: jax.Array | None = None,
@@ -271,13 +284,15 @@ def token_logps(
     return (logps, entropies) if entropy else logps
 
 
-def _init_boxed(config: PolicyConfig, key: jax.Array) -> dict:
+def _init_boxed(config: PolicyConfig, key: jax.Array) -> dict[str, Any]:
     tokens = jnp.zeros((1, 2), jnp.int32)
     config = dataclasses.replace(config, attention="xla")  # no kernel is too choosy for two tokens
     return Decoder(config).init(key, tokens, tokens)["params"]
 
 
-def _hidden(config: PolicyConfig, params: dict, tokens: jax.Array, mask: jax.Array | None, segments: jax.Array | None):
+def _hidden(
+    config: PolicyConfig, params: dict[str, Any], tokens: jax.Array, mask: jax.Array | None, segments: jax.Array | None
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Hidden states [B, T, E] in some order of columns, and the function that restores the order."""
     columns = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segments is not None:
@@ -292,7 +307,7 @@ def _hidden(config: PolicyConfig, params: dict, tokens: jax.Array, mask: jax.Arr
     return _decoder(config, params, roll(tokens, -starts), columns), lambda hidden: roll(hidden, starts)
 
 
-def _decoder(config: PolicyConfig, params: dict, *inputs) -> Any:
+def _decoder(config: PolicyConfig, params: dict[str, Any], *inputs: jax.Array) -> Any:
     return Decoder(config).apply({"params": params}, *inputs)
 
 
@@ -301,12 +316,12 @@ def _embed(config: PolicyConfig, embedding: jax.Array, tokens: jax.Array) -> jax
     return x * jnp.asarray(config.embed_size**0.5, config.dtype) if config.scale_embedding else x
 
 
-def _head(config: PolicyConfig, params: dict) -> jax.Array:
+def _head(config: PolicyConfig, params: dict[str, Any]) -> jax.Array:
     """[V, E] where embeddings are tied, else [E, V], in the compute dtype."""
     return params["embedding" if config.tie_embeddings else "head"].astype(config.dtype)
 
 
-def _logits(config: PolicyConfig, params: dict, hidden: jax.Array) -> jax.Array:
+def _logits(config: PolicyConfig, params: dict[str, Any], hidden: jax.Array) -> jax.Array:
     equation = "...e,ve->...v" if config.tie_embeddings else "...e,ev->...v"
     logits = jnp.einsum(equation, hidden, _head(config, params), preferred_element_type=jnp.float32)
     cap = config.logit_softcap
@@ -347,7 +362,7 @@ class Norm(nn.Module):
     axis: str = "embed"
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array) -> jax.Array:
         plus_one = self.config.norm_plus_one
         initial = nn.with_logical_partitioning(nn.initializers.constant(0.0 if plus_one else 1.0), (self.axis,))
         weight: Any = self.param("weight", initial, (x.shape[-1],))
@@ -362,7 +377,14 @@ class Block(nn.Module):
     config: PolicyConfig
 
     @nn.compact
-    def __call__(self, x, slides, positions, segments, stored: Any = None):
+    def __call__(
+        self,
+        x: jax.Array,
+        slides: jax.Array | bool,
+        positions: jax.Array,
+        segments: jax.Array | None,
+        stored: Any = None,
+    ) -> tuple[jax.Array, Any]:
         """(x, None), or (x, (keys, values)) with stored = (keys, values, column to write, visible [B, T, C])."""
         c = self.config
         query, key, value = self._heads(Norm(c, name="attention_norm")(x), slides, positions)
@@ -390,11 +412,13 @@ class Block(nn.Module):
         weight: Any = self.param(name, nn.with_logical_partitioning(initial, axes), shape)
         return weight.astype(self.config.dtype)
 
-    def _heads(self, x, slides, positions):
+    def _heads(
+        self, x: jax.Array, slides: jax.Array | bool, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, H, Q] and keys, and values, [B, T, K, Q]."""
         c = self.config
 
-        def project(name, heads, axis):
+        def project(name: str, heads: int, axis: str) -> jax.Array:
             shape, axes = (c.embed_size, heads, c.head_size), ("embed", axis, "head")
             projected = jnp.einsum("bte,ehq->bthq", x, self._weight(name, shape, axes, c.embed_size))
             return projected + self._weight(f"{name}_bias", shape[1:], axes[1:], 0) if c.qkv_bias else projected
@@ -410,10 +434,12 @@ class Block(nn.Module):
     def _scale(self) -> float:
         return self.config.attention_scale or self.config.head_size**-0.5
 
-    def _attend(self, query, key, value, slides, segments):
+    def _attend(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, slides: jax.Array | bool, segments: jax.Array | None
+    ) -> jax.Array:
         c = self.config
 
-        def with_window(window):
+        def with_window(window: int) -> Callable[..., jax.Array]:
             return functools.partial(
                 attend_rows, kernel=c.attention, scale=self._scale(), softcap=c.attention_softcap, window=window
             )
@@ -422,7 +448,7 @@ class Block(nn.Module):
             return jax.lax.cond(slides, with_window(c.window), with_window(0), query, key, value, segments)
         return with_window(c.window if any(c.sliding) else 0)(query, key, value, segments)
 
-    def _mlp(self, x):
+    def _mlp(self, x: jax.Array) -> jax.Array:
         c = self.config
         gate = x @ self._weight("gate", (c.embed_size, c.mlp_size), ("embed", "mlp"), c.embed_size)
         up = x @ self._weight("up", (c.embed_size, c.mlp_size), ("embed", "mlp"), c.embed_size)
@@ -436,7 +462,7 @@ class Decoder(nn.Module):
     config: PolicyConfig
 
     @nn.compact
-    def __call__(self, tokens, positions, segments: Any = None):
+    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array | None = None) -> jax.Array:
         c = self.config
         initial = nn.with_logical_partitioning(nn.initializers.normal(c.embed_size**-0.5), ("vocab", "embed"))
         embedding: Any = self.param("embedding", initial, (c.vocab_size, c.embed_size))

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +48,7 @@ def token_scores(
     columns = min(max(chunk * _devices(rows) // rows, 1), max(length, 1))
     padding = -length % columns
 
-    def cut(array):
+    def cut(array: jax.Array) -> jax.Array:
         array = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
         return array.reshape(rows, -1, columns, *array.shape[2:]).swapaxes(0, 1)
 
@@ -58,7 +59,9 @@ def token_scores(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _scores(hidden, head, targets, temperature, options):
+def _scores(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, options: tuple[float, bool, bool]
+) -> tuple[jax.Array, jax.Array]:
     return _forward(hidden, head, targets, temperature, options)[0]
 
 
@@ -74,10 +77,12 @@ def _devices(rows: int) -> int:
     return math.prod(mesh.shape[name] for name in _batch_axes(rows))
 
 
-def _on_own_rows(function, kinds: str, results: str):
+def _on_own_rows(
+    function: Callable[..., tuple[jax.Array, ...]], kinds: str, results: str
+) -> Callable[..., tuple[jax.Array, ...]]:
     """A function of (batch axes, arguments) on each device's rows: "r" has them along its second axis, "w" is whole."""
 
-    def on_own_rows(*arguments):
+    def on_own_rows(*arguments: jax.Array) -> tuple[jax.Array, ...]:
         rows = next(argument.shape[1] for argument, kind in zip(arguments, kinds, strict=True) if kind == "r")
         axes = _batch_axes(rows)
         if not axes:
@@ -91,15 +96,24 @@ def _on_own_rows(function, kinds: str, results: str):
     return on_own_rows
 
 
-def _forward(hidden, head, targets, temperature, options):
+def _forward(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, options: tuple[float, bool, bool]
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
     """Scores [n, B, c] of n chunks, and what the backward pass needs."""
     local = _on_own_rows(functools.partial(_forward_here, options), "rwrw", "rrr")
     logps, entropies, normalisers = local(hidden, head, targets, temperature)
     return (logps, entropies), (hidden, head, targets, temperature, entropies, normalisers)
 
 
-def _forward_here(options, _, hidden, head, targets, temperature):
-    def one(chunk):
+def _forward_here(
+    options: tuple[float, bool, bool],
+    _: tuple[str, ...],
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def one(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         hidden, targets = chunk
         logits, _ = _logits(hidden, head, temperature, options)
         largest = logits.max(axis=-1, keepdims=True)
@@ -114,16 +128,28 @@ def _forward_here(options, _, hidden, head, targets, temperature):
     return jax.lax.map(one, (hidden, targets))
 
 
-def _backward(options, kept, gradients):
+def _backward(
+    options: tuple[float, bool, bool], kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, None, None]:
     local = _on_own_rows(functools.partial(_backward_here, options), "rwrwrrrr", "rw")
     hidden_gradient, head_gradient = local(*kept, *gradients)
     return hidden_gradient, head_gradient, None, None
 
 
-def _backward_here(options, batch_axes, hidden, head, targets, temperature, entropies, normalisers, *gradients):
+def _backward_here(
+    options: tuple[float, bool, bool],
+    batch_axes: tuple[str, ...],
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    temperature: jax.Array,
+    entropies: jax.Array,
+    normalisers: jax.Array,
+    *gradients: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
     _, vocab_first, entropy = options
 
-    def one(head_gradient, chunk):
+    def one(head_gradient: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, entropies, normalisers, by_logp, by_entropy = chunk
         logits, slope = _logits(hidden, head, temperature, options)
         logps = logits - normalisers[..., None]
@@ -145,7 +171,9 @@ def _backward_here(options, batch_axes, hidden, head, targets, temperature, entr
     return hidden_gradient, head_gradient.astype(head.dtype)
 
 
-def _logits(hidden, head, temperature, options):
+def _logits(
+    hidden: jax.Array, head: jax.Array, temperature: jax.Array, options: tuple[float, bool, bool]
+) -> tuple[jax.Array, jax.Array]:
     """Logits [B, c, V] float32, and their derivative by the product of hidden state and head."""
     softcap, vocab_first, _ = options
     equation = "bte,ve->btv" if vocab_first else "bte,ev->btv"

@@ -13,7 +13,7 @@ import pathlib
 import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import sentencepiece
 
@@ -84,7 +84,7 @@ class Tokenizer(Protocol):
         """The special or added token that the chat template puts behind a reply, None if there is none."""
 
 
-def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """Load a tokenizer from a sentencepiece model file or from a checkpoint's directory.
 
     Args:
@@ -134,7 +134,7 @@ class SentencePieceTokenizer:
     add_bos_token false. Models that krl trains have none. Has no chat template.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         """Load a model file.
 
         Raises:
@@ -208,7 +208,7 @@ class HuggingFaceTokenizer:
     tokenizer_config.json may rebuild parts of it.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike[str]):
         """Load a directory.
 
         Raises:
@@ -410,7 +410,7 @@ def _present(directory: pathlib.Path, names: Iterable[str]) -> tuple[pathlib.Pat
     return tuple(directory / name for name in names if (directory / name).is_file())
 
 
-def _read_json(file: pathlib.Path) -> dict:
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
     """A JSON object, {} where there is no file."""
     if not file.is_file():
         return {}
@@ -427,7 +427,9 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def train_sentencepiece(texts: Iterable[str], path: str | os.PathLike, *, vocab_size: int, byte_fallback: bool) -> None:
+def train_sentencepiece(
+    texts: Iterable[str], path: str | os.PathLike[str], *, vocab_size: int, byte_fallback: bool
+) -> None:
     """Train a unigram sentencepiece model that keeps digits apart and loses no white space.
 
     Args:

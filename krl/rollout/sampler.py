@@ -9,6 +9,7 @@ that of the slots and the prompts, whatever R is.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ Watch = Callable[[np.ndarray, np.ndarray, np.ndarray, Callable[[], bool]], None]
 
 def generate(
     config: policy.PolicyConfig,
-    params: dict,
+    params: dict[str, Any],
     prompts: Prompts,
     counts: jax.Array,
     key: jax.Array,
@@ -161,14 +162,23 @@ def slots_in_memory(config: policy.PolicyConfig, length: int, memory_gb: float, 
 class Work(struct.PyTreeNode):
     """What the decoding of a step goes by."""
 
-    layers: dict  # of the policy, in the compute dtype, whole on every device but for the axis "model"
+    layers: dict[str, Any]  # of the policy, in the compute dtype, whole on every device but for the axis "model"
     prompts: PromptCache
     queue: Queue  # of the devices, one after the other
     order: jax.Array  # [R'] int32, the row of each in the rollouts; R where there is none
 
 
 def _generate(
-    config, options, watch, given: Settings, params, prompts, counts, key, first_sample, expected_tokens
+    config: policy.PolicyConfig,
+    options: Options,
+    watch: Watch | None,
+    given: Settings,
+    params: dict[str, Any],
+    prompts: Prompts,
+    counts: jax.Array,
+    key: jax.Array,
+    first_sample: jax.Array | int,
+    expected_tokens: jax.Array,
 ) -> Rollouts:
     work, state = PROGRAMS["begin"](config, options, params, prompts, counts, key, first_sample, expected_tokens)
     slots, rows = _slots_each(options), len(work.order) // _devices()
@@ -188,7 +198,9 @@ def _generate(
     return rollouts
 
 
-def _newly_ended(order, known, tokens, lengths) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _newly_ended(
+    order: Array, known: np.ndarray, tokens: jax.Array, lengths: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rows [n], tokens [n, T], lengths [n]) of what this process's devices have ended; `known` [R'] takes them in."""
     order, found = np.asarray(order), []
     for part, length in zip(tokens.addressable_shards, lengths.addressable_shards, strict=True):
@@ -213,7 +225,7 @@ def _slots_each(options: Options) -> int:
     return -(-options.num_slots // _devices())
 
 
-def _each(function: Callable, *kinds: str) -> Callable:
+def _each(function: Callable[..., Any], *kinds: str) -> Callable[..., Any]:
     """A function of (batch axes, arguments) for every queue: "rows" lie on the queue's devices, "whole" on all."""
     batch_axes = tuple(name for name in RULES["batch"] if name in jax.sharding.get_abstract_mesh().axis_names)
     if _devices() == 1:
@@ -226,7 +238,16 @@ def _each(function: Callable, *kinds: str) -> Callable:
     )  # fmt: skip
 
 
-def _begin(config, options, params, prompts, counts, key, first_sample, expected_tokens) -> tuple[Work, State]:
+def _begin(
+    config: policy.PolicyConfig,
+    options: Options,
+    params: dict[str, Any],
+    prompts: Prompts,
+    counts: jax.Array,
+    key: jax.Array,
+    first_sample: jax.Array | int,
+    expected_tokens: jax.Array,
+) -> tuple[Work, State]:
     """Deal the rollouts, read the prompts, and clear the slots."""
     prompt_index, sample_index, mask = _numbered(counts, first_sample, options.num_rollouts)
     order = constrain(_deal(jnp.append(expected_tokens, 0)[prompt_index], mask, _devices()), None)
@@ -237,23 +258,23 @@ def _begin(config, options, params, prompts, counts, key, first_sample, expected
     layers, queue = _for_decoding(config, params), Queue(source, keys)
     read = _prefill(config, layers, prompts)
 
-    def cleared(_, prompts, queue):
+    def cleared(_: tuple[str, ...], prompts: PromptCache, queue: Queue) -> State:
         return idle(config, options, _slots_each(options), prompts, queue)
 
     return Work(layers, read, queue, order), _each(cleared, "whole", "rows")(read, queue)
 
 
-def _for_decoding(config: policy.PolicyConfig, params: dict) -> dict:
+def _for_decoding(config: policy.PolicyConfig, params: dict[str, Any]) -> dict[str, Any]:
     """The layers in the compute dtype, gathered once: whole on every device but for the axis "model"."""
 
     layers = policy.for_decoding(config, params)
     return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), layers, decoding_axes(config))
 
 
-def decoding_axes(config: policy.PolicyConfig) -> dict:
+def decoding_axes(config: policy.PolicyConfig) -> dict[str, Any]:
     """The logical axes along which the layers that decode are split: a tree with PartitionSpec leaves."""
 
-    def split(axes):
+    def split(axes: PartitionSpec) -> PartitionSpec:
         return PartitionSpec(*(None if axis == "embed" else axis for axis in axes))
 
     axes = jax.tree.map(split, policy.param_axes(config))
@@ -261,33 +282,51 @@ def decoding_axes(config: policy.PolicyConfig) -> dict:
     return axes | {"blocks": (one_layer,) * config.num_layers}
 
 
-def _serve(config, options, given: Settings, work, state, until) -> State:
-    def one(batch_axes, layers, given, prompts, queue, state, until):
+def _serve(
+    config: policy.PolicyConfig, options: Options, given: Settings, work: Work, state: State, until: jax.Array | int
+) -> State:
+    def one(
+        batch_axes: tuple[str, ...],
+        layers: dict[str, Any],
+        given: Settings,
+        prompts: PromptCache,
+        queue: Queue,
+        state: State,
+        until: jax.Array | int,
+    ) -> State:
         return serve(config, options, batch_axes, layers, given, prompts, queue, state, until)
 
     each = _each(one, "whole", "whole", "whole", "rows", "rows", "whole")
     return each(work.layers, given, work.prompts, work.queue, state, until)
 
 
-def _drain(config, options, given: Settings, work, state, most) -> State:
-    def one(batch_axes, layers, given, state, most):
+def _drain(
+    config: policy.PolicyConfig, options: Options, given: Settings, work: Work, state: State, most: jax.Array | int
+) -> State:
+    def one(
+        batch_axes: tuple[str, ...], layers: dict[str, Any], given: Settings, state: State, most: jax.Array | int
+    ) -> State:
         return drain(config, options, batch_axes, layers, given, state, most)
 
     return _each(one, "whole", "whole", "rows", "whole")(work.layers, given, state, most)
 
 
-def _shrink(num_slots, state) -> State:
+def _shrink(num_slots: int, state: State) -> State:
     return _each(lambda _, state: shrink(state, num_slots), "rows")(state)
 
 
-def _numbered(counts, first_sample, num_rollouts) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _numbered(
+    counts: jax.Array, first_sample: jax.Array | int, num_rollouts: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(prompt_index [R], sample_index [R], mask [R]) of rollouts whose numbers begin at first_sample."""
     prompt_index, sample_index, mask = make_slots(counts, num_rollouts)
     first = jnp.append(jnp.broadcast_to(first_sample, counts.shape), 0)[prompt_index]
     return prompt_index, jnp.where(mask, sample_index + first, 0), mask
 
 
-def _collect(options, counts, first_sample, order, responses: Responses) -> Rollouts:
+def _collect(
+    options: Options, counts: jax.Array, first_sample: jax.Array | int, order: jax.Array, responses: Responses
+) -> Rollouts:
     """The responses in the order of their prompts."""
     prompt_index, sample_index, mask = _numbered(counts, first_sample, options.num_rollouts)
     back = jnp.argsort(order)[: options.num_rollouts]
@@ -304,10 +343,10 @@ def _collect(options, counts, first_sample, order, responses: Responses) -> Roll
     )
 
 
-def _with_a_look(function: Callable) -> Callable:
+def _with_a_look(function: Callable[..., State]) -> Callable[..., tuple[State, tuple[jax.Array, jax.Array]]]:
     """The same, and what has ended as arrays of their own, since the state is given away."""
 
-    def looked_at(*arguments, **named):
+    def looked_at(*arguments: Any, **named: Any) -> tuple[State, tuple[jax.Array, jax.Array]]:
         state = function(*arguments, **named)
         return state, (state.responses.tokens, state.responses.lengths)
 
@@ -343,7 +382,7 @@ def _deal(expected: jax.Array, mask: jax.Array, devices: int) -> jax.Array:
 # ---------------------------------------------------------------- prompts
 
 
-def _prefill(config: policy.PolicyConfig, layers: dict, prompts: Prompts) -> PromptCache:
+def _prefill(config: policy.PolicyConfig, layers: dict[str, Any], prompts: Prompts) -> PromptCache:
     """Read every prompt once, PREFILL_TOKENS at a time, but a prompt on each device at least."""
     tokens, mask = jnp.asarray(prompts.tokens), jnp.asarray(prompts.mask)
     num_prompts, columns = tokens.shape[0], tokens.shape[1] - 1
@@ -351,16 +390,16 @@ def _prefill(config: policy.PolicyConfig, layers: dict, prompts: Prompts) -> Pro
     at_once = max(PREFILL_TOKENS // max(columns, 1), 1)
     at_once = min(-(-at_once // _devices()) * _devices(), num_prompts)  # equally many for all devices
 
-    def everywhere(cache):
+    def everywhere(cache: policy.Cache) -> policy.Cache:
         return jax.tree.map(
             lambda leaf: constrain(leaf, *((None, "kv_heads", None, None) if leaf.ndim == 4 else (None, None))), cache
         )
 
-    def one(number, cache):
+    def one(number: jax.Array, cache: policy.Cache) -> policy.Cache:
         """Some more prompts; where they do not come out even, the last ones have some of those before in them again."""
         begin = number * at_once
 
-        def some(array):
+        def some(array: jax.Array) -> jax.Array:
             return constrain(jax.lax.dynamic_slice_in_dim(array[:, :columns], begin, at_once), "batch", "length")
 
         empty = policy.init_cache(config, at_once, cache_columns(columns))

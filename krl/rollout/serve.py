@@ -1,7 +1,7 @@
 """A queue of rollouts served by a few slots, on one device or on a group of them that splits the policy."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,7 @@ def serve(
     config: policy.PolicyConfig,
     options: Options,
     batch_axes: tuple[str, ...],
-    layers: dict,
+    layers: dict[str, Any],
     given: Settings,
     prompts: PromptCache,
     queue: Queue,
@@ -114,14 +114,14 @@ def serve(
     num_waiting = (queue.source < len(prompts.last)).sum(dtype=jnp.int32)
     step = functools.partial(_step, config, options, layers, given)
 
-    def waits(state):
+    def waits(state: State) -> jax.Array:
         return _anywhere(batch_axes, state.next_row[0] < jnp.minimum(num_waiting, until))
 
-    def cannot_refill(state):
+    def cannot_refill(state: State) -> jax.Array:
         left = num_waiting - state.next_row[0]
         return ~_anywhere(batch_axes, (left > 0) & ((~state.slots.live).sum() >= jnp.minimum(at_once, left)))
 
-    def decode_and_refill(state):
+    def decode_and_refill(state: State) -> State:
         return _refill(jax.lax.while_loop(cannot_refill, step, state), prompts, queue, at_once)
 
     return jax.lax.while_loop(waits, decode_and_refill, state)
@@ -131,7 +131,7 @@ def drain(
     config: policy.PolicyConfig,
     options: Options,
     batch_axes: tuple[str, ...],
-    layers: dict,
+    layers: dict[str, Any],
     given: Settings,
     state: State,
     most: jax.Array | int,
@@ -139,7 +139,7 @@ def drain(
     """Decode, when nothing waits, until at most `most` slots are live; arguments as for `serve`."""
     step = functools.partial(_step, config, options, layers, given)
 
-    def crowded(state):
+    def crowded(state: State) -> jax.Array:
         return _anywhere(batch_axes, state.slots.live.sum() > most)
 
     return jax.lax.while_loop(crowded, step, state)
@@ -198,7 +198,9 @@ def _by_heads(leaf: jax.Array) -> jax.Array:
     return constrain(leaf, None, "kv_heads", None, None) if leaf.ndim == 4 else leaf
 
 
-def _step(config, options: Options, layers, given: Settings, state: State) -> State:
+def _step(
+    config: policy.PolicyConfig, options: Options, layers: dict[str, Any], given: Settings, state: State
+) -> State:
     """One more token in every live slot."""
     slots, turn = state.slots, state.step[0] % state.slots.tokens.shape[1]
     top_k, top_p, min_p = options.limits
@@ -219,7 +221,8 @@ def _step(config, options: Options, layers, given: Settings, state: State) -> St
         over |= matched == len(given.stop_table) - 1  # the last row is of responses that hold a string
     over &= slots.live
 
-    def note(whole, new):  # a slot that idles keeps what it has until it is handed out, however long that takes
+    def note(whole: jax.Array, new: jax.Array) -> jax.Array:
+        # a slot that idles keeps what it has until it is handed out, however long that takes
         old = jax.lax.dynamic_slice_in_dim(whole, turn, 1, axis=1)
         return jax.lax.dynamic_update_slice(whole, jnp.where(slots.live[:, None], new[:, None], old), (0, turn))
 
@@ -245,7 +248,7 @@ def _hand_out(state: State, chosen: jax.Array, row: jax.Array) -> Responses:
     columns = (slots.start[chosen][:, None] + order) % len(order)
     real = order < slots.count[chosen][:, None]
 
-    def written(whole, part):
+    def written(whole: jax.Array, part: jax.Array) -> jax.Array:
         return whole.at[row].set(
             jnp.where(real, jnp.take_along_axis(part[chosen], columns, axis=1), whole[row]), mode="drop"
         )
@@ -269,10 +272,10 @@ def _refill(state: State, prompts: PromptCache, queue: Queue, at_once: int) -> S
     given = prompt < len(prompts.last)
     row, prompt = jnp.where(given, row, num_rows), jnp.where(given, prompt, 0)
 
-    def put(whole, part):
+    def put(whole: jax.Array, part: jax.Array | int) -> jax.Array:
         return whole.at[chosen].set(part, mode="drop")
 
-    def put_prompt(whole, part):
+    def put_prompt(whole: jax.Array, part: jax.Array) -> jax.Array:
         return whole.at[chosen, :, : part.shape[2]].set(part[prompt], mode="drop")
 
     left = slots.cache.positions.shape[1] - prompts.cache.positions.shape[1]

@@ -150,7 +150,7 @@ def _automaton(strings: list[bytes]) -> np.ndarray:
     """
     after = _beginnings(strings).tolist()
 
-    def follow(state, symbol):
+    def follow(state: tuple[int, tuple[int, ...]], symbol: int) -> tuple[int, tuple[int, ...]] | None:
         beginning, run = state
         byte = symbol % _RUN
         if symbol < _RUN:  # a run that is no text by now never will be, and has cut off what was before

@@ -21,7 +21,7 @@ def random_numbers(keys: jax.Array, length: int) -> jax.Array:
         [c, length, LEVELS] float32 in [0, 1).
     """
 
-    def one(key, at):
+    def one(key: jax.Array, at: jax.Array) -> jax.Array:
         high, low = jax.random.bits(jax.random.fold_in(key, at), (2, LEVELS)).astype(jnp.float32)
         return jnp.minimum(high * 2.0**-32 + low * 2.0**-64, 1 - 2.0**-24)  # where rounding gives 1
 
@@ -97,26 +97,27 @@ def least_logit(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0, min_p:
         least = _largest_where(lambda bound: (logits >= bound).sum(axis=-1, keepdims=True) >= top_k, least, largest)
     if top_p < 1:
         shares = jnp.where(logits >= least, jnp.exp(logits - largest), 0.0)
+        mass: Callable[[jax.Array], jax.Array]
         mass = lambda bound: jnp.where(logits >= bound, shares, 0.0).sum(axis=-1, keepdims=True)  # noqa: E731
         needed = top_p * mass(least)
         least = _largest_where(lambda bound: mass(bound) >= needed, least, largest)
     return jnp.maximum(least, largest + jnp.log(min_p)) if min_p else least
 
 
-def _largest_where(holds: Callable, least: jax.Array, largest: jax.Array) -> jax.Array:
+def _largest_where(holds: Callable[[jax.Array], jax.Array], least: jax.Array, largest: jax.Array) -> jax.Array:
     """The largest float32 for which something holds that holds at `least` and below every number it holds for.
 
     By bisection of the numbers' bits, whose order as integers is that of the numbers: 32 passes over the vocabulary
     and no sort of it.
     """
 
-    def ordered(bits):  # its own inverse
+    def ordered(bits: jax.Array) -> jax.Array:  # its own inverse
         return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
-    def number(order):
+    def number(order: jax.Array) -> jax.Array:
         return jax.lax.bitcast_convert_type(ordered(order), jnp.float32)
 
-    def halve(_, bounds):
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low & high) + ((low ^ high) >> 1)  # their mean without overflow
         enough = holds(number(middle))

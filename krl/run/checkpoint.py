@@ -121,8 +121,7 @@ class Checkpoints:
 
         Raises:
             ValueError: no checkpoint can be read, or its arrays are not those of `like`; or what a checkpoint is kept
-            in
-                does not answer, and then nothing is moved. The message names the directory.
+                in does not answer, and then nothing is moved. The message names the directory.
         """
         import orbax.checkpoint as ocp
 

@@ -126,7 +126,7 @@ def mean_of(values: np.ndarray, mask: np.ndarray) -> float:
 class CompileCounter:
     """Counts the XLA compilations of this process from its creation on."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.count = 0
         jax.monitoring.register_event_duration_secs_listener(self._heard)
 

@@ -208,7 +208,7 @@ def place_whole(mesh: Mesh, tree):
     return jax.tree.map(place, tree)
 
 
-def to_host(tree):
+def to_host(tree: Any) -> Any:
     """Arrays of all devices as whole host arrays, in every process."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)

@@ -9,7 +9,9 @@ import logging
 import math
 import re
 import threading
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig
@@ -94,7 +96,7 @@ def _seconds() -> int | None:
     return SYMBOLIC_SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
-def _product(self, factors, position=0):
+def _product(self: Any, factors: Sequence[Any], position: int = 0) -> Any:
     """Factors without a sign between them, multiplied: the library adds the numbers of (2)(3) like those of 1 1/2."""
     left = self.convert_postfix(factors[position])
     if position == len(factors) - 1:
@@ -113,7 +115,7 @@ _Latex2Sympy.convert_postfix_list = _product
 
 
 @functools.lru_cache(maxsize=4096)
-def _parsed(form: str, seconds: int | None) -> list:
+def _parsed(form: str, seconds: int | None) -> list[Any]:
     """What the parser makes of a form; empty where it makes nothing."""
     form = _PRIMES.sub(lambda match: f"{match[1]}_{{{len(match[2])}prime}}", form)
     form = _MIXED.sub(lambda m: f"(\\frac{{{int(m[1]) * int(m[3]) + int(m[2])}}}{{{m[3]}}})", form)
@@ -124,7 +126,7 @@ def _parsed(form: str, seconds: int | None) -> list:
 _parsed("1+x", None)  # builds the parser's tables, which would else count against the first answer's time
 
 
-def _value(parsed) -> Fraction | None:
+def _value(parsed: Any) -> Fraction | None:
     if not isinstance(parsed, sympy.Expr):
         return None
     number = _exact(parsed)
@@ -134,7 +136,7 @@ def _value(parsed) -> Fraction | None:
     return Fraction(str(number)) if isinstance(number, sympy.Float) else None
 
 
-def _exact(expression):
+def _exact(expression: sympy.Basic) -> Any:
     """An expression with fractions for decimals, and real variables for f(x), dx/dt and all symbols."""
     names = expression.atoms(AppliedUndef, sympy.Derivative) | expression.free_symbols
     replaced = {part: sympy.Symbol(str(part), real=True) for part in names}
@@ -142,7 +144,7 @@ def _exact(expression):
     return expression.xreplace(replaced).doit()
 
 
-def _equal(gold, given) -> bool:
+def _equal(gold: Any, given: Any) -> bool:
     """Equality of what the parser made of two forms, part by part down to their values."""
     if gold == given:
         return True
@@ -161,7 +163,7 @@ def _equal(gold, given) -> bool:
     return _same_sets(_as_set(gold), _as_set(given))
 
 
-def _paired(gold, given) -> bool:
+def _paired(gold: Iterable[Any], given: Iterable[Any]) -> bool:
     """Whether each part of one has an equal part of its own in the other."""
     left = list(given)
     for part in gold:
@@ -172,7 +174,7 @@ def _paired(gold, given) -> bool:
     return not left
 
 
-def _as_set(parsed):
+def _as_set(parsed: Any) -> Any:
     """A relation's solutions; what is no relation stays."""
     if isinstance(parsed, And) and len(parsed.free_symbols) == 1:
         return sympy.Intersection(*map(_as_set, parsed.args))
@@ -193,7 +195,7 @@ def _as_set(parsed):
     return relation.as_set()
 
 
-def _same_sets(gold, given) -> bool:
+def _same_sets(gold: Any, given: Any) -> bool:
     if isinstance(gold, sympy.Interval) and isinstance(given, sympy.Interval):
         ends = gold.left_open == given.left_open and gold.right_open == given.right_open
         return bool(ends) and _equal(gold.start, given.start) and _equal(gold.end, given.end)
@@ -208,7 +210,7 @@ def _same_sets(gold, given) -> bool:
     return sets and _exact(gold).symmetric_difference(_exact(given)) == sympy.S.EmptySet
 
 
-def _same_relations(gold, given) -> bool:
+def _same_relations(gold: Relational, given: Relational) -> bool:
     """Equality of two equations or two inequalities: one side's difference is a multiple of the other's, or else
     both have the same solutions."""
     kinds, sides = [], []
@@ -236,11 +238,11 @@ def _same_relations(gold, given) -> bool:
     return len(first.free_symbols) == 1 and _same_sets(_as_set(gold), _as_set(given))
 
 
-def _roots(expression, symbol) -> list:
+def _roots(expression: sympy.Expr, symbol: sympy.Symbol) -> list[Any]:
     return sympy.solve(expression, symbol)
 
 
-def _same_values(gold, given) -> bool:
+def _same_values(gold: sympy.Expr, given: sympy.Expr) -> bool:
     """Equality of two expressions: at points, where that decides, and by math-verify where it does not."""
     difference = gold - given
     if difference == 0:
@@ -265,7 +267,7 @@ def _same_values(gold, given) -> bool:
     return bool(verify(gold, given, timeout_seconds=None))
 
 
-def _points(symbols) -> list[dict]:
+def _points(symbols: Iterable[sympy.Symbol]) -> list[dict[sympy.Symbol, sympy.Expr]]:
     """Four points: small and larger positive numbers, negative ones, and some of both."""
     ordered = sorted(symbols, key=str)
     signs_and_sizes = ((1, 0), (1, 2), (-1, 0), (None, 1))
@@ -278,7 +280,7 @@ def _points(symbols) -> list[dict]:
     ]
 
 
-def _is_real(expression, point) -> bool | None:
+def _is_real(expression: sympy.Expr, point: dict[sympy.Symbol, sympy.Expr]) -> bool | None:
     """Whether an expression is a real number at a point; None where it has no value."""
     value = expression.evalf(15, subs=point)
     if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
@@ -286,7 +288,7 @@ def _is_real(expression, point) -> bool | None:
     return _zero_to_its_digits(value.as_real_imag()[1])
 
 
-def _is_zero(expression, point=None) -> bool | None:
+def _is_zero(expression: sympy.Expr, point: dict[sympy.Symbol, sympy.Expr] | None = None) -> bool | None:
     """Whether a constant, or an expression at a point, is 0 to many digits of its terms; None if it has no value."""
     if expression.is_Rational:
         return bool(expression == 0)
@@ -299,12 +301,12 @@ def _is_zero(expression, point=None) -> bool | None:
     return all(_zero_to_its_digits(part) for part in value.as_real_imag())
 
 
-def _zero_to_its_digits(value) -> bool:
+def _zero_to_its_digits(value: sympy.Expr) -> bool:
     """Whether a number is 0, or what was left after all of its digits had cancelled, which sympy gives precision 1."""
     return bool(value == 0) or (isinstance(value, sympy.Float) and value._prec == 1)
 
 
-def _digits(expression, point=None) -> int:
+def _digits(expression: sympy.Expr, point: dict[sympy.Symbol, sympy.Expr] | None = None) -> int:
     """Enough to tell apart what the numbers and exponents in an expression can tell apart."""
     numbers = sum(
         int(number.p).bit_length() + int(number.q).bit_length() for number in expression.atoms(sympy.Rational)

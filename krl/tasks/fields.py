@@ -3,6 +3,7 @@
 import datetime
 import decimal
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from krl.tasks.files import Literal, spell_numbers
 from krl.tasks.verify import Answer
@@ -11,7 +12,7 @@ Chat = tuple[dict[str, str], ...]  # {"role", "content"} messages, in their orde
 _ROLES = ("system", "developer", "user", "assistant")
 
 
-def find_field(row: dict, name: str, at: str) -> object:
+def find_field(row: dict[str, Any], name: str, at: str) -> object:
     """A field of a row; "reward_model.ground_truth" is one inside another, and "prompt.0.content" one in a list.
 
     A field whose own name has the dot wins. What lies inside a null is null.
@@ -33,7 +34,7 @@ def find_field(row: dict, name: str, at: str) -> object:
         raise ValueError(f"{at} has no field {name!r}; its fields are {field_names(row)}") from None
 
 
-def field_names(row: dict) -> list[str]:
+def field_names(row: dict[str, Any]) -> list[str]:
     """The names that `find_field` takes for a row, lists left whole."""
     names: list[str] = []
     for name, value in row.items():
@@ -44,7 +45,7 @@ def field_names(row: dict) -> list[str]:
     return names
 
 
-def further_texts(rows: Sequence[dict], names: Sequence[str], source: str) -> dict[str, tuple[str, ...]]:
+def further_texts(rows: Sequence[dict[str, Any]], names: Sequence[str], source: str) -> dict[str, tuple[str, ...]]:
     """Further fields of all rows as texts, "" where a row has none.
 
     Raises:
@@ -89,7 +90,7 @@ def _inside(value: object, name: str) -> object:
     raise KeyError(name)
 
 
-def plain_row(row: dict, at: str, without: Collection[str] = ()) -> dict[str, object]:
+def plain_row(row: dict[str, Any], at: str, without: Collection[str] = ()) -> dict[str, object]:
     """A row as reward functions get it, with Python's own floats and without some fields.
 
     Raises:
@@ -228,11 +229,11 @@ def plain_chat(value: object, field: str, at: str) -> Chat | None:
     return tuple(_message(one, f"message {number} of {field!r}", at) for number, one in enumerate(value))
 
 
-def _equally_long(columns: Collection) -> bool:
+def _equally_long(columns: Collection[Any]) -> bool:
     return all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1
 
 
-def _message(message: dict, which: str, at: str) -> dict[str, str]:
+def _message(message: dict[str, Any], which: str, at: str) -> dict[str, str]:
     role, content = message["role"], message.get("content")
     if role not in _ROLES:
         raise ValueError(f"{at}: {which} has the role {role!r}; a chat may have {', '.join(_ROLES)}")
@@ -250,7 +251,7 @@ def _message(message: dict, which: str, at: str) -> dict[str, str]:
     return {"role": role, "content": _checked(content, which, at)}
 
 
-def join_parts(parts: Sequence) -> str | None:
+def join_parts(parts: Sequence[object]) -> str | None:
     """The text of a message's parts, None if one of them is no text."""
     texts = [_part(part) for part in parts]
     return None if None in texts else "".join(text or "" for text in texts)

@@ -11,12 +11,13 @@ import os
 import pathlib
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-Rows = Iterator[tuple[dict, str]]  # each row as Python values, and the words that name it in messages
+Rows = Iterator[tuple[dict[str, Any], str]]  # each row as Python values, and the words that name it in messages
 
 _KINDS = (".jsonl", ".json", ".parquet", ".arrow")
 _OF_DATASETS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # beside data, no rows
@@ -192,7 +193,7 @@ def _kind(file: pathlib.Path) -> str:
     return kind if kind in (".jsonl", ".json") else file.suffix
 
 
-def _settings(file: pathlib.Path) -> dict:
+def _settings(file: pathlib.Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -261,7 +262,7 @@ def loads(text: str) -> Any:
     return _DECODER.decode(text)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -295,7 +296,7 @@ def spell_numbers(value: Any) -> Any:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_float=Literal, parse_int=_whole)
 
 
-def _checked(row: object, file: pathlib.Path, number: int) -> dict:
+def _checked(row: object, file: pathlib.Path, number: int) -> dict[str, Any]:
     if not isinstance(row, dict):
         reason = f"{type(row).__name__} instead of an object with the fields of a row"
         raise _unreadable(file, number, ValueError(reason))
@@ -345,19 +346,19 @@ def _read_arrow(file: pathlib.Path, kind: str) -> Rows:
         raise ValueError(f"cannot read {source} as {kind}: {reason}; see that it is what its name says") from None
 
 
-def _features(schema) -> dict:
+def _features(schema: Any) -> dict[str, Any]:
     """What `datasets` takes the columns of an Arrow schema for; columns of types that it lacks (map) are left out."""
     import datasets
     import pyarrow
 
-    features: dict = {}
+    features: dict[str, Any] = {}
     for field in schema:
         with contextlib.suppress(ValueError, TypeError):
             features |= datasets.Features.from_arrow_schema(pyarrow.schema([field], schema.metadata))
     return features
 
 
-def _open_arrow(opened, ipc):
+def _open_arrow(opened: Any, ipc: ModuleType) -> Any:
     """The record batches of a stream, which `datasets` writes, or of a file of Arrow's other format."""
     if opened.read(6) == b"ARROW1":
         reader = ipc.open_file(opened)
@@ -385,7 +386,7 @@ class _RowError(ValueError):
     """A row or a column that is wrong; says which."""
 
 
-def _decode(tables: Iterable, features, source: str) -> Rows:
+def _decode(tables: Iterable[Any], features: Mapping[str, Any], source: str) -> Rows:
     """Rows of Arrow tables as `datasets` yields them, many times faster than one by one.
 
     Its type Json is decoded by the reader of JSON, which keeps all digits, and numbers of 16 or 32 bits are the
@@ -411,7 +412,7 @@ def _decode(tables: Iterable, features, source: str) -> Rows:
             number += 1
 
 
-def _meant(feature, value):
+def _meant(feature: Any, value: Any) -> Any:
     """A value as stored -> what it stands for."""
     if value is None:
         return None
@@ -427,7 +428,7 @@ def _meant(feature, value):
     return value
 
 
-def _first_unreadable(table) -> int:
+def _first_unreadable(table: Any) -> int:
     """The first row of an Arrow table whose texts are not UTF-8."""
     for number in range(len(table)):
         try:

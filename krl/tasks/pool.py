@@ -52,7 +52,7 @@ ENVIRONMENT = {
 class _Worker:
     """A process, its pipes and what it is doing."""
 
-    process: subprocess.Popen
+    process: subprocess.Popen[bytes]
     requests: int  # the file descriptor to write to
     replies: int  # the file descriptor to read from
     started: float
@@ -64,7 +64,7 @@ class _Worker:
     unsent: bytes = b""
     received: bytes = b""
 
-    def send(self, message: tuple) -> None:
+    def send(self, message: tuple[object, ...]) -> None:
         """Queue a message and write what the pipe takes now."""
         self.unsent += pickle.dumps(message)
         self.flush()
@@ -182,7 +182,7 @@ class VerifierPool:
     def __enter__(self) -> "VerifierPool":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -8,12 +8,13 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from krl.tasks.data import TaskSet
+from krl.tasks.extract import extract_answer
 from krl.tasks.fields import Chat, further_texts, join_parts, plain_answer, plain_prompt, plain_row, plain_text
 from krl.tasks.files import Rows, has_split, read_rows
-from krl.tasks.verify import Answer, extract_answer
+from krl.tasks.verify import Answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Source:
     problem: tuple[str, ...] = ("problem", "question")
     answer: tuple[str, ...] = ("answer",)
     solution: tuple[str, ...] = ()  # a worked solution; taken only if every row has one
-    prepare: Callable[[dict], dict] = dict  # a row as published -> one with these fields; KeyError if it lacks one
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = dict  # a published row -> one with these fields, or KeyError
     drop_repeats: bool = False  # keep the first of equal problems
     drop_unanswered: bool = False  # leave out rows without an answer, instead of refusing the data set
 
@@ -76,7 +77,7 @@ class _Task(NamedTuple):
     chat: Chat | None
     answer: Answer
     solution: str  # "" for none
-    published: dict  # the whole row
+    published: dict[str, Any]  # the whole row
     at: str  # the words that name it
 
 
@@ -101,20 +102,20 @@ def _read(source: Source, rows: Rows) -> Iterator[_Task]:
         )  # fmt: skip
 
 
-def _first_of(names: tuple[str, ...], row: dict) -> str:
+def _first_of(names: tuple[str, ...], row: dict[str, Any]) -> str:
     found = next((name for name in names if name in row), None)
     if found is None:
         raise KeyError(" or ".join(names))
     return found
 
 
-def _gsm8k(row: dict) -> dict:
+def _gsm8k(row: dict[str, Any]) -> dict[str, Any]:
     """The published answer is a worked solution whose last line is "#### n"; n may have thousands' commas."""
     worked = "" if row["answer"] is None else str(row["answer"])
     return row | {"answer": worked.rpartition("####")[2].strip().replace(",", ""), "solution": worked}
 
 
-def _math(row: dict) -> dict:
+def _math(row: dict[str, Any]) -> dict[str, Any]:
     """The published row has no answer, only a solution in which it is boxed."""
     return row if "answer" in row else row | {"answer": extract_answer(row["solution"] or "")}
 
@@ -126,7 +127,7 @@ _DAPO_BEFORE = (
 _DAPO_AFTER = 'Remember to put your answer on its own line after "Answer:".'
 
 
-def _dapo(row: dict) -> dict:
+def _dapo(row: dict[str, Any]) -> dict[str, Any]:
     """The published prompt is a chat whose question stands between two instructions, which are dropped."""
     prompt, reward = row["prompt"], row["reward_model"]
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
@@ -144,14 +145,14 @@ def _dapo_problem(content: object) -> object:
     return text.strip().removeprefix(_DAPO_BEFORE).removesuffix(_DAPO_AFTER).strip()
 
 
-def _olympiad_bench(row: dict) -> dict:
+def _olympiad_bench(row: dict[str, Any]) -> dict[str, Any]:
     """Some published questions need the context that they were asked in."""
     if not row.get("context") or not row["question"]:
         return row
     return row | {"question": f"{row['context']}\n{row['question']}"}
 
 
-def _gpqa(row: dict) -> dict:
+def _gpqa(row: dict[str, Any]) -> dict[str, Any]:
     """Four options in an order that a hash decides, so that it is the same in every run; the answer is a letter."""
     question, correct = row["Question"], row["Correct Answer"]
     options = [correct, *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]

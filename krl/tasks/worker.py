@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import sys
+from typing import BinaryIO
 
 from krl.tasks.rewards import load_rewards, reward_or_error, rewards_and_reason
 
@@ -40,7 +41,7 @@ def main() -> None:
         os._exit(code)
 
 
-def _serve(requests, replies: int) -> None:
+def _serve(requests: BinaryIO, replies: int) -> None:
     text, memory_gb, parent = pickle.load(requests)
     _die_with(parent)
     _limit_memory(memory_gb)
