@@ -18,7 +18,7 @@ __all__ = ["__version__", "budget", "learn", "policy", "rollout", "tasks", "trai
 
 
 def __getattr__(name: str):
-    """A room, or a run, when it is first asked for: the processes that check rewards need `krl.tasks` and must not load jax."""
+    """A room, or a run, when it is first asked for: processes that check rewards need `krl.tasks` and load no jax."""
     if name in __all__:
         return importlib.import_module(f"krl.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

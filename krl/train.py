@@ -12,6 +12,7 @@ rollouts -> rewards -> advantages -> updates -> belief -> metrics; docs/architec
 
 import contextlib
 import functools
+import inspect
 import math
 import pathlib
 import sys
@@ -64,6 +65,7 @@ from krl.run.spend import (
     describe_spending,
     each_rollout,
     find_chances,
+    rule_metrics,
     served_rows,
     spend_budget,
 )
@@ -114,8 +116,7 @@ def train(
     """
     workdir, compiles = pathlib.Path(workdir), CompileCounter()
     own = {"rule": rule, "reward": reward, "prior": prior, "policy": policy}
-    own = {name: value for name, value in own.items() if value is not None}
-    config = name_own(config, own)
+    config, own = name_own(config, own)
     check(config, own, **NAMES)
     check_writers(flatten(config))
     with stop_on_signal() as asked, hold_workdir(workdir) if processes.is_first() else contextlib.nullcontext():
@@ -322,6 +323,7 @@ def take_step(
     metrics = {name: float(value) for name, value in metrics.items()} | belief_metrics(belief, step)
     metrics |= {"rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1]}
     metrics |= {"candidates": candidates} | describe_spending(drawn, clock, parts.verifiers.names)
+    metrics |= rule_metrics(config.alloc.rule, drawn.info, metrics)
     groups = describe_groups(drawn, task_ids, budget.prior_mean(known))
     return learner, metrics, groups, each_rollout(drawn, advantages, parts.verifiers.names)
 
@@ -345,3 +347,4 @@ class _Callable(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Callable
+__signature__ = inspect.signature(train)  # what notebooks show of it

@@ -1,5 +1,6 @@
 """What a notebook gives to `krl.train` in the place of a name, and what it gets back."""
 
+import inspect
 import json
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 
 import krl
 from krl import budget
+from krl.configs import arithmetic
 from krl.eval.command import measure
 from tests.command_line import config_with, rows, run_here, undrawn
 
@@ -55,8 +57,8 @@ def test_a_rule_a_reward_and_a_prior(tmp_path, capfd):
     with undrawn():
         result = krl.train(config, tmp_path / "work", rule=rule, reward=reward, prior=SURE)
     said = json.loads((tmp_path / "work" / "config.json").read_text())
-    assert (said["alloc.rule"], said["data.reward"]) == ("tests.test_own:rule", "tests.test_own:reward")
-    assert said["alloc.prior"] == "a Source given in Python"
+    assert (said["alloc.rule"], said["data.reward"]) == ("rule given in Python", "reward given in Python")
+    assert said["alloc.prior"] == "Source given in Python"
     assert (config.alloc.rule, config.data.reward, config.alloc.prior) == ("reach", "exact", "features")
     assert "without limits of time" in capfd.readouterr().out
     assert [row["counts"] for row in rows(tmp_path / "work", "groups")] == [[8, 8], [8, 8]]
@@ -64,6 +66,68 @@ def test_a_rule_a_reward_and_a_prior(tmp_path, capfd):
     assert len(counted) == 32
     assert result.metrics["reward_mean"] == np.mean([digits("", text, "") for text in counted[16:]])
     assert {row["prior"][0] for row in rows(tmp_path / "work", "groups")} == {0.25} or result.metrics["prior_gain"] <= 0
+
+
+def test_what_a_run_was_given_in_python_is_given_again_or_not_needed(tmp_path):
+    """A function without a name of its own is not taken for another one; measuring needs neither rule nor prior."""
+    own = {"rule": lambda *given, **more: half(*given, **more), "prior": SURE, "reward": lambda *_: 1.0}
+
+    def rule(belief, rollouts, n_min, n_max, group):
+        return half(belief, rollouts, n_min, n_max, group)
+
+    result = run_here(tmp_path / "work", own=own | {"rule": rule}, **POOL | {"eval.every": 0})
+    with undrawn(), pytest.raises(ValueError, match=r"rule given in Python'.*has to be given it again"):
+        krl.train(result.config, tmp_path / "work")
+    with undrawn():
+        assert krl.train(result.config, tmp_path / "work", **own | {"rule": rule}).metrics["step"] == 2
+    with pytest.raises(ValueError, match="has to be given it again"):
+        measure(result.config, tmp_path / "work")
+    measured = measure(result.config, tmp_path / "work", reward=own["reward"])
+    assert measured["held_out"]["avg@2"]["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "why"),
+    [
+        ({"rule": 3}, "rule= is a int; it takes a function, or a name"),
+        ({"reward": 3}, "reward= is a int"),
+        ({"prior": half}, r"prior= is a function; it takes a krl\.budget\.Source"),
+        ({"policy": "DIR"}, r"policy= takes \(sizes, parameters\), such as \(result\.policy"),
+        ({"rule": "unifrom"}, r"alloc\.rule='unifrom' must be one of"),
+        ({"rule": lambda b, r, lo, hi: jnp.full(4, 4)}, r"the rule <lambda> must return \(counts, a dictionary"),
+        ({"rule": lambda b, r, lo, hi: ([4, 4, 4, 4], {})}, "must return an array with a count for each of the 4"),
+        ({"rule": lambda b, r, lo, hi: (jnp.full((4, 1), 4), {})}, r"it returned one of shape \[4, 1\]"),
+        ({"rule": lambda b, r, lo, hi: (jnp.full(4, 4), {"x": jnp.ones(2)})}, "'x' is none"),
+        ({"rule": lambda b, r, lo, hi: (jnp.full(4, 4), {"loss": 1.0})}, "'loss' beside the counts, a metric of krl's"),
+        ({"rule": lambda b, r, lo, hi: (jnp.full(4, 4), {"step": 1.0})}, "'step' beside the counts, a metric of krl's"),
+    ],
+)
+def test_what_is_of_another_kind_is_refused_by_name(tmp_path, own, why):
+    with pytest.raises(ValueError, match=why):
+        run_here(tmp_path, own=own, **{"sft.steps": 0, "eval.every": 0, "tokenizer.path": ""})
+
+
+@pytest.mark.parametrize("ends", [(8, 12), (), (20, 16), (8.0, 16), 16])
+def test_rounds_that_do_not_rise_to_the_budget_are_refused(ends):
+    rule = budget.in_rounds(lambda *sizes: ends)(lambda belief, rollouts, n_min, n_max, shown: None)
+    with pytest.raises(ValueError, match="the rounds of a rule must"):
+        budget.rounds_of(rule, 4, 16, 2)
+
+
+def test_a_name_and_a_rule_of_krl_are_what_the_config_would_name(tmp_path):
+    for number, rule in enumerate(("reach", budget.RULES["reach"], "tests.test_own:half")):
+        result = run_here(tmp_path / str(number), own={"rule": rule}, **POOL | {"alloc.reach": 0.3, "steps": 1})
+        assert result.config.alloc.rule == (rule if isinstance(rule, str) else "reach")
+    groups = [rows(tmp_path / str(number), "groups") for number in range(3)]
+    assert groups[0] == groups[1] != groups[2]
+
+
+def test_notebooks_see_what_train_takes():
+    assert list(inspect.signature(krl.train).parameters) == ["config", "workdir", "rule", "reward", "prior", "policy"]
+    with pytest.raises(
+        ValueError, match=r"the configuration is a module; begin with krl\.configs\.default\.get_config"
+    ):
+        krl.train(arithmetic, "nowhere")
 
 
 def test_names_of_ones_own(tmp_path):
@@ -99,9 +163,12 @@ def test_the_policy_of_another_run(tmp_path):
     assert measure(second.config, tmp_path / "second")["held_out"]["avg@2"]["value"] == pytest.approx(
         second.metrics["eval/accuracy"]
     )
-    other = jax.tree.map(lambda leaf: leaf[..., :1], first.params)
-    with pytest.raises(ValueError, match="the parameters are not those of the PolicyConfig"):
-        run_here(tmp_path / "third", own={"policy": (first.policy, other)}, **keys)
+    other, whole = (jax.tree.map(change, first.params) for change in (lambda x: x[..., :1], jnp.int32))
+    for wrong, why in ((other, "the parameters are not those of the PolicyConfig"), (whole, "of type int32")):
+        with pytest.raises(ValueError, match=why):
+            run_here(tmp_path / "third", own={"policy": (first.policy, wrong)}, **keys)
+    run_here(tmp_path / "third", own=own, **keys, **{"mesh.shape": (4,)})  # it is on one device
+    assert rows(tmp_path / "third")[0]["eval/accuracy"] == pytest.approx(first.metrics["eval/accuracy"])
     with pytest.raises(ValueError, match=r"needs config\.tokenizer\.path"):
         run_here(tmp_path / "fourth", own=own, **{"sft.steps": 0})
 

@@ -16,7 +16,8 @@ nothing; groups of two or more do.
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -193,11 +194,14 @@ def find_rule(rule: str | Rule) -> Rule:
     Raises:
         ValueError: there is none.
     """
-    if callable(rule):
+    if not isinstance(rule, str):
         return rule
     if rule not in RULES and ":" not in rule:
         raise ValueError(f"unknown allocation rule {rule!r}; the rules are {sorted(RULES)}, or package.module:function")
-    return find(rule, RULES, "rule ")
+    found = find(rule, RULES, "rule ")
+    if not callable(found):
+        raise ValueError(f"rule {rule!r}: {rule.partition(':')[2]} is a {type(found).__name__}, not a function")
+    return found
 
 
 def has_rounds(rule: str | Rule) -> bool:
@@ -260,15 +264,33 @@ def allocate(
     prompts = belief.visits.shape[0]
     if n_min:
         _check_sum(prompts, budget, n_min, n_max)
-        return rule(belief, budget, n_min, n_max, **more)
+        return _checked(rule, rule(belief, budget, n_min, n_max, **more), prompts)
     if not 2 <= group <= n_max:
         raise ValueError(f"a group must have 2 to n_max={n_max} rollouts, got group={group}")
     _check_sum(prompts, budget, 0, group * (n_max // group), group)
 
     def counts_of(budget: jax.Array) -> Counts:
-        return rule(belief, budget, 0, n_max, group=group, **more)
+        return _checked(rule, rule(belief, budget, 0, n_max, group=group, **more), prompts)
 
     return _choose(counts_of, belief, jnp.asarray(budget, jnp.int32), group, min(explored, prompts))
+
+
+def _checked(rule: Rule, given: Any, prompts: int) -> Counts:
+    """What a rule gave, if it is of the right form."""
+    name = getattr(rule, "__name__", type(rule).__name__)
+    if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[1], Mapping):
+        raise ValueError(f"the rule {name} must return (counts, a dictionary of numbers), it returned {given!r}"[:300])
+    counts, info = given
+    if isinstance(counts, list | tuple) or jnp.shape(counts) != (prompts,):
+        raise ValueError(
+            f"the rule {name} must return an array with a count for each of the {prompts} prompts, it returned one of "
+            f"shape {list(np.shape(counts))}"
+        )
+    for key, value in info.items():
+        if isinstance(value, str) or jnp.shape(value) != ():
+            raise ValueError(f"the rule {name} must return numbers beside the counts, {key!r} is none: {value!r}"[:300])
+    counts = jnp.asarray(counts)
+    return counts.astype(jnp.int32) if jnp.issubdtype(counts.dtype, jnp.integer) else counts, dict(info)
 
 
 def _choose(
@@ -296,6 +318,10 @@ def rounds_of(rule: str | Rule, prompts: int, budget: int, n_min: int, group: in
     """
     find_ends = getattr(find_rule(rule), "ends", lambda *sizes: (budget,))
     ends = find_ends(prompts, budget, n_min, group)
+    if not isinstance(ends, tuple | list) or not all(isinstance(end, int | np.integer) for end in ends):
+        raise ValueError(f"the rounds of a rule must be given as whole numbers of rollouts, got {ends!r}")
+    if not ends or ends[-1] != budget or any(end < before for before, end in itertools.pairwise((0, *ends))):
+        raise ValueError(f"the rounds of a rule must rise to the budget, {budget} rollouts, got {tuple(ends)}")
     return tuple(end for before, end in itertools.pairwise((0, *ends)) if end > before)  # none that spends nothing
 
 

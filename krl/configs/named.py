@@ -1,8 +1,12 @@
 """What a text of the config names: one of krl's own, or a user's as "package.module:name"."""
 
 import importlib
+import sys
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
+
+IN_PYTHON = " given in Python"  # the end of what a config says of a value that has no name to be found by
 
 
 def find(name: str, known: Mapping[str, Any], what: str) -> Any:
@@ -18,6 +22,8 @@ def find(name: str, known: Mapping[str, Any], what: str) -> Any:
     """
     if name in known:
         return known[name]
+    if name.endswith(IN_PYTHON):
+        raise ValueError(f"{what}{name!r}: it was given to krl.train, which has to be given it again")
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise ValueError(f"{what}{name!r} must be one of {sorted(known)} or look like package.module:function")
@@ -35,11 +41,19 @@ def find(name: str, known: Mapping[str, Any], what: str) -> Any:
     return found
 
 
-def name_of(value: Any) -> str:
-    """What the config of a run says of a value that was given in Python: where it is defined, if that can be said.
+def name_of(value: Any, known: Mapping[str, Any] = MappingProxyType({})) -> str:
+    """What the config of a run says of a value that was given in Python: a name that `find` finds it by, if it has one.
 
     >>> name_of(find)
     'krl.configs.named:find'
+    >>> name_of(lambda: 0)
+    '<lambda> given in Python'
     """
-    name = getattr(value, "__qualname__", None)
-    return f"{value.__module__}:{name.rpartition('.')[2]}" if name else f"a {type(value).__name__} given in Python"
+    for name, one in known.items():
+        if one is value:
+            return name
+    name = getattr(value, "__qualname__", type(value).__name__)
+    module = sys.modules.get(getattr(value, "__module__", None) or "")
+    if module is not None and getattr(module, name, None) is value:
+        return f"{module.__name__}:{name}"
+    return name.rpartition(".")[2] + IN_PYTHON

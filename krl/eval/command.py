@@ -24,9 +24,10 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from krl import policy, rollout
+from krl import budget, policy, rollout
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
+from krl.configs.named import IN_PYTHON
 from krl.eval.estimates import table
 from krl.eval.resume import evaluate_set
 from krl.eval.sample import first_reward
@@ -36,7 +37,7 @@ from krl.run.data import encode, load_task_sets, make_verifiers
 from krl.run.metrics import keep_compilations, progress
 from krl.run.processes import first_before_others, is_first, join_processes, place_whole, say, stay_together
 from krl.run.scoring import FaultWatch
-from krl.run.setup import NAMES, find_slots
+from krl.run.setup import NAMES, find_slots, name_own
 from krl.run.start import abstract_params, find_policy, fingerprint, say_ends
 from krl.sharding import make_mesh, reshape_mesh
 from krl.tasks import SOURCES, EncodedTasks, TaskSet, load_named
@@ -64,12 +65,15 @@ def main(argv: list[str]) -> None:
         measure(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
-def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict[str, Any]]:
+def measure(
+    config: ConfigDict, workdir: str | pathlib.Path, *, reward: Callable[..., float] | None = None
+) -> dict[str, dict[str, Any]]:
     """Measure the policy of a work directory, or of policy.path, and print the table.
 
     Args:
         config: every key of configs/default.py.
         workdir: of a run; without a run in it, where the samples go.
+        reward: as `krl.train` takes it, instead of config.data.reward.
 
     Returns:
         The statistics by name of the set, see `krl.eval.estimates.summarize`; of several processes the first has them.
@@ -79,7 +83,8 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict[s
     """
     # ---------------------------------------------------------------- what to measure
     workdir = pathlib.Path(workdir)
-    check(config, **NAMES)
+    config, own = name_own(config, {"reward": reward})
+    check(config, own | unused(config), **NAMES)
     has_run = (workdir / "config.json").exists()
     with first_before_others("load"):  # which may fill a cache
         if is_first():
@@ -87,8 +92,14 @@ def measure(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, dict[s
         sets = load_sets(config)
     mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
     mesh = reshape_mesh(mesh, tuple(config.mesh.decode))  # there is no update
-    with make_verifiers(config) as verifiers:
+    with make_verifiers(config, own.get("reward")) as verifiers:
         return measure_sets(config, workdir if has_run else None, workdir, sets, mesh, verifiers)
+
+
+def unused(config: ConfigDict) -> dict[str, Any]:
+    """Something for what a run was given in Python and no measurement needs, its rule and its prior."""
+    named = {"rule": (config.alloc.rule, budget.RULES["reach"]), "prior": (config.alloc.prior, budget.PRIORS["groups"])}
+    return {name: any_one for name, (said, any_one) in named.items() if said.endswith(IN_PYTHON)}
 
 
 def measure_sets(

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from krl import budget
 from krl.configs.check import parse_arguments
+from krl.configs.named import IN_PYTHON
 from krl.policy.tokenizer import Tokenizer
 from krl.run.processes import say
 from krl.tasks import SOURCES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks
@@ -20,7 +21,7 @@ from krl.tasks.pool import VerifierPool
 def make_verifiers(config: ConfigDict, given: Callable[..., float] | None = None) -> VerifierPool:
     """The reward's worker processes; what they cannot import, a `given` one and a notebook's, is called in this one."""
     limits, name = config.verify, config.data.reward
-    here = given is not None or "__main__:" in name
+    here = given is not None or "__main__:" in name or name.endswith(IN_PYTHON)
     if here:
         say(
             f"krl: the reward {name} is called in this process, without limits of time and memory; worker processes "

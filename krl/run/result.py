@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ class Result:
         """The run's; its files are in the folder `policy` of the work directory."""
         return self.parts.tokenizer
 
-    def generate(self, texts: Sequence[str], *, temperature: float | None = None, seed: int = 0) -> list[str]:
+    def generate(self, texts: Iterable[str], *, temperature: float | None = None, seed: int = 0) -> list[str]:
         """One response to each text, in the run's template; texts that are given twice are answered twice.
 
         Args:
@@ -52,13 +52,14 @@ class Result:
         Raises:
             ValueError: no text, or one that is longer than config.data.max_prompt_tokens.
         """
-        if isinstance(texts, str) or not texts:
-            raise ValueError(f"generate takes a list of texts, such as ['2+3='], got {texts!r}")
-        asked = encode(self.config, self.tokenizer, TaskSet(prompts=tuple(texts), answers=("",) * len(texts)))
+        kept = () if isinstance(texts, str) else tuple(texts)
+        if not kept or not all(isinstance(text, str) for text in kept):
+            raise ValueError(f"generate takes a list of texts, such as ['2+3='], got {texts!r}"[:300])
+        asked = encode(self.config, self.tokenizer, TaskSet(prompts=kept, answers=("",) * len(kept)))
         if asked.dropped:
             most = f"config.data.max_prompt_tokens={self.config.data.max_prompt_tokens}"
-            raise ValueError(f"{asked.dropped} of {len(texts)} texts have no token, or more than {most}")
-        mesh, rows = self.parts.mesh, np.arange(len(texts), dtype=np.int32)
+            raise ValueError(f"{asked.dropped} of {len(kept)} texts have no token, or more than {most}")
+        mesh, rows = self.parts.mesh, np.arange(len(kept), dtype=np.int32)
         prompts = place_whole(mesh, Prompts(asked.tokens, asked.mask, rows))
         evaluation, devices = self.config.eval, batch_devices(mesh)
         with jax.set_mesh(mesh):

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from krl import budget, learn, policy
 from krl.configs import default
@@ -33,10 +33,11 @@ from krl.run.data import encode, find_features, load_task_sets, make_verifiers
 from krl.run.optimizer import make_optimizer
 from krl.run.processes import is_first
 from krl.run.sft import Pairs
-from krl.run.start import GIVEN, abstract_params, find_pairs, find_policy, find_tokenizer, sft_cache
+from krl.run.start import GIVEN, abstract_params, check_given, find_pairs, find_policy, find_tokenizer, sft_cache
 from krl.sharding import make_mesh, reshape_mesh
 from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, step_task_ids
 from krl.tasks.pool import VerifierPool
+from krl.tasks.verify import REWARDS
 
 NAMES: dict[str, Any] = {  # what a config may name
     "rules": budget.RULES, "may_choose": budget.may_choose, "must_choose": budget.must_choose,
@@ -44,6 +45,12 @@ NAMES: dict[str, Any] = {  # what a config may name
     "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
     "averages": learn.AVERAGES, "scales": learn.SCALES, "surrogates": learn.SURROGATES,
     "kl_estimators": learn.KL_ESTIMATORS,
+}  # fmt: skip
+
+
+# What a notebook may give instead of a name: the key of the name, and krl's own.
+OWN: dict[str, tuple[str, Any]] = {
+    "rule": ("alloc.rule", budget.RULES), "prior": ("alloc.prior", budget.PRIORS), "reward": ("data.reward", REWARDS),
 }  # fmt: skip
 
 
@@ -99,10 +106,9 @@ def _set_up(
     config: ConfigDict, workdir: pathlib.Path, own: Mapping[str, Any], mesh: jax.sharding.Mesh, verifiers: VerifierPool
 ) -> Setup:  # fmt: skip
     """The part of `set_up` that needs the verifiers to be there."""
-    tasks = load_task_sets(config)
+    given, tasks = check_given(own.get("policy")), load_task_sets(config)
     folder = pathlib.Path(config.sft.dir or workdir / "sft")
     tokenizer = load_tokenizer(find_tokenizer(config, tasks["sft"], folder, workdir))
-    given = own.get("policy")
     policy_config = find_policy(config, tokenizer, workdir, given[0] if given else None)
     ends = find_ends(tokenizer, config.sample.stop, policy_config.vocab_size)
     train = encode(config, tokenizer, tasks["train"])
@@ -121,6 +127,7 @@ def _set_up(
     features, num_features = find_features(config, train)
     pairs = find_pairs(config, encode(config, tokenizer, tasks["sft"]), tokenizer) if config.sft.steps else None
     params = abstract_params(policy_config, mesh)
+    check_given(given, params)
     abstract_params(
         policy_config, reshape_mesh(mesh, tuple(config.mesh.decode))
     )  # refuses a layout that does not divide them
@@ -133,28 +140,54 @@ def _set_up(
     )  # fmt: skip
 
 
-def name_own(config: ConfigDict, own: Mapping[str, Any]) -> ConfigDict:
-    """The config of a run with what was given in Python, which it names; the one that it was given stays as it is."""
-    config = copy.deepcopy(config)
-    for key, name in {"alloc.rule": "rule", "alloc.prior": "prior", "data.reward": "reward"}.items():
-        if name in own:
-            config.update_from_flattened_dict({key: name_of(own[name])})
-    if "policy" in own:
+def name_own(config: ConfigDict, own: Mapping[str, Any]) -> tuple[ConfigDict, dict[str, Any]]:
+    """The config of a run, which names what was given in Python, and what of that has no name to be found by.
+
+    The config that was given stays as it is.
+
+    Raises:
+        ValueError: what was given is of another kind.
+    """
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"the configuration is a {type(config).__name__}; begin with krl.configs.default.get_config()")
+    config, left = copy.deepcopy(ConfigDict(config) if isinstance(config, FrozenConfigDict) else config), {}
+    for name, (key, known) in OWN.items():
+        given = own.get(name)
+        if given is None:
+            continue
+        if name == "prior" and not isinstance(given, str | budget.Source):
+            raise ValueError(f"prior= is a {type(given).__name__}; it takes a krl.budget.Source, or a name")
+        if name != "prior" and not isinstance(given, str) and not callable(given):
+            raise ValueError(f"{name}= is a {type(given).__name__}; it takes a function, or a name")
+        said = given if isinstance(given, str) else name_of(given, known)
+        config.update_from_flattened_dict({key: said})
+        if not isinstance(given, str) and said not in known:
+            left[name] = given
+    if own.get("policy") is not None:
         config.policy.path = GIVEN
-    return config
+        left["policy"] = own["policy"]
+    return config, left
 
 
 def find_budget(config: ConfigDict, num_tasks: int, own: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
     """The parts of a run that its counts follow from, as `Setup` has them."""
     rule = find_rule(config, own.get("rule"))
     candidates, served = prompts_of_a_step(config, rule, num_tasks)
-    alloc, priors = config.alloc, {"shared": None} | budget.PRIORS
+    alloc = config.alloc
     explored = max(round(alloc.explored * served), math.ceil(alloc.explored))  # one at least of a share above 0
     return {
         "rule": rule, "candidates": candidates, "served": served,
         "bounds": {"n_min": alloc.n_min, "n_max": alloc.n_max, "group": alloc.group, "explored": explored},
-        "prior": own.get("prior") or find(alloc.prior, priors, "config.alloc.prior="),
+        "prior": own.get("prior") or find_prior(alloc.prior),
     }  # fmt: skip
+
+
+def find_prior(name: str) -> budget.Source | None:
+    """The source of priors of a name; None for "shared", one that all prompts share."""
+    found = find(name, {"shared": None} | budget.PRIORS, "config.alloc.prior=")
+    if found is not None and not isinstance(found, budget.Source):
+        raise ValueError(f"config.alloc.prior={name!r} is a {type(found).__name__}; it must be a krl.budget.Source")
+    return found
 
 
 def find_rule(config: ConfigDict, given: budget.Rule | None = None) -> budget.Rule:

@@ -58,10 +58,21 @@ def describe_groups(drawn: Drawn, task_ids: np.ndarray, prior: jax.Array) -> dic
 def describe_spending(drawn: Drawn, clock: PhaseClock, names: Sequence[str]) -> dict[str, float]:
     """A step's metrics of its counts, its rewards, `names` if there are several, and its time; see docs/metrics.md."""
     seconds = sum(clock.seconds.values())
-    metrics = {name: float(value) for name, value in drawn.info.items()}
-    metrics |= verdict_metrics(drawn.verdicts, names, len(drawn.counts))
+    metrics = verdict_metrics(drawn.verdicts, names, len(drawn.counts))
     metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
     return metrics | {"seconds/step": seconds, "tokens_per_second": int(drawn.rollouts.lengths.sum()) / seconds}
+
+
+def rule_metrics(rule: str, info: dict[str, jax.Array], metrics: dict[str, float]) -> dict[str, float]:
+    """What a rule says beside the counts, as metrics of a step that has others.
+
+    Raises:
+        ValueError: it gives one the name of one of krl's.
+    """
+    for name in info:
+        if name in metrics or name in ("step", "compiles", "rollbacks") or name.startswith("eval/"):
+            raise ValueError(f"the rule {rule!r} returns {name!r} beside the counts, a metric of krl's; rename it")
+    return {name: float(value) for name, value in info.items()}
 
 
 def each_rollout(drawn: Drawn, advantages: jax.Array, names: Sequence[str]) -> dict[str, Any]:

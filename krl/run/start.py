@@ -5,7 +5,7 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,7 +23,7 @@ from krl.rollout.stop import describe_ends, missing_end
 from krl.run.checkpoint import digest
 from krl.run.lock import wait_for
 from krl.run.metrics import progress
-from krl.run.processes import is_first, place_whole, say
+from krl.run.processes import is_first, place_whole, say, to_host
 from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
 from krl.sharding import tree_sharding
 from krl.tasks import EncodedTasks, TaskSet
@@ -157,7 +157,7 @@ def start_params(
         FloatingPointError: too many updates of fine-tuning in a row were not finite.
     """
     if config.policy.path == GIVEN:
-        params = copy_params(given, policy_config, mesh)
+        params = jax.tree.map(jnp.copy, copy_params(given, abstract_params(policy_config, mesh)))
     elif config.policy.path:
         found, params = policy.load_hf(config.policy.path, mesh)
         if dataclasses.replace(found, **computed_by(config)) != policy_config:
@@ -188,22 +188,44 @@ def start_params(
     return params if finished else None
 
 
-def copy_params(
-    given: tuple[policy.PolicyConfig, dict] | None, policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh
-) -> dict:
-    """A copy, on the mesh, of the parameters of a policy that was given: a step gives its buffers away.
+def check_given(given: Any, like: dict | None = None) -> tuple[policy.PolicyConfig, dict] | None:
+    """A policy that was given in Python, if it is one.
+
+    Args:
+        given: should be (sizes, parameters), or None.
+        like: the parameters that it has to have, once they are known.
 
     Raises:
-        ValueError: there is none, or it is not the policy that the run began from.
+        ValueError: it is something else, or has other parameters.
+    """
+    if given is None:
+        return None
+    pair = isinstance(given, tuple) and len(given) == 2
+    if not pair or not isinstance(given[0], policy.PolicyConfig) or not isinstance(given[1], Mapping):
+        raise ValueError("policy= takes (sizes, parameters), such as (result.policy, result.params)")
+    if like is not None:
+        wanted, has = (jax.tree.map(jnp.shape, tree) for tree in (like, given[1]))
+        if wanted != has:
+            raise ValueError(
+                "policy=: the parameters are not those of the PolicyConfig given with them, or not of the policy that "
+                "this run began with; give it that one, or choose another workdir"
+            )
+        kinds = {leaf.dtype.name for leaf in jax.tree.leaves(given[1]) if not jnp.issubdtype(leaf.dtype, jnp.floating)}
+        if kinds:
+            raise ValueError(f"policy=: parameters of type {min(kinds)}; they must be floating-point numbers")
+    return given
+
+
+def copy_params(given: tuple[policy.PolicyConfig, dict] | None, like: dict) -> dict:
+    """A copy of the parameters of a policy that was given, placed as `like`: a step gives its buffers away.
+
+    Raises:
+        ValueError: there is none.
     """
     if given is None:
         raise ValueError("this run began from a policy that was given in Python; give it to train again, policy=")
-    like = abstract_params(policy_config, mesh)
-    if jax.tree.map(jnp.shape, given[1]) != jax.tree.map(jnp.shape, like):
-        raise ValueError("policy=: the parameters are not those of the PolicyConfig that was given with them")
-    return jax.tree.map(
-        lambda leaf, at: jax.device_put(jnp.array(leaf, at.dtype, copy=True), at.sharding), given[1], like
-    )
+    whole = jax.tree.map(np.array, to_host(given[1]))  # whatever mesh they are on
+    return jax.tree.map(lambda leaf, at: jax.device_put(leaf.astype(at.dtype), at.sharding), whole, like)
 
 
 def fingerprint(path: pathlib.Path) -> str:
