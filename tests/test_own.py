@@ -140,11 +140,14 @@ def test_names_of_ones_own(tmp_path):
     for key, value, why in (
         ("alloc.rule", "tests.test_own:quarter", "has no quarter"),
         ("alloc.rule", "no_such_module_here:rule", "cannot import no_such_module_here"),
+        ("alloc.rule", "tests.test_own:POOL", "must be the name of a function; this is a dict"),
         ("alloc.prior", "mine", "one of .*'features'.* or look like package.module:function"),
     ):
         with pytest.raises(ValueError, match=why):
             run_here(tmp_path / "refused", **POOL | {key: value})
     assert not (tmp_path / "refused").exists()
+    with pytest.raises(ValueError, match=r"is a function; it must be a krl\.budget\.Source"):
+        run_here(tmp_path / "refused", **POOL | {"alloc.prior": "tests.test_own:half"})
 
 
 def test_the_policy_of_another_run(tmp_path):

@@ -131,8 +131,7 @@ def replay(
     Each pass over the data is a fresh permutation, cut into steps of M prompts, the same for every rule.
 
     Args:
-        rule: a key of RULES, a function like them, or "known" for the knapsack that is
-            told the rates.
+        rule: a key of RULES, a function like them, or "known" for the knapsack that is told the rates.
         rates: [S, steps, D] float32, true success rates for each seed.
         keys: [S] random keys, one per seed; consumed.
         prompts_per_step: M <= D.

@@ -30,9 +30,8 @@ class Shown(NamedTuple):
     failures: jax.Array  # [M] float32, sums of 1 - reward; those without a reward are in neither
 
 
-Ends = Callable[
-    [int, int, int, int], tuple[int, ...]
-]  # (M, R, n_min, group) -> rollouts spent by the end of each round
+# (M, R, n_min, group) -> the rollouts that are spent by the end of each round
+Ends = Callable[[int, int, int, int], tuple[int, ...]]
 
 
 def in_rounds(ends: Ends) -> Callable[[Callable[..., Counts]], Callable[..., Counts]]:

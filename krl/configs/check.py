@@ -104,6 +104,7 @@ def check(
     for name, row in KEYS.items():
         need(row.range.holds(flatten(config)[name]), name, row.range.must)
     rule = own.get("rule") or find(alloc.rule, rules, "config.alloc.rule=")
+    need(callable(rule), "alloc.rule", f"the name of a function; this is a {type(rule).__name__}")
     if "prior" not in own:
         find(alloc.prior, {"shared": None} | dict(priors), "config.alloc.prior=")
     need(
