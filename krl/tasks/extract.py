@@ -34,10 +34,11 @@ def extract_answer(text: str, *, last_number: bool = False) -> str | None:
 
     1. The last `<answer>...</answer>` that is not empty, or an `<answer>` that nothing closes up to the end. If
        there is one of the marks below in it, that mark's answer.
-    2. The last balanced \\boxed{...} or \\fbox{...} that is not empty; of nested ones the innermost. 3. The last of:
-    the rest of the line after "####", or the line after it; the sentence after "answer is", "answer:" or the like; what
-       follows a heading or a line of nothing but "Final answer". Where displayed mathematics ($$ or \\[) follows the
-       words or the heading, that is the answer, over several lines too; else it is the first line that is not empty.
+    2. The last balanced \\boxed{...} or \\fbox{...} that is not empty; of nested ones the innermost.
+    3. The last of: the rest of the line after "####", or the line after it; the sentence after "answer is", "answer:"
+       or the like; what follows a heading or a line of nothing but "Final answer". Where displayed mathematics ($$ or
+       \\[) follows the words or the heading, that is the answer, over several lines too; else it is the first line that
+       is not empty.
     4. Bold text with which the whole text ends.
 
     So of several marks of one kind only the last counts, and a text cannot give two answers.
