@@ -141,7 +141,7 @@ def test_own_reward_in_a_notebook(here):
     names = {"__name__": "page"}
     exec(block, names)
     assert names["close"]("2+3=", "6", "5") == 0.5
-    assert json.loads((here / "runs" / "close" / "config.json").read_text())["data.reward"] == "page:close"
+    assert json.loads((here / "runs" / "close" / "config.json").read_text())["data.reward"] == "close given in Python"
 
 
 def test_own_policy(here):
