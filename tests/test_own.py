@@ -76,11 +76,11 @@ def test_what_a_run_was_given_in_python_is_given_again_or_not_needed(tmp_path):
         return half(belief, rollouts, n_min, n_max, group)
 
     result = run_here(tmp_path / "work", own=own | {"rule": rule}, **POOL | {"eval.every": 0})
-    with undrawn(), pytest.raises(ValueError, match=r"rule given in Python'.*has to be given it again"):
+    with undrawn(), pytest.raises(ValueError, match=r"rule given in Python'.*give it to krl.train again"):
         krl.train(result.config, tmp_path / "work")
     with undrawn():
         assert krl.train(result.config, tmp_path / "work", **own | {"rule": rule}).metrics["step"] == 2
-    with pytest.raises(ValueError, match="has to be given it again"):
+    with pytest.raises(ValueError, match=r"give it to krl\.train again"):
         measure(result.config, tmp_path / "work")
     measured = measure(result.config, tmp_path / "work", reward=own["reward"])
     assert measured["held_out"]["avg@2"]["value"] == 1

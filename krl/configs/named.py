@@ -23,7 +23,9 @@ def find(name: str, known: Mapping[str, Any], what: str) -> Any:
     if name in known:
         return known[name]
     if name.endswith(IN_PYTHON):
-        raise ValueError(f"{what}{name!r}: it was given to krl.train, which has to be given it again")
+        raise ValueError(
+            f"{what}{name!r}: it has no name to be found by; give it to krl.train again, by rule=, prior= or reward="
+        )
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise ValueError(f"{what}{name!r} must be one of {sorted(known)} or look like package.module:function")

@@ -157,7 +157,7 @@ def start_params(
         FloatingPointError: too many updates of fine-tuning in a row were not finite.
     """
     if config.policy.path == GIVEN:
-        params = jax.tree.map(jnp.copy, copy_params(given, abstract_params(policy_config, mesh)))
+        params = copy_params(given, abstract_params(policy_config, mesh))
     elif config.policy.path:
         found, params = policy.load_hf(config.policy.path, mesh)
         if dataclasses.replace(found, **computed_by(config)) != policy_config:
@@ -210,9 +210,10 @@ def check_given(given: Any, like: dict | None = None) -> tuple[policy.PolicyConf
                 "policy=: the parameters are not those of the PolicyConfig given with them, or not of the policy that "
                 "this run began with; give it that one, or choose another workdir"
             )
-        kinds = {leaf.dtype.name for leaf in jax.tree.leaves(given[1]) if not jnp.issubdtype(leaf.dtype, jnp.floating)}
-        if kinds:
-            raise ValueError(f"policy=: parameters of type {min(kinds)}; they must be floating-point numbers")
+        kinds = {jnp.result_type(leaf) for leaf in jax.tree.leaves(given[1])}
+        wrong = [kind.name for kind in kinds if not jnp.issubdtype(kind, jnp.floating)]
+        if wrong:
+            raise ValueError(f"policy=: parameters of type {min(wrong)}; they must be floating-point numbers")
     return given
 
 
@@ -224,8 +225,13 @@ def copy_params(given: tuple[policy.PolicyConfig, dict] | None, like: dict) -> d
     """
     if given is None:
         raise ValueError("this run began from a policy that was given in Python; give it to train again, policy=")
-    whole = jax.tree.map(np.array, to_host(given[1]))  # whatever mesh they are on
-    return jax.tree.map(lambda leaf, at: jax.device_put(leaf.astype(at.dtype), at.sharding), whole, like)
+
+    def copied(leaf: Any, at: jax.ShapeDtypeStruct) -> jax.Array:
+        elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable  # split over processes
+        whole = np.asarray(to_host(leaf) if elsewhere else leaf)  # whatever mesh it is on
+        return jnp.copy(jax.device_put(whole.astype(at.dtype), at.sharding))
+
+    return jax.tree.map(copied, given[1], like)
 
 
 def fingerprint(path: pathlib.Path) -> str:
