@@ -20,11 +20,11 @@ import numpy as np
 
 from benchmarks.runs import machine
 from krl import policy, rollout
+from krl.base.types import Prompts, Rollouts
 from krl.policy.attention import attend_rows
 from krl.run.compiled import for_this_backend
 from krl.run.optimizer import init_state, make_optimizer
 from krl.run.update import policy_update
-from krl.types import Prompts, Rollouts
 
 LARGE = policy.PolicyConfig(
     vocab_size=151936, embed_size=1536, num_layers=28, num_heads=12, num_kv_heads=2, head_size=128, mlp_size=8960,

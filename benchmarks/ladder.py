@@ -17,13 +17,13 @@ import numpy as np
 from absl import logging
 
 from krl import rollout
+from krl.base.sharding import make_mesh
+from krl.base.types import Prompts
 from krl.configs import arithmetic
 from krl.eval.sample import score_rollouts
-from krl.policy.tokenizer import load_tokenizer
+from krl.hf.tokenizer import load_tokenizer
 from krl.run import data as run_data
 from krl.run import start as run_start
-from krl.sharding import make_mesh
-from krl.types import Prompts
 
 EDGES = (0.0, 0.005, 0.05, 0.2, 0.5, 0.8, 0.95, 1.01)
 AT_ONCE = 16  # prompts a call

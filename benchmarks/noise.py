@@ -31,12 +31,12 @@ from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
 
 from krl import budget, learn, policy, rollout
+from krl.base.masked import divide, segment_sum
+from krl.base.types import Prompts
 from krl.configs import default
 from krl.eval.sample import score_rollouts
-from krl.masked import divide, segment_sum
 from krl.run.checkpoint import Checkpoints
 from krl.run.setup import Setup, set_up
-from krl.types import Prompts
 
 RULES = ("uniform", "knapsack", "knapsack_log", "knapsack_paper", "vip", "variance", "inverse_sqrt", "skip")
 

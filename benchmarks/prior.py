@@ -25,7 +25,7 @@ import numpy as np
 from krl import budget
 from krl.budget import prior as priors
 from krl.configs import default
-from krl.policy.tokenizer import load_tokenizer
+from krl.hf.tokenizer import load_tokenizer
 from krl.report.history import read_run
 from krl.run.data import encode, load_task_sets
 from krl.tasks import load_named, step_task_ids

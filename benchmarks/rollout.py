@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.runs import machine
 from krl import policy, rollout
-from krl.types import Prompts
+from krl.base.types import Prompts
 
 CONFIG = policy.PolicyConfig(
     vocab_size=512,

@@ -24,10 +24,10 @@ import numpy as np
 from benchmarks.rollout import CONFIG, ENDS, NEW_TOKENS, PROMPT_TOKENS, PROMPTS, ROLLOUTS
 from benchmarks.runs import machine
 from krl import learn, policy, rollout
+from krl.base.types import Prompts, Rollouts
 from krl.run.compiled import for_this_backend
 from krl.run.optimizer import init_state, make_optimizer
 from krl.run.update import policy_update
-from krl.types import Prompts, Rollouts
 
 OPTIMIZER = make_optimizer(
     learning_rate=1e-6, warmup_steps=0, decay_steps=0, beta1=0.9, beta2=0.98, weight_decay=0.01, grad_clip=1.0

@@ -19,7 +19,7 @@ import time
 
 import numpy as np
 
-from krl.tasks.verify import answer_key, math_reward
+from krl.rewards.verify import answer_key, math_reward
 
 FILES = (
     "train/gsm8k", "train/math", "train/aime",

@@ -1,8 +1,8 @@
 """krl: GRPO with knapsack rollout budgets, in JAX.
 
 The rooms: `krl.budget` (how many rollouts each prompt gets), `krl.rollout` (sampling them), `krl.learn` (rewards to
-gradients), `krl.policy` (the language model), `krl.tasks` (prompts and rewards), `krl.run` (devices, disk, screen); and
-`krl.train(config, workdir)` is a run. docs/architecture.md shows how a step goes through them.
+gradients), `krl.policy` (the language model), `krl.tasks` (prompts), `krl.rewards`, `krl.hf` (checkpoints of Hugging
+Face), `krl.run` (devices, disk, screen); and `krl.train(config, workdir)` is a run. docs/architecture.md shows how a step goes through them.
 """
 
 import importlib
@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from krl._version import __version__
 
 if TYPE_CHECKING:
-    from krl import budget, learn, policy, rollout, tasks
+    from krl import budget, hf, learn, policy, rewards, rollout, tasks
     from krl.train import train
 
-__all__ = ["__version__", "budget", "learn", "policy", "rollout", "tasks", "train"]
+__all__ = ["__version__", "budget", "hf", "learn", "policy", "rewards", "rollout", "tasks", "train"]
 
 
 def __getattr__(name: str):
-    """A room, or a run, when it is first asked for: processes that check rewards need `krl.tasks` and load no jax."""
+    """A room, or a run, when it is first asked for: processes that check rewards need `krl.rewards` and load no jax."""
     if name in __all__:
         return importlib.import_module(f"krl.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -28,11 +28,13 @@ from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from krl import budget
+from krl.base.types import Prompts
 from krl.configs.check import check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.eval.held_out import evaluate_held_out, write_held_out
 from krl.policy import PolicyConfig
 from krl.report import command as report
+from krl.rewards.pool import FAULTS
 from krl.run import processes
 from krl.run.checkpoint import Checkpoints, keep_from_others, stop_on_signal
 from krl.run.compiled import for_this_backend
@@ -73,8 +75,6 @@ from krl.run.start import say_ends
 from krl.run.update import policy_update
 from krl.run.writers import check_writers, find_writers
 from krl.tasks import step_task_ids
-from krl.tasks.pool import FAULTS
-from krl.types import Prompts
 
 
 def main(argv: list[str]) -> None:
@@ -104,7 +104,7 @@ def train(
         rule: from what is known of prompts to their counts, instead of config.alloc.rule; see `krl.budget.allocate`.
         reward: (prompt, response, answer) -> number, instead of config.data.reward; called in this process.
         prior: what to expect of a prompt before it was sampled, instead of config.alloc.prior.
-        policy: (sizes, parameters), such as `krl.policy.load_hf` gives, instead of config.policy; the parameters are
+        policy: (sizes, parameters), such as `krl.hf.load_hf` gives, instead of config.policy; the parameters are
             copied. config.tokenizer.path has its tokenizer.
 
     Returns:

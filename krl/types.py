@@ -1,54 +1,5 @@
-"""Records that cross rooms, and the axis letters that every docstring uses.
+"""The old name of krl.base.types, in this version still."""
 
-| letter  | axis                                                              |
-|---------|-------------------------------------------------------------------|
-| M       | prompts in a step                                                 |
-| D       | prompts in the whole data set                                     |
-| R       | rollouts in a step: the budget, the sum of the counts             |
-| P, T    | prompt tokens (padded on the left), response tokens (right)       |
-| V, L, E | vocabulary, layers, embedding                                     |
-| H, K, Q | query heads, key/value heads, head size                           |
-| N       | rollouts given to one prompt                                      |
-| B, C    | rows of a generic batch, columns of a key/value cache             |
+from krl import _moved
 
-Masks are bool and True means real. Rollouts are flat rows, never an [M, N] grid: counts are ragged
-but their sum is constant, so `[R]` rows with a prompt index hold a step without padding.
-"""
-
-from typing import Any
-
-import jax
-import numpy as np
-import optax
-from flax import struct
-
-Array = jax.Array | np.ndarray  # on the devices, or on the host before it is placed on them
-
-
-class Prompts(struct.PyTreeNode):
-    """The prompts of one step, padded on the left so that every response starts in column P."""
-
-    tokens: Array  # [M, P] int32
-    mask: Array  # [M, P] bool
-    task_ids: Array  # [M] int32, the row of each prompt in its data set
-
-
-class Rollouts(struct.PyTreeNode):
-    """The responses of one step, padded on the right; a prompt's rows need not lie together."""
-
-    prompt_index: jax.Array  # [R] int32 in [0, M); M on padding rows
-    sample_index: jax.Array  # [R] int32, 0 .. N-1 within the prompt
-    mask: jax.Array  # [R] bool, False on padding rows
-    tokens: jax.Array  # [R, T] int32
-    logps: jax.Array  # [R, T] float32, nats, under the distribution sampled from; 0 on padding
-    lengths: jax.Array  # [R] int32, response tokens with the end token counted
-    finished: jax.Array  # [R] bool, False where the response was cut at T tokens
-    # [R, T] float32, nats, like logps but without top_k, top_p and min_p, as a learner computes them; None if the same
-    policy_logps: jax.Array | None = None
-
-
-class TrainState(struct.PyTreeNode):
-    """What the optimiser changes."""
-
-    params: dict[str, Any]  # the policy's parameters, float32
-    opt_state: optax.OptState
+_moved.module(__name__, "krl.base.types")

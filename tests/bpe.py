@@ -7,7 +7,7 @@ import jax
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from krl import policy
+from krl import hf, policy
 
 TEXTS = ["12+34=46", "7*8=56\n", "  two  spaces ", "9000-1=8999"] * 20
 # Qwen's: a digit a piece, one space goes with the word after it.
@@ -51,7 +51,7 @@ def write_qwen(directory: pathlib.Path, **changes) -> pathlib.Path:
     plain = byte_level(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     sizes = {"vocab_size": 320, "embed_size": 16, "head_size": 8, "mlp_size": 32, "qkv_bias": True}
     config = policy.PolicyConfig(**sizes | {"tie_embeddings": False, "stored_dtype": "bfloat16"} | changes)
-    policy.save_hf(directory, config, policy.init(config, jax.random.key(0)))
+    hf.save_hf(directory, config, policy.init(config, jax.random.key(0)))
     ends = [plain.token_to_id("<|endoftext|>"), plain.token_to_id("<|im_end|>")]
     return write(
         directory, tokenizer=plain, generation_config={"eos_token_id": ends},

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from krl.base.types import Rollouts
 from krl.tasks import EncodedTasks, TaskSet
-from krl.types import Rollouts
 
 LETTERS = '12\n\u2028é"'
 TOKENIZER: Any = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))  # one token a letter

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from krl.eval.sample import as_failures, evaluate, first_reward, score_rollouts
+from krl.rewards.pool import VerifierPool
 from krl.run.scoring import FaultWatch, Scoring, decode_rollouts
-from krl.tasks.pool import VerifierPool
 from tests.fake import TOKENIZER, make_rollouts, make_sampler, response, reward, score, tasks
 
 

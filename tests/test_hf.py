@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from krl import policy, rollout
-from krl.policy import hf
-from krl.sharding import make_mesh
-from krl.types import Prompts
+from krl import hf, policy, rollout
+from krl.base.sharding import make_mesh
+from krl.base.types import Prompts
+from krl.hf.weights import INDEX
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
@@ -24,7 +24,7 @@ FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
 @functools.cache
 def checkpoint(family):
     """(config, params, tokens of three sequences, their logits, 64 greedy tokens after each)."""
-    config, params = policy.load_hf(GOLDEN / family)
+    config, params = hf.load_hf(GOLDEN / family)
     golden = np.load(GOLDEN / family / "golden.npz")
     return config, params, *([golden[f"{name}{i}"] for i in range(3)] for name in ("tokens", "logits", "greedy"))
 
@@ -87,7 +87,7 @@ def test_greedy_continuations_equal_those_of_transformers(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saving_what_was_loaded_gives_the_same_bytes(family, tmp_path):
     config, params, *_ = checkpoint(family)
-    policy.save_hf(tmp_path / "out", config, params, shard_bytes=7000)
+    hf.save_hf(tmp_path / "out", config, params, shard_bytes=7000)
     assert (tmp_path / "out/config.json").read_bytes() == (GOLDEN / family / "config.json").read_bytes()
     before, after = read(GOLDEN / family), read(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -95,7 +95,7 @@ def test_saving_what_was_loaded_gives_the_same_bytes(family, tmp_path):
         assert array.dtype == after[name].dtype
         assert array.tobytes() == after[name].tobytes(), name
     assert max(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) < 9500
-    config, again = policy.load_hf(tmp_path / "out")
+    config, again = hf.load_hf(tmp_path / "out")
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 
@@ -103,8 +103,8 @@ def read(directory):
     """Every tensor of a directory, checked against its index if it has one."""
     files = sorted(directory.glob("*.safetensors"))
     tensors = {file.name: safetensors.numpy.load_file(file) for file in files}
-    if (directory / hf.INDEX).exists():
-        index = json.loads((directory / hf.INDEX).read_text())
+    if (directory / INDEX).exists():
+        index = json.loads((directory / INDEX).read_text())
         assert index["weight_map"] == {name: file for file, arrays in tensors.items() for name in arrays}
         assert index["metadata"]["total_size"] == sum(a.nbytes for arrays in tensors.values() for a in arrays.values())
     return {name: array for arrays in tensors.values() for name, array in arrays.items()}
@@ -113,21 +113,21 @@ def read(directory):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_generations_of_config_json_describe_the_same_model(family, tmp_path):
     shutil.copy(GOLDEN / family / "config_v4.json", tmp_path / "config.json")
-    assert policy.read_config(tmp_path) == policy.read_config(GOLDEN / family)
+    assert hf.read_config(tmp_path) == hf.read_config(GOLDEN / family)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_a_mesh_shards_the_parameters_and_changes_nothing(family, tmp_path):
     config, whole, sequences, logits, _ = checkpoint(family)
     mesh = make_mesh((2, 2, 2), ("data", "fsdp", "model"))
-    _, params = policy.load_hf(GOLDEN / family, mesh)
+    _, params = hf.load_hf(GOLDEN / family, mesh)
     jax.tree.map(np.testing.assert_array_equal, whole, params)
     assert params["blocks"]["gate"].sharding.shard_shape((3, 16, 32)) == (3, 8, 16)
     assert params["blocks"]["query"].sharding.spec[2] == "model"
     with jax.set_mesh(mesh):
         got = policy.apply(config, params, jnp.array(sequences[0], jnp.int32)[None].repeat(4, 0))
     np.testing.assert_allclose(got[3], logits[0], atol=1e-4)
-    policy.save_hf(tmp_path / "out", config, params)
+    hf.save_hf(tmp_path / "out", config, params)
     before, after = read(GOLDEN / family), read(tmp_path / "out")
     assert all(array.tobytes() == after[name].tobytes() for name, array in before.items())
 
@@ -165,7 +165,7 @@ def test_only_the_slices_of_a_device_are_read(monkeypatch):
             return Counting(self.file.get_slice(name))
 
     monkeypatch.setattr(safetensors, "safe_open", Opened)
-    policy.load_hf(GOLDEN / "qwen2", make_mesh((2, 2), ("fsdp", "model")))
+    hf.load_hf(GOLDEN / "qwen2", make_mesh((2, 2), ("fsdp", "model")))
     assert (16, 8) in sizes  # gate [32, 16] in halves along both axes
     assert (32, 16) not in sizes
 
@@ -214,17 +214,17 @@ def changed(tmp_path, family="qwen2", **fields):
 def test_fields_that_change_the_computation_are_refused_by_name(tmp_path, field, value, message):
     others = {"rope_parameters": None} if field == "rope_scaling" else {}
     with pytest.raises(ValueError, match=message) as error:
-        policy.read_config(changed(tmp_path, **{field: value}, **others))
+        hf.read_config(changed(tmp_path, **{field: value}, **others))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen2_sliding"])
 def test_which_layers_slide_is_known_without_layer_types(family, tmp_path):
     """As in the files that were published before transformers wrote the list; the golden file has its list."""
-    config = policy.read_config(changed(tmp_path, family=family, layer_types=None))
+    config = hf.read_config(changed(tmp_path, family=family, layer_types=None))
     assert any(config.sliding)
     assert not all(config.sliding)
-    assert config == policy.read_config(GOLDEN / family)
+    assert config == hf.read_config(GOLDEN / family)
 
 
 def test_fields_that_are_off_or_harmless_are_not_refused(tmp_path):
@@ -240,7 +240,7 @@ def test_fields_that_are_off_or_harmless_are_not_refused(tmp_path):
         temperature=0.7,
         is_llama_config=True,
     )
-    assert policy.read_config(path) == policy.read_config(GOLDEN / "qwen2")
+    assert hf.read_config(path) == hf.read_config(GOLDEN / "qwen2")
 
 
 def test_a_null_is_off_and_not_the_default_of_the_family(tmp_path):
@@ -249,45 +249,45 @@ def test_a_null_is_off_and_not_the_default_of_the_family(tmp_path):
     (path / "config.json").write_text(
         json.dumps(fields | {"attn_logit_softcapping": None, "num_key_value_heads": None})
     )
-    config = policy.read_config(path)
+    config = hf.read_config(path)
     assert (config.attention_softcap, config.logit_softcap, config.num_kv_heads) == (0.0, 6.0, 4)
     del fields["attn_logit_softcapping"]
     (path / "config.json").write_text(json.dumps(fields))
-    assert policy.read_config(path).attention_softcap == 50.0
+    assert hf.read_config(path).attention_softcap == 50.0
 
 
 def test_fields_of_another_family_are_refused(tmp_path):
     with pytest.raises(ValueError, match="sliding_window"):
-        policy.read_config(changed(tmp_path, family="llama3", use_sliding_window=True, sliding_window=2))
+        hf.read_config(changed(tmp_path, family="llama3", use_sliding_window=True, sliding_window=2))
     with pytest.raises(ValueError, match="attn_logit_softcapping"):
-        policy.read_config(changed(tmp_path, family="gemma3", attn_logit_softcapping=3.0))
+        hf.read_config(changed(tmp_path, family="gemma3", attn_logit_softcapping=3.0))
 
 
 def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path):
     def fails(message, **fields):
         with pytest.raises(ValueError, match=message) as error:
-            policy.load_hf(changed(tmp_path, **fields))
+            hf.load_hf(changed(tmp_path, **fields))
         assert "\n" not in str(error.value)
 
     fails(r"12 unexpected \(model.layers.2.input_layernorm.weight, ", num_hidden_layers=2, layer_types=None)
     fails(r"12 missing \(model.layers.3.input_layernorm.weight, ", num_hidden_layers=4, layer_types=None)
     fails(r"shape \(96, 16\) and its config.json asks for \(97, 16\)", vocab_size=97)
     with pytest.raises(ValueError, match=r"nowhere is no checkpoint directory"):
-        policy.load_hf(tmp_path / "nowhere")
+        hf.load_hf(tmp_path / "nowhere")
 
     def broken(message, change):
         path = changed(tmp_path, family="qwen2_sliding")
         change(path)
         with pytest.raises(ValueError, match=message) as error:
-            policy.load_hf(path)
+            hf.load_hf(path)
         assert "\n" not in str(error.value)
 
     first = "model-00001-of-00005.safetensors"
     broken(f"{first}: .*cut off", lambda path: (path / first).write_bytes((path / first).read_bytes()[:-10]))
     broken(f"{first}: .*cut off", lambda path: (path / first).write_bytes(b""))
     broken(f"{first} is missing", lambda path: (path / first).unlink())
-    broken("not an index", lambda path: (path / hf.INDEX).write_text("{"))
-    broken("model.safetensors is missing", lambda path: (path / hf.INDEX).unlink())
+    broken("not an index", lambda path: (path / INDEX).write_text("{"))
+    broken("model.safetensors is missing", lambda path: (path / INDEX).unlink())
     broken("not the configuration", lambda path: (path / "config.json").write_text("{"))
 
     def whole_numbers(path):
@@ -317,7 +317,7 @@ SEES = LLAMA | {"model_type": "gemma3_text"}
         ({"config.json": LLAMA, "tf_model.h5": {}}, "another format than safetensors"),
         ({"config.json": LLAMA | {"quantization_config": {"quant_method": "gptq"}}}, r"'quantization_config' says .* quantised \(gptq\)"),
         ({"model-q4.gguf": {}}, "GGUF files, made for llama.cpp"),
-        ({"config.json": {"alloc.budget": 16}, "metrics.jsonl": {}, "policy/config.json": LLAMA}, "'model_type'.*work directory of a run; write its policy with python -m krl.policy.hf export"),
+        ({"config.json": {"alloc.budget": 16}, "metrics.jsonl": {}, "policy/config.json": LLAMA}, "'model_type'.*work directory of a run; write its policy with python -m krl.hf export"),
         ({"_CHECKPOINT_METADATA": {}, "params/_METADATA": {}}, "Orbax checkpoint of a run"),
         ({"consolidated.00.pth": {}, "params.json": {}}, "its maker's own format"),
         ({"snapshots/0a1b/config.json": LLAMA}, "the hub's cache; name the directory below its snapshots"),
@@ -332,7 +332,7 @@ def test_what_is_no_checkpoint_is_told_what_it_is(tmp_path, files, message):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message) as error:
-        policy.load_hf(tmp_path)
+        hf.load_hf(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -345,7 +345,7 @@ def test_a_file_and_a_name_of_the_hub_are_no_directories(tmp_path):
         ("Qwen/Qwen3-0.6B", r"must be downloaded first \(hf download Qwen/Qwen3-0.6B --local-dir DIR\)"),
     ]:
         with pytest.raises(ValueError, match=message):
-            policy.load_hf(path)
+            hf.load_hf(path)
 
 
 def test_a_second_copy_of_a_tied_embedding_is_read_over(tmp_path):
@@ -354,47 +354,47 @@ def test_a_second_copy_of_a_tied_embedding_is_read_over(tmp_path):
     arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
     arrays["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
     safetensors.numpy.save_file(arrays, path / "model.safetensors")
-    jax.tree.map(np.testing.assert_array_equal, policy.load_hf(path)[1], checkpoint("qwen3")[1])
+    jax.tree.map(np.testing.assert_array_equal, hf.load_hf(path)[1], checkpoint("qwen3")[1])
     arrays["lm_head.weight"] = arrays["lm_head.weight"] + 1
     safetensors.numpy.save_file(arrays, path / "model.safetensors")
     with pytest.raises(ValueError, match="set it to false to keep both"):
-        policy.load_hf(path)
+        hf.load_hf(path)
     arrays["lm_head.weight"] = arrays["lm_head.weight"][:9]
     safetensors.numpy.save_file(arrays, path / "model.safetensors")
     with pytest.raises(ValueError, match=r"lm_head.weight has shape \(9, 16\)"):
-        policy.load_hf(path)
+        hf.load_hf(path)
 
 
 def test_saving_never_writes_over_anything(tmp_path):
     config, params, *_ = checkpoint("llama2")
     (tmp_path / "kept.txt").write_text("precious")
     with pytest.raises(ValueError, match="not empty"):
-        policy.save_hf(tmp_path, config, params)
+        hf.save_hf(tmp_path, config, params)
     assert [file.name for file in tmp_path.iterdir()] == ["kept.txt"]
     for name in ("kept.txt/below", "kept.txt"):
         with pytest.raises(ValueError, match=r"kept\.txt"):
-            policy.save_hf(tmp_path / name, config, params)
+            hf.save_hf(tmp_path / name, config, params)
     with pytest.raises(ValueError, match=r"absent\.json"):
-        policy.save_hf(tmp_path / "out", config, params, files=[tmp_path / "absent.json"])
+        hf.save_hf(tmp_path / "out", config, params, files=[tmp_path / "absent.json"])
     with pytest.raises(ValueError, match="not of this config"):
-        policy.save_hf(tmp_path / "out", dataclasses.replace(config, qkv_bias=True), params)
+        hf.save_hf(tmp_path / "out", dataclasses.replace(config, qkv_bias=True), params)
     assert [file.name for file in tmp_path.iterdir()] == ["kept.txt"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
-    policy.save_hf(tmp_path / "link", config, params)
-    jax.tree.map(np.testing.assert_array_equal, policy.load_hf(tmp_path / "empty")[1], params)
+    hf.save_hf(tmp_path / "link", config, params)
+    jax.tree.map(np.testing.assert_array_equal, hf.load_hf(tmp_path / "empty")[1], params)
 
 
 def test_config_json_names_the_type_that_is_written(tmp_path):
     config, params, *_ = checkpoint("llama2")
-    policy.save_hf(tmp_path / "wide", config, params, dtype="float32")
+    hf.save_hf(tmp_path / "wide", config, params, dtype="float32")
     assert json.loads((tmp_path / "wide/config.json").read_text())["dtype"] == "float32"
     path = changed(tmp_path)
     arrays = safetensors.numpy.load_file(path / "model.safetensors")
     arrays["model.norm.weight"] = arrays["model.norm.weight"].astype(np.float32)
     safetensors.numpy.save_file(arrays, path / "model.safetensors")
-    config, params = policy.load_hf(path)  # of two types: float32 holds both
-    policy.save_hf(tmp_path / "mixed", config, params)
+    config, params = hf.load_hf(path)  # of two types: float32 holds both
+    hf.save_hf(tmp_path / "mixed", config, params)
     assert json.loads((tmp_path / "mixed/config.json").read_text())["dtype"] == "float32"
     assert {str(array.dtype) for array in read(tmp_path / "mixed").values()} == {"float32"}
 
@@ -403,8 +403,8 @@ def test_config_json_names_the_type_that_is_written(tmp_path):
 def test_a_policy_from_scratch_can_be_exported(options, tmp_path):
     config = policy.PolicyConfig(vocab_size=16, **options)
     params = policy.init(config, jax.random.key(0))
-    policy.save_hf(tmp_path / "out", config, params)
-    again, loaded = policy.load_hf(tmp_path / "out")
+    hf.save_hf(tmp_path / "out", config, params)
+    again, loaded = hf.load_hf(tmp_path / "out")
     assert again == config
     jax.tree.map(np.testing.assert_array_equal, params, loaded)
 
@@ -412,5 +412,5 @@ def test_a_policy_from_scratch_can_be_exported(options, tmp_path):
 def test_options_that_no_family_has_are_not_exported(tmp_path):
     config = policy.PolicyConfig(vocab_size=16, scale_embedding=True)
     with pytest.raises(ValueError, match="scale_embedding"):
-        policy.save_hf(tmp_path / "out", config, policy.init(config, jax.random.key(0)))
+        hf.save_hf(tmp_path / "out", config, policy.init(config, jax.random.key(0)))
     assert not (tmp_path / "out").exists()

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec
 
+from krl.base.sharding import make_mesh
 from krl.plan.hlo import read_cost
-from krl.sharding import make_mesh
 
 # As XLA prints programs for TPUs: products are convolutions, a batch is a window, S(1) lies on the chip, a loop counts by twos.
 TPU = """HloModule step, is_scheduled=true

@@ -1,10 +1,14 @@
 """What is imported when: commands start without what only a run writes with, and runs go on where that is missing."""
 
+import ast
+import importlib
+import re
 import subprocess
 import sys
 
 import pytest
 
+from krl import hf, policy
 from krl.report import command as report
 from tests.command_line import ROOT, command, environment, rows
 from tests.test_report import write_run
@@ -23,7 +27,7 @@ def python(program, *arguments, home):
 
 
 @pytest.mark.parametrize(
-    "modules", ["krl.train, krl.eval.command, krl.report.command, krl.plan.command", "krl, krl.budget, krl.learn, krl.policy, krl.tasks, krl.rollout"]
+    "modules", ["krl.train, krl.eval.command, krl.report.command, krl.plan.command", "krl, krl.budget, krl.learn, krl.policy, krl.tasks, krl.rewards, krl.rollout"]
 )  # fmt: skip
 def test_programs_and_rooms_import_none_of_what_only_a_run_reads_or_writes_with(tmp_path, modules):
     done = python(f"import {modules}, sys; print(*sorted(set({HEAVY}) & sys.modules.keys()))", home=tmp_path)
@@ -62,3 +66,35 @@ def test_the_report_without_a_library_is_refused_in_one_line(tmp_path, monkeypat
         report.main([str(workdir), "--out", str(tmp_path / "out")])
     assert refused.value.code == "krl.report: the report needs vl-convert-python: pip install vl-convert-python"
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("types", "base.types"), ("masked", "base.masked"), ("sharding", "base.sharding"), ("tasks.verify", "rewards.verify"),
+     ("tasks.rewards", "rewards.functions"), ("tasks.pool", "rewards.pool"), ("policy.hf", "hf.weights"),
+     ("policy.tokenizer", "hf.tokenizer")],
+)  # fmt: skip
+def test_an_old_name_is_the_module_that_moved_and_says_so(old, new):
+    sys.modules.pop(f"krl.{old}", None)
+    with pytest.warns(DeprecationWarning, match=f"krl.{old} is krl.{new} now"):
+        moved = importlib.import_module(f"krl.{old}")
+    assert moved is importlib.import_module(f"krl.{new}")
+
+
+def test_nothing_in_the_house_imports_an_old_name():
+    old = re.compile(
+        r"krl\.(types|masked|sharding|tasks\.(verify|rewards|pool)|policy\.(hf|tokenizer)|run\.(plan|report))\b"
+    )
+    for path in [*(ROOT / "krl").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "tests").glob("*.py")]:
+        names = [name for node in ast.walk(ast.parse(path.read_text())) for name in imported(node)]
+        assert not list(filter(old.match, names)), path
+
+
+def imported(node):
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+def test_checkpoints_are_found_beside_the_model_too():
+    assert (policy.load_hf, policy.save_hf, policy.read_config) == (hf.load_hf, hf.save_hf, hf.read_config)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from krl.base.masked import segment_moments
 from krl.learn import (
     KL_ESTIMATORS,
     SCALES,
@@ -21,7 +22,6 @@ from krl.learn import (
     policy_loss,
     token_weights,
 )
-from krl.masked import segment_moments
 
 
 def advantages_by_loops(rewards, index, mask, scale):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from krl import budget, policy, rollout
+from krl.base.sharding import make_mesh, tree_sharding
 from krl.rollout import sampler, serve
 from krl.run.checkpoint import Checkpoints
 from krl.run.optimizer import abstract_state, init_state, make_optimizer
 from krl.run.processes import place_whole
 from krl.run.update import policy_update
-from krl.sharding import make_mesh, tree_sharding
 from tests import tiny
 
 # Everything that "model" splits comes in fours.

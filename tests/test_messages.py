@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
+from krl.base.masked import segment_sum
 from krl.budget import number_groups
 from krl.configs import arithmetic
 from krl.configs.check import flatten
 from krl.configs.flags import define_flags, one_line_errors, own_configs, parse_flags
 from krl.eval import command as measuring
-from krl.masked import segment_sum
+from krl.hf.tokenizer import load_tokenizer, train_sentencepiece
+from krl.hf.weights import export
 from krl.plan import command as plan
-from krl.policy.hf import export
-from krl.policy.tokenizer import load_tokenizer, train_sentencepiece
 from krl.report import command as report
 from krl.run.metrics import format_seconds, gini
 from krl.run.processes import join_processes

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from krl import policy
+from krl import hf
 from tests.bpe import write_qwen
 from tests.command_line import ROOT, environment, rows, run, run_here, told_by
 
@@ -44,15 +44,15 @@ def test_a_hugging_face_checkpoint_trains_and_is_exported(hugging_face, tmp_path
     assert max(row["reward_mean"] for row in trained) > 0
     assert trained[-1]["importance_mean"] == pytest.approx(1.0, abs=0.01)  # sampler and learner agree
     out = subprocess.run(
-        [sys.executable, "-m", "krl.policy.hf", "export", folder / "work", tmp_path / "out"],
+        [sys.executable, "-m", "krl.hf", "export", folder / "work", tmp_path / "out"],
         cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert out.returncode == 0, out.stderr
     assert "Warning" not in out.stderr
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (folder / "start" / name).read_bytes()
-    config, params = policy.load_hf(tmp_path / "out")
-    _, before = policy.load_hf(folder / "start")
+    config, params = hf.load_hf(tmp_path / "out")
+    _, before = hf.load_hf(folder / "start")
     assert config.stored_dtype == "bfloat16"
     moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), params, before)
     assert 1e-5 < max(jax.tree.leaves(moved)) < 0.1

@@ -7,9 +7,10 @@ import time
 
 import pytest
 
-from krl.tasks import algebra, extract, notation, units, verify
-from krl.tasks.notation import normal_form
-from krl.tasks.verify import extract_answer, math_reward
+from krl.base import answers
+from krl.rewards import algebra, notation, units, verify
+from krl.rewards.notation import normal_form
+from krl.rewards.verify import extract_answer, math_reward
 
 
 @pytest.fixture(autouse=True)
@@ -464,7 +465,7 @@ PIECES = [
     "\u00b2", "\u00b9\u2044", "1\u2044", "\u00bd", "\u221a", "3\u0305", "\u2081", "\uff11", "x=", "10^", "1e", "US$",
     "\\dot1", "1)", "1}", "1\\,",
 ]  # fmt: skip
-MODULES = (extract, units, notation, verify, algebra)
+MODULES = (answers, units, notation, verify, algebra)
 
 
 def patterns():

@@ -4,13 +4,13 @@ import jax
 import pytest
 from rich.console import Console
 
+from krl.base.sharding import make_mesh
 from krl.configs import arithmetic
 from krl.plan.command import advise, find_sizes, plan, show
 from krl.plan.programs import _prompts, abstract_sampler
 from krl.plan.roofline import Accelerator, decode_layouts, seconds
 from krl.rollout.sampler import PROGRAMS
 from krl.run.start import abstract_params
-from krl.sharding import make_mesh
 
 GROUPS, SPLIT, SLOTS, PROMPTS, ROLLOUTS = 4, 2, 16, 8, 64
 TOKENS = 5  # of every response; the longest has 7

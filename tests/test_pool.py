@@ -12,8 +12,8 @@ import pytest
 
 from krl.configs import arithmetic
 from krl.eval import command as measuring
+from krl.rewards.pool import VerifierPool
 from krl.run import setup
-from krl.tasks.pool import VerifierPool
 from tests.command_line import TINY
 
 REWARDS = '''
@@ -291,7 +291,7 @@ def test_what_a_late_item_started_ends_with_it(tmp_path):
 def test_workers_end_with_a_parent_that_is_killed(response):
     program = f"""
 import sys, threading
-from krl.tasks.pool import VerifierPool
+from krl.rewards.pool import VerifierPool
 pool = VerifierPool("odd_rewards:odd", workers=2, item_seconds=99, batch_seconds=99, items_per_worker=9, memory_gb=2)
 print(*[worker.process.pid for worker in pool._workers], flush=True)
 pool.score([("", {response!r}, "")] * 4)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.special import betaln, expit, logit
 
+from krl.base.sharding import make_mesh
 from krl.budget import prior as priors
 from krl.budget.belief import init_belief, take, update
-from krl.sharding import make_mesh
 
 INFORM, LEARN, UPDATE = map(jax.jit, (priors.inform, priors.learn_prior, update))  # once for all tests
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from krl.tasks.pool import VerifierPool
-from krl.tasks.rewards import as_number, component_names, load_rewards, parse_rewards
-from krl.tasks.worker import reward_or_error
+from krl.rewards.functions import as_number, component_names, load_rewards, parse_rewards
+from krl.rewards.pool import VerifierPool
+from krl.rewards.worker import reward_or_error
 
 MODULE = """
 import functools

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krl import policy, rollout
+from krl.base.sharding import make_mesh, named_sharding, reshape_mesh, tree_sharding
+from krl.base.types import Prompts
 from krl.plan.hlo import read_cost
 from krl.rollout import sampler, serve
 from krl.rollout.sampler import slot_bytes, slots_in_memory
 from krl.rollout.tokens import LEVELS, draw_tokens, least_logit, random_numbers
-from krl.sharding import make_mesh, named_sharding, reshape_mesh, tree_sharding
-from krl.types import Prompts
 from tests import tiny
 
 

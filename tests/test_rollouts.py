@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from krl.base.types import Rollouts
 from krl.run.metrics import MetricsLog
 from krl.run.rollouts import SCHEMA, describe_rollouts, logged_steps, read_rollouts, show_rollouts, write_step
 from krl.run.writers import check_writers, find_writers, mlflow, wandb
 from krl.tasks import EncodedTasks, TaskSet
-from krl.types import Rollouts
 
 QUIET = {"log.wandb": "", "log.mlflow": ""}
 

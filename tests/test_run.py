@@ -22,6 +22,8 @@ import pytest
 from rich.console import Console
 
 from krl import learn, policy
+from krl.base.sharding import make_mesh, named_sharding, tree_sharding
+from krl.base.types import Rollouts
 from krl.configs import (
     arithmetic,
     default,
@@ -54,9 +56,7 @@ from krl.run.metrics import (
 )
 from krl.run.setup import NAMES
 from krl.run.sft import encode_pairs
-from krl.sharding import make_mesh, named_sharding, tree_sharding
 from krl.tasks import EncodedTasks, TaskSet
-from krl.types import Rollouts
 from tests import tiny
 from tests.command_line import files_of
 

@@ -10,10 +10,10 @@ import sys
 import jax.numpy as jnp
 import pytest
 
+from krl.rewards.pool import VerifierPool
+from krl.rewards.verify import find_reward
 from krl.run.checkpoint import Checkpoints
 from krl.tasks import load_tasks
-from krl.tasks.pool import VerifierPool
-from krl.tasks.verify import find_reward
 
 ROOT = pathlib.Path(__file__).parent.parent
 PARSED = """
@@ -99,7 +99,7 @@ def test_nothing_but_a_worker_unpickles_and_nothing_evaluates():
                 found |= {path.relative_to(ROOT).as_posix()} if unpickles else set()
             if isinstance(node, ast.ImportFrom):
                 assert node.module not in ("pickle", "cloudpickle", "dill", "joblib", "torch"), path
-    assert found == {"krl/tasks/worker.py"}
+    assert found == {"krl/rewards/worker.py"}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from krl import policy
+from krl.base.sharding import make_mesh, named_sharding
 from krl.plan.hlo import read_cost
 from krl.policy.scores import token_scores
-from krl.sharding import make_mesh, named_sharding
 from tests import tiny
 
 

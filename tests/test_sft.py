@@ -21,15 +21,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krl import policy
+from krl.base.sharding import make_mesh, named_sharding, tree_sharding
 from krl.configs import arithmetic
-from krl.policy.tokenizer import load_tokenizer, train_sentencepiece
+from krl.hf.tokenizer import load_tokenizer, train_sentencepiece
 from krl.run import lock, setup, sft
 from krl.run import start as run_start
 from krl.run.compiled import for_this_backend
 from krl.run.optimizer import init_state, make_optimizer
 from krl.run.sft import encode_pairs, finetune, pack_pairs
 from krl.run.update import supervised_update
-from krl.sharding import make_mesh, named_sharding, tree_sharding
 from krl.tasks import EncodedTasks, TaskSet
 from tests import tiny
 from tests.command_line import TINY

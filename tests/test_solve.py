@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from krl import budget
-from krl.sharding import make_mesh
+from krl.base.sharding import make_mesh
 from tests.test_budget import best_by_dynamic_program, objective, value
 
 rate = st.sampled_from([0.0, 1.0, 1e-6, 1 - 2**-20, 0.5, 0.25]) | st.floats(0.0, 1.0, width=32)

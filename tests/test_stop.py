@@ -13,10 +13,10 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models
 
 from krl import policy, rollout
-from krl.policy.tokenizer import load_tokenizer, train_sentencepiece
+from krl.base.sharding import make_mesh, named_sharding, tree_sharding
+from krl.hf.tokenizer import load_tokenizer, train_sentencepiece
 from krl.rollout import serve
 from krl.rollout.stop import Ends, describe_ends, find_ends, make_table, missing_end
-from krl.sharding import make_mesh, named_sharding, tree_sharding
 from tests import tiny
 from tests.bpe import CHATML, TEXTS, byte_level, write
 

@@ -9,8 +9,8 @@ import pytest
 import sentencepiece
 from tokenizers import processors
 
-from krl.policy import tokenizer as tokenizer_module
-from krl.policy.tokenizer import (
+from krl.hf import tokenizer as tokenizer_module
+from krl.hf.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     check_vocabulary,
@@ -240,7 +240,7 @@ def test_the_network_is_never_asked(qwen, monkeypatch):
 def test_sentencepiece_alone_does_not_import_transformers(tmp_path):
     train_sentencepiece(TEXTS, tmp_path / "tokenizer.model", vocab_size=40, byte_fallback=False)
     code = (
-        "import sys; from krl.policy.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1]).encode('1')\n"
+        "import sys; from krl.hf.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1]).encode('1')\n"
         "assert not {'transformers', 'tokenizers'} & set(sys.modules)"
     )
     root = pathlib.Path(__file__).parent.parent

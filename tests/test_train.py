@@ -20,7 +20,7 @@ from krl import budget
 from krl import train as script
 from krl.configs import arithmetic
 from krl.eval.command import measure
-from krl.policy.hf import export
+from krl.hf.weights import export
 from krl.run import learner, spend
 from krl.run.lock import hold_workdir
 from krl.run.setup import prompts_of_a_step

@@ -12,13 +12,13 @@ import optax
 import pytest
 
 from krl import policy, rollout
+from krl.base.sharding import make_mesh, named_sharding, tree_sharding
 from krl.learn import policy_loss
 from krl.learn.batches import accumulate
 from krl.learn.pack import pack
 from krl.run.compiled import KEPT, for_this_backend
 from krl.run.optimizer import apply_gradients, init_state, make_optimizer, skipped_updates
 from krl.run.update import policy_update, supervised_update
-from krl.sharding import make_mesh, named_sharding, tree_sharding
 from tests import tiny
 
 OPTIONS = {

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from krl.tasks import algebra
-from krl.tasks.verify import REWARDS, answer_key, exact_match, extract_answer, find_reward, math_reward
+from krl.rewards import algebra
+from krl.rewards.verify import REWARDS, answer_key, exact_match, extract_answer, find_reward, math_reward
 
 
 @pytest.fixture(autouse=True)
@@ -344,7 +344,7 @@ def test_find_reward(tmp_path, monkeypatch):
 
 def test_a_worker_needs_none_of_the_heavy_libraries():
     program = (
-        "import json, sys, krl.tasks.verify, krl.tasks.worker, krl.tasks.pool; "
+        "import json, sys, krl.rewards.verify, krl.rewards.worker, krl.rewards.pool; "
         "print(json.dumps([m for m in ('jax', 'transformers', 'datasets', 'flax') if m in sys.modules])); "
         "import krl; krl.budget.grpo_value; assert 'jax' in sys.modules; assert 'learn' in dir(krl)"
     )

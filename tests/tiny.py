@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from krl import policy
+from krl.base.types import Prompts, Rollouts
 from krl.rollout import sampler
-from krl.types import Prompts, Rollouts
 
 CONFIG = policy.PolicyConfig(
     vocab_size=16, embed_size=8, num_layers=2, num_heads=4, num_kv_heads=2, head_size=4, mlp_size=16

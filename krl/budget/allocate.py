@@ -23,12 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from krl.base.masked import divide
 from krl.budget import published
 from krl.budget.belief import Belief, log_possible, mean, mean_tokens, possible, posterior, reward_variance
 from krl.budget.solve import Counts, Shown, in_proportion, in_rounds, knapsack, pilot_and_rest, price
 from krl.budget.value import Value, check_bounds, continuous_value, gains_of, log_gains_beta
 from krl.configs.named import find
-from krl.masked import divide
 
 Rule = Callable[..., Counts]  # (belief, budget, n_min, n_max), and group= too where it may choose prompts
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.scipy.special import betaln, logit
 
-from krl.masked import divide, segment_differs, segment_sum
+from krl.base.masked import divide, segment_differs, segment_sum
 
 # The prior's strength alpha + beta stays in this range: below it a single outcome would count as
 # certainty, above it no prompt could ever differ from the average one.

@@ -27,8 +27,8 @@ import numpy as np
 from flax import struct
 from jax.scipy.special import betaln, logit
 
+from krl.base.masked import divide, segment_sum
 from krl.budget.belief import SOLVED, Belief, fit_hopeless, possible, posterior
-from krl.masked import divide, segment_sum
 
 MEMORIES = (0.8, 0.95)  # what is left of a source's evidence of a feature after a step whose groups with it are mixed
 SLOW_MEMORY = 0.995  # the same where they are even: without a gradient the policy moves little on such prompts

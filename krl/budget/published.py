@@ -7,10 +7,10 @@ and the sum, so that runs and simulations can be compared at equal cost; pilots,
 import jax
 import jax.numpy as jnp
 
+from krl.base.masked import divide
 from krl.budget.belief import Belief, mean, window_rate
 from krl.budget.solve import Counts, Shown, in_proportion, in_rounds, knapsack, pilot_and_rest, spread_evenly
 from krl.budget.value import log_gains
-from krl.masked import divide
 
 
 def uniform_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:

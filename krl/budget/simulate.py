@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from krl.base.masked import divide, segment_sum
 from krl.budget import belief as beliefs
 from krl.budget.allocate import Rule, allocate, find_rule, has_rounds, rounds_of
 from krl.budget.solve import Counts, Shown
 from krl.budget.value import grpo_value
-from krl.masked import divide, segment_sum
 
 BINS = 20  # of the success rate, in the histograms
 KNOWN = 1e6  # outcomes that make the belief of the rule that knows the rates

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from krl.masked import divide
+from krl.base.masked import divide
 
 Bound = int | np.ndarray | jax.Array  # one number of rollouts for all prompts, or [M] of them
 Value = Callable[[jax.Array, jax.Array], jax.Array]  # (p, n) -> value, broadcasting

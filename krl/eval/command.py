@@ -24,14 +24,19 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from krl import budget, policy, rollout
+from krl import budget, hf, policy, rollout
+from krl.base.sharding import make_mesh, reshape_mesh
+from krl.base.types import Tokenizer
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.configs.named import IN_PYTHON
 from krl.eval.estimates import table
 from krl.eval.resume import evaluate_set
 from krl.eval.sample import first_reward
-from krl.policy.tokenizer import Tokenizer, load_tokenizer
+from krl.hf.tokenizer import load_tokenizer
+from krl.rewards.functions import parse_rewards
+from krl.rewards.pool import VerifierPool
+from krl.rewards.verify import answer_key
 from krl.run.checkpoint import Checkpoints, check_workdir, keep_from_others, open_workdir, write_json
 from krl.run.data import encode, load_task_sets, make_verifiers
 from krl.run.metrics import keep_compilations, progress
@@ -39,12 +44,8 @@ from krl.run.processes import first_before_others, is_first, join_processes, pla
 from krl.run.scoring import FaultWatch
 from krl.run.setup import NAMES, find_slots, name_own
 from krl.run.start import abstract_params, find_policy, fingerprint, say_ends
-from krl.sharding import make_mesh, reshape_mesh
 from krl.tasks import SOURCES, EncodedTasks, TaskSet, load_named
 from krl.tasks.files import named_file
-from krl.tasks.pool import VerifierPool
-from krl.tasks.rewards import parse_rewards
-from krl.tasks.verify import answer_key
 
 # The form in which two answers vote together, by the reward that compares them.
 VOTES: dict[str, Callable[[str], str | None]] = {
@@ -202,7 +203,7 @@ def load_params(
     """Words that identify the policy, and its parameters on the mesh; without a work directory, policy.path."""
     if workdir is None:
         path = pathlib.Path(config.policy.path)
-        _, params = policy.load_hf(path, mesh)
+        _, params = hf.load_hf(path, mesh)
         return f"checkpoint {fingerprint(path)}", params
     name, keep = ("best", 1) if config.eval.best else ("checkpoints", config.checkpoint.keep)
     directory = epath.Path(config.checkpoint.dir or workdir) / name

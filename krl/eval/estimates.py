@@ -13,7 +13,7 @@ from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 
-from krl.tasks.rewards import SOLVED, as_float32
+from krl.rewards.functions import SOLVED, as_float32
 
 NUM_RESAMPLES = 10_000  # of a bootstrap interval
 

@@ -11,14 +11,13 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import numpy as np
 
+from krl.base.types import Decoder, Prompts, Rollouts
 from krl.eval.estimates import summarize
 from krl.eval.sample import Score, as_failures, sample_tasks, score_apart
-from krl.policy.tokenizer import Decoder
 from krl.run.metrics import mean_of, short
 from krl.run.processes import is_first, sum_over_processes
 from krl.run.scoring import decode_rollouts, make_items
 from krl.tasks import EncodedTasks
-from krl.types import Prompts, Rollouts
 
 
 class Measured(NamedTuple):

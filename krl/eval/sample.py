@@ -6,14 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from krl.policy.tokenizer import Decoder
+from krl.base.answers import Answer
+from krl.base.types import Decoder, Prompts, Rollouts
+from krl.rewards.functions import SOLVED, Item, Row, as_float32
+from krl.rewards.pool import FAULTS, VerifierPool
 from krl.run.metrics import mean_of
 from krl.run.processes import sum_over_processes, to_host
 from krl.run.scoring import decode_rollouts, make_items
-from krl.tasks import Answer, EncodedTasks
-from krl.tasks.pool import FAULTS, VerifierPool
-from krl.tasks.rewards import SOLVED, Item, Row, as_float32
-from krl.types import Prompts, Rollouts
+from krl.tasks import EncodedTasks
 
 # n items -> rewards [n] float64 or float32, and how often the verifiers failed, by kind.
 Score = Callable[[Sequence[Item]], tuple[np.ndarray, dict[str, int]]]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from krl.masked import divide, segment_differs, segment_moments, segment_sum
+from krl.base.masked import divide, segment_differs, segment_moments, segment_sum
 
 ROUNDED = 1e-4  # most that float32 may round a reward, in parts of the distance between its group's best and worst
 SCALES = ("std", "none", "mean")  # what the advantages of a prompt are divided by

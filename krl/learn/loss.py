@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from krl.masked import divide, masked_sum
+from krl.base.masked import divide, masked_sum
 
 _FARTHEST = 20.0  # beyond exp(20) a ratio carries no information; the bound keeps inf out of 0 * inf gradients
 

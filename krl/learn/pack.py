@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from krl.sharding import batch_devices
-from krl.types import Prompts, Rollouts
+from krl.base.sharding import batch_devices
+from krl.base.types import Prompts, Rollouts
 
 
 class Packed(struct.PyTreeNode):

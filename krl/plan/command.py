@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from krl import policy
+from krl import hf, policy
+from krl.base.sharding import RULES, make_mesh, reshape_mesh
 from krl.configs.check import check
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.plan.hlo import Collective
@@ -32,7 +33,6 @@ from krl.rollout.serve import SHRINK
 from krl.run.optimizer import abstract_state
 from krl.run.setup import NAMES, find_optimizer
 from krl.run.start import abstract_params, computed_by, sized_policy
-from krl.sharding import RULES, make_mesh, reshape_mesh
 
 KEPT = ("parameters", "optimiser", "parameters of the reference")  # all the time; the other parts while decoding
 
@@ -109,7 +109,7 @@ def plan(config: ConfigDict, topology: str, tokens: int = 0, accelerator: Accele
 def find_sizes(config: ConfigDict, *, on_tpu: bool) -> policy.PolicyConfig:
     """The policy of a config, with the attention that "auto" would choose on the devices it is planned for."""
     if config.policy.path:
-        found = policy.read_config(config.policy.path, **computed_by(config))
+        found = hf.read_config(config.policy.path, **computed_by(config))
     else:
         found = sized_policy(config, config.tokenizer.vocab_size)
     if not on_tpu or found.attention != "auto":

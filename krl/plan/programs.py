@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from krl import policy
+from krl.base.sharding import batch_devices, named_sharding
+from krl.base.types import Prompts, Rollouts, TrainState
 from krl.learn.pack import rows_at_once
 from krl.plan.hlo import Cost, read_cost
 from krl.rollout.sampler import PROGRAMS, Work, decoding_axes
@@ -19,8 +21,6 @@ from krl.rollout.serve import REFILL, Options, Settings, State, drains
 from krl.run.compiled import for_this_backend
 from krl.run.setup import find_learning, find_rule, find_slots, prompts_of_a_step
 from krl.run.update import policy_update
-from krl.sharding import batch_devices, named_sharding
-from krl.types import Prompts, Rollouts, TrainState
 
 
 class Program(NamedTuple):

@@ -1,8 +1,8 @@
-"""The language model, its checkpoints and its tokenizer."""
+"""The language model."""
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import Any
 
-from krl.policy.hf_config import read_config
 from krl.policy.model import (
     Cache,
     PolicyConfig,
@@ -16,9 +16,6 @@ from krl.policy.model import (
     token_logps,
 )
 
-if TYPE_CHECKING:
-    from krl.policy.hf import load_hf, save_hf
-
 __all__ = [
     "Cache",
     "PolicyConfig",
@@ -27,19 +24,14 @@ __all__ = [
     "for_decoding",
     "init",
     "init_cache",
-    "load_hf",
     "param_axes",
     "read",
-    "read_config",
-    "save_hf",
     "token_logps",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # On first use, so that `python -m krl.policy.hf` does not find its module imported already.
-    if name in ("load_hf", "save_hf"):
-        from krl.policy import hf
-
-        return getattr(hf, name)
+    # Notebooks find checkpoints beside the model; krl.hf stands above this room and is loaded when it is asked for.
+    if name in ("load_hf", "save_hf", "read_config"):
+        return getattr(importlib.import_module("krl.hf"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

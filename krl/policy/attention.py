@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from krl.sharding import open_axes, partition_spec
+from krl.base.sharding import open_axes, partition_spec
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
 _BLOCK = 512  # queries whose attention XLA computes at a time

@@ -17,9 +17,9 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from krl.base.sharding import constrain
 from krl.policy.attention import KERNELS, attend_cached, attend_rows
 from krl.policy.scores import token_scores
-from krl.sharding import constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -143,7 +143,7 @@ def apply(
 
     Args:
         config: the decoder's sizes.
-        params: from `init` or `krl.policy.load_hf`.
+        params: from `init` or `krl.hf.load_hf`.
         tokens: [B, T] int32.
         mask: [B, T] bool, True on the real tokens of a row, which lie together and may be padded on
             both sides; None means all.
@@ -169,7 +169,7 @@ def for_decoding(config: PolicyConfig, params: dict[str, Any]) -> dict[str, Any]
 
     Args:
         config: the decoder's sizes.
-        params: from `init` or `krl.policy.load_hf`.
+        params: from `init` or `krl.hf.load_hf`.
     """
 
     def cast(leaf: jax.Array) -> jax.Array:
@@ -256,7 +256,7 @@ def token_logps(
 
     Args:
         config: the decoder's sizes.
-        params: from `init` or `krl.policy.load_hf`.
+        params: from `init` or `krl.hf.load_hf`.
         tokens: [B, T] int32.
         mask, segments: as for `apply`. The first token of a packed sequence has no meaningful score.
         start: the first position to score, >= 1 because nothing predicts position 0; static.

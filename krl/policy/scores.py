@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from krl.sharding import RULES, open_axes
+from krl.base.sharding import RULES, open_axes
 
 
 def token_scores(

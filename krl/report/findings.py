@@ -10,8 +10,8 @@ import numpy as np
 
 from krl.configs.check import FREE_KEYS
 from krl.report.history import STATES, Run, smooth, states
+from krl.rewards.pool import FAULTS
 from krl.run.rollouts import count_reasons
-from krl.tasks.pool import FAULTS
 
 BINS = 12  # of a success rate, in equal steps of its arcsine: narrower towards 0 and 1
 FEWEST_GROUPS = 10  # that a bin of the calibration is shown for

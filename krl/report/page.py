@@ -20,8 +20,8 @@ from krl.configs.check import flatten
 from krl.report import charts, specs
 from krl.report.findings import NO_SETTINGS, by_settings, faults, over_seeds, spending
 from krl.report.history import Run, sample_rollouts, series, summary
+from krl.rewards.functions import SOLVED
 from krl.run.metrics import format_seconds
-from krl.tasks.rewards import SOLVED
 
 HERE = pathlib.Path(__file__).parent
 NONE = "\N{EN DASH}"  # in the place of a number that is not there

@@ -18,6 +18,8 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from krl import policy
+from krl.base.sharding import RULES, batch_devices, constrain
+from krl.base.types import Array, Prompts, Rollouts
 from krl.rollout.serve import (
     Options,
     PromptCache,
@@ -33,8 +35,6 @@ from krl.rollout.serve import (
     shrink,
 )
 from krl.rollout.slots import make_slots
-from krl.sharding import RULES, batch_devices, constrain
-from krl.types import Array, Prompts, Rollouts
 
 PREFILL_TOKENS = 16384  # prompt tokens that go through the policy at a time
 CPU_CACHE = 4e6  # bytes of keys and values that a CPU holds near its cores; more slots than that make it slower

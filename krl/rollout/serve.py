@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from krl import policy
+from krl.base.sharding import constrain
+from krl.base.types import Array
 from krl.rollout.tokens import LEVELS, draw_tokens, random_numbers
-from krl.sharding import constrain
-from krl.types import Array
 
 REFILL = 8  # slots are refilled when so large a part of them idles, one in eight
 SHRINK = 4  # how many times fewer slots go on when nothing waits and so few are live

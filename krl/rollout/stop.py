@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from krl.policy.tokenizer import Tokenizer
+from krl.base.types import Tokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _UNKNOWN = "\ufffd"  # what bytes are decoded to that are no character

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from krl.policy.tokenizer import Tokenizer, save_end_ids
+from krl.base.types import Tokenizer
+from krl.hf.tokenizer import save_end_ids
 from krl.run.processes import any_process, is_first, say, to_host
 
 _ABOUT = "about"  # the item of a checkpoint that is no tree of arrays
@@ -265,7 +266,7 @@ def claim_workdir(workdir: pathlib.Path, config: dict, policy_json: str, tokeniz
     Args:
         workdir: from `open_workdir`.
         config: flat dictionary of every config key, JSON values.
-        policy_json: the policy's own config.json, see `krl.policy.hf_config.config_json`.
+        policy_json: the policy's own config.json, see `krl.hf.config.config_json`.
         tokenizer: is copied; its end tokens are written beside it, whichever file named them.
     """
     if (workdir / "config.json").exists():

@@ -6,16 +6,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from krl import budget
+from krl.base.types import Tokenizer
 from krl.configs.check import parse_arguments
 from krl.configs.named import IN_PYTHON
-from krl.policy.tokenizer import Tokenizer
+from krl.rewards.pool import VerifierPool
 from krl.run.processes import say
 from krl.tasks import SOURCES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks
 from krl.tasks.arithmetic import make_ladder
 from krl.tasks.files import has_split
 from krl.tasks.maze import make_mazes
 from krl.tasks.operators import make_operators
-from krl.tasks.pool import VerifierPool
 
 
 def make_verifiers(config: ConfigDict, given: Callable[..., float] | None = None) -> VerifierPool:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
+from krl.base.types import TrainState
 from krl.run.metrics import read_rows
 from krl.run.optimizer import skipped_updates
 from krl.run.processes import is_first, say
-from krl.types import TrainState
 
 LIMITS = {"loss": "loss", "ratio": "ratio_max", "kl": "kl"}  # key of config.guard -> metric of a step
 _FILE = "rollbacks.jsonl"

@@ -11,14 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from krl import budget, learn
+from krl.base.types import Rollouts, TrainState
+from krl.rewards.functions import as_float32
 from krl.run.checkpoint import Checkpoints, digest
 from krl.run.optimizer import abstract_state, init_state
 from krl.run.processes import place_whole, say
 from krl.run.scoring import Verdicts
 from krl.run.setup import Setup
 from krl.run.start import start_params
-from krl.tasks.rewards import as_float32
-from krl.types import Rollouts, TrainState
 
 
 class Learner(NamedTuple):

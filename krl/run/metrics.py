@@ -21,13 +21,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+from krl.base.masked import divide, masked_sum, segment_sum
+from krl.base.types import Rollouts
 from krl.budget import Belief
 from krl.learn import mixed_groups
-from krl.masked import divide, masked_sum, segment_sum
+from krl.rewards.pool import FAULTS
 from krl.run.processes import is_first
 from krl.run.writers import Writer, tensorboard
-from krl.tasks.pool import FAULTS
-from krl.types import Rollouts
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -9,10 +9,10 @@ import optax
 from flax import struct
 
 from krl import policy
-from krl.masked import divide
+from krl.base.masked import divide
+from krl.base.sharding import constrain, named_sharding
+from krl.base.types import TrainState
 from krl.run.compiled import KEPT, shared_jit
-from krl.sharding import constrain, named_sharding
-from krl.types import TrainState
 
 
 @functools.lru_cache(KEPT)

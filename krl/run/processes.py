@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from krl.sharding import named_sharding
+from krl.base.sharding import named_sharding
 
 SETUP_SECONDS = 3600  # that the others wait while process 0 prepares data and tokenizer
 SILENCE_SECONDS = 30  # after which a process that says nothing is taken for dead, and all end

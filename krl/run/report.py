@@ -1,8 +1,6 @@
 """The old name of `python -m krl.report`, in this version still."""
 
-import runpy
-import sys
+from krl import _moved
 
 if __name__ == "__main__":
-    print("krl.run.report is krl.report now; the old name goes with the next version", file=sys.stderr)
-    runpy.run_module("krl.report", run_name="__main__")
+    _moved.program("krl.run.report", "krl.report")

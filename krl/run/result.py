@@ -10,16 +10,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from krl.base.sharding import batch_devices
+from krl.base.types import Prompts, Tokenizer
 from krl.policy import PolicyConfig
-from krl.policy.tokenizer import Tokenizer
 from krl.run.data import encode
 from krl.run.processes import place_whole, to_host
 from krl.run.scoring import decode_rollouts
 from krl.run.setup import Setup
 from krl.run.spend import generate
-from krl.sharding import batch_devices
 from krl.tasks import TaskSet
-from krl.types import Prompts
 
 
 @dataclasses.dataclass(frozen=True)

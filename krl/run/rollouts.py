@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
+from krl.base.types import Array, Rollouts
+from krl.rewards.pool import FAULTS
 from krl.run.processes import gather, is_first, say, to_host
 from krl.tasks import EncodedTasks
-from krl.tasks.pool import FAULTS
-from krl.types import Array, Rollouts
 
 _NAMES = "step-*.parquet"
 SCHEMA = pa.schema([

@@ -7,13 +7,12 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from krl.policy.tokenizer import Decoder
+from krl.base.answers import Answer
+from krl.base.types import Decoder, Rollouts
+from krl.rewards.functions import Item, Row
+from krl.rewards.pool import FAULTS, VerifierPool
 from krl.run.metrics import mean_of
 from krl.run.processes import first_text, say, sum_over_processes
-from krl.tasks import Answer
-from krl.tasks.pool import FAULTS, VerifierPool
-from krl.tasks.rewards import Item, Row
-from krl.types import Rollouts
 
 
 @dataclasses.dataclass
@@ -68,7 +67,7 @@ class Verdicts(NamedTuple):
     """What the verifiers say of R rollouts; of those of other processes the first three have zeros."""
 
     rewards: np.ndarray  # [R] float64; 0 where there is none
-    faults: np.ndarray  # [R] int32: 0 for none, else 1 and its place in `krl.tasks.pool.FAULTS`
+    faults: np.ndarray  # [R] int32: 0 for none, else 1 and its place in `krl.rewards.pool.FAULTS`
     parts: np.ndarray  # [R, C] float64, what each of several rewards gave, NaN where it failed; C = 0 for one alone
     prompt_index: np.ndarray  # [R] int32, the prompt of each; M on padding rows
     texts: list[str | None]  # the responses; None for those of other processes

@@ -22,11 +22,15 @@ import optax
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from krl import budget, learn, policy
+from krl.base.sharding import make_mesh, reshape_mesh
+from krl.base.types import Tokenizer
 from krl.configs import default
 from krl.configs.check import FREE_KEYS, flatten
 from krl.configs.named import find, name_of
-from krl.policy.hf_config import config_json
-from krl.policy.tokenizer import Tokenizer, load_tokenizer
+from krl.hf.config import config_json
+from krl.hf.tokenizer import load_tokenizer
+from krl.rewards.pool import VerifierPool
+from krl.rewards.verify import REWARDS
 from krl.rollout import Ends, find_ends, slots_in_memory
 from krl.run.checkpoint import claim_workdir, open_workdir
 from krl.run.data import encode, find_features, load_task_sets, make_verifiers
@@ -34,10 +38,7 @@ from krl.run.optimizer import make_optimizer
 from krl.run.processes import is_first
 from krl.run.sft import Pairs
 from krl.run.start import GIVEN, abstract_params, check_given, find_pairs, find_policy, find_tokenizer, sft_cache
-from krl.sharding import make_mesh, reshape_mesh
 from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, step_task_ids
-from krl.tasks.pool import VerifierPool
-from krl.tasks.verify import REWARDS
 
 NAMES: dict[str, Any] = {  # what a config may name
     "rules": budget.RULES, "may_choose": budget.may_choose, "must_choose": budget.must_choose,

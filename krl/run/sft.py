@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from krl import policy
-from krl.policy.tokenizer import Tokenizer
+from krl.base.types import Tokenizer
 from krl.run.checkpoint import Checkpoints
 from krl.run.compiled import for_this_backend
 from krl.run.optimizer import init_state, make_optimizer, skipped_updates

@@ -11,13 +11,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from krl import budget, rollout
+from krl.base.sharding import named_sharding, reshape_mesh
+from krl.base.types import Prompts, Rollouts
+from krl.rewards.functions import as_float32
 from krl.run.metrics import PhaseClock
 from krl.run.processes import place_whole
 from krl.run.scoring import Scoring, Verdicts, verdict_metrics
 from krl.run.setup import Setup, find_slots
-from krl.sharding import named_sharding, reshape_mesh
-from krl.tasks.rewards import as_float32
-from krl.types import Prompts, Rollouts
 
 # Small programs; what is static is hashable and the same in every step.
 mean_tokens = jax.jit(budget.mean_tokens)

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from krl import policy
+from krl import hf, policy
+from krl.base.sharding import tree_sharding
+from krl.base.types import Tokenizer
 from krl.configs.check import FREE_KEYS, flatten
-from krl.policy.hf import check_hf
-from krl.policy.tokenizer import Tokenizer, check_vocabulary, train_sentencepiece
+from krl.hf.tokenizer import check_vocabulary, train_sentencepiece
+from krl.hf.weights import check_hf
 from krl.rollout import Ends
 from krl.rollout.stop import describe_ends, missing_end
 from krl.run.checkpoint import digest
@@ -25,7 +27,6 @@ from krl.run.lock import wait_for
 from krl.run.metrics import progress
 from krl.run.processes import is_first, place_whole, say, to_host
 from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
-from krl.sharding import tree_sharding
 from krl.tasks import EncodedTasks, TaskSet
 
 GIVEN = "(given)"  # config.policy.path of a run whose policy was given in Python
@@ -39,7 +40,7 @@ def find_tokenizer(config: ConfigDict, tasks: TaskSet, folder: pathlib.Path, wor
         raise ValueError("a policy that is given to train needs config.tokenizer.path, the directory of its tokenizer")
     if config.policy.path not in ("", GIVEN):
         try:
-            policy.read_config(config.policy.path)
+            hf.read_config(config.policy.path)
         except ValueError as error:
             raise ValueError(f"config.policy.path={config.policy.path!r}: {error}") from None
     if config.tokenizer.path or config.policy.path:
@@ -61,7 +62,7 @@ def find_policy(
     """The decoder of a run: the one that was given, its checkpoint's, or one of the config's sizes."""
     if config.policy.path:
         if (workdir / "config.json").exists():
-            found = policy.read_config(workdir / "policy", **computed_by(config))
+            found = hf.read_config(workdir / "policy", **computed_by(config))
         elif given:
             found = dataclasses.replace(given, **computed_by(config))
         else:
@@ -159,7 +160,7 @@ def start_params(
     if config.policy.path == GIVEN:
         params = copy_params(given, abstract_params(policy_config, mesh))
     elif config.policy.path:
-        found, params = policy.load_hf(config.policy.path, mesh)
+        found, params = hf.load_hf(config.policy.path, mesh)
         if dataclasses.replace(found, **computed_by(config)) != policy_config:
             raise ValueError(f"{config.policy.path} is not what this run began from; choose another --workdir")
     else:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from krl import learn, policy
+from krl.base.masked import divide, masked_sum
+from krl.base.sharding import constrain
+from krl.base.types import Prompts, Rollouts, TrainState
 from krl.learn.batches import accumulate, map_rows
 from krl.learn.pack import Columns, fill_columns, place_rollouts, rows_at_once
-from krl.masked import divide, masked_sum
 from krl.run.optimizer import Waiting, apply_gradients
-from krl.sharding import constrain
-from krl.types import Prompts, Rollouts, TrainState
 
 
 @functools.partial(

@@ -1,9 +1,9 @@
 """Prompts and verifiable rewards; runs on the host."""
 
+from krl.base.answers import Answer
 from krl.tasks.data import EncodedTasks, TaskSet, encode_tasks, load_tasks, step_task_ids
 from krl.tasks.sources import SOURCES, load_named
 from krl.tasks.templates import TEMPLATES, find_template
-from krl.tasks.verify import Answer
 
 __all__ = [
     "SOURCES",

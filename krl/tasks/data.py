@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from krl.base.answers import Answer
 from krl.tasks.fields import Chat, find_field, further_texts, plain_answer, plain_pair, plain_prompt, plain_row
 from krl.tasks.files import read_rows, spell_numbers
 from krl.tasks.templates import Encoder, find_template
-from krl.tasks.verify import Answer
 
 
 @dataclasses.dataclass(frozen=True)

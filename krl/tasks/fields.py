@@ -5,8 +5,8 @@ import decimal
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from krl.base.answers import Answer
 from krl.tasks.files import Literal, spell_numbers
-from krl.tasks.verify import Answer
 
 Chat = tuple[dict[str, str], ...]  # {"role", "content"} messages, in their order
 _ROLES = ("system", "developer", "user", "assistant")

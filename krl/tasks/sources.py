@@ -10,11 +10,10 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from krl.base.answers import Answer, extract_answer
 from krl.tasks.data import TaskSet
-from krl.tasks.extract import extract_answer
 from krl.tasks.fields import Chat, further_texts, join_parts, plain_answer, plain_prompt, plain_row, plain_text
 from krl.tasks.files import Rows, has_split, read_rows
-from krl.tasks.verify import Answer
 
 
 @dataclasses.dataclass(frozen=True)

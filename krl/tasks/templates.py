@@ -8,7 +8,7 @@ BOXED = "\nPlease reason step by step, and put your final answer within \\boxed{
 
 
 class Encoder(Protocol):
-    """The part of a tokenizer that prompts need; krl.policy.tokenizer tells more."""
+    """The part of a tokenizer that prompts need; krl.hf.tokenizer tells more."""
 
     pad_id: int
 

@@ -1,4 +1,4 @@
-"""The program of a reward worker: `krl.tasks.pool` starts it and talks to it through pipes.
+"""The program of a reward worker: `krl.rewards.pool` starts it and talks to it through pipes.
 
 The parent writes pickles: first (reward, memory_gb, parent), then (number, item) for each item, with the item's row
 only where a reward takes it. The worker writes lines: "ready", "ready row" (rows are wanted) or "refused why", then for
@@ -16,7 +16,7 @@ import signal
 import sys
 from typing import BinaryIO
 
-from krl.tasks.rewards import load_rewards, reward_or_error, rewards_and_reason
+from krl.rewards.functions import load_rewards, reward_or_error, rewards_and_reason
 
 __all__ = ["OUT_OF_MEMORY", "main", "reward_or_error"]
 
@@ -45,7 +45,7 @@ def _serve(requests: BinaryIO, replies: int) -> None:
     text, memory_gb, parent = pickle.load(requests)
     _die_with(parent)
     _limit_memory(memory_gb)
-    importlib.import_module("krl.tasks.algebra")  # slow, so before the first item's time begins
+    importlib.import_module("krl.rewards.algebra")  # slow, so before the first item's time begins
     try:
         parts = load_rewards(text)
     except ValueError as error:

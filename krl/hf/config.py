@@ -59,7 +59,7 @@ _HARMLESS = {
 
 # What people hand over by mistake, and files that tell it. The first that is there is told.
 _SAVE = "with transformers (from_pretrained, save_pretrained)"
-_EXPORT = "write its policy with python -m krl.policy.hf export WORKDIR OUT and name OUT"
+_EXPORT = "write its policy with python -m krl.hf export WORKDIR OUT and name OUT"
 _OTHERS: dict[str, tuple[str, ...]] = {
     "it is an adapter (such as LoRA): merge it into its base model with peft (merge_and_unload, save_pretrained) and "
     "name what that writes": ("adapter_config.json", "adapter_model.*"),

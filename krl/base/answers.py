@@ -1,6 +1,9 @@
-"""Where the final answer of a response stands."""
+"""Gold answers, and where the final answer of a response stands."""
 
 import re
+from collections.abc import Sequence
+
+Answer = str | Sequence[str]  # the gold answer, or several of which any is accepted
 
 _THOUGHT_BEGINS = re.compile(
     r"[<\u25c1](?:seed:)?(?:think(?:ing)?|thought|reasoning)\s*+[>\u25b7]|\[THINK\]|<\|begin_of_thought\|>",

@@ -23,7 +23,7 @@ from math_verify.utils import timeout
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
-# Forms beyond these are equal to nothing; `krl.tasks.verify` has compared them as text before it asks here.
+# Forms beyond these are equal to nothing; `krl.rewards.verify` has compared them as text before it asks here.
 MAX_DEPTH = 10
 MAX_LETTERS = 30  # commands aside; more are prose, which would be parsed as a product of that many variables
 # Sympy evaluates powers and factorials as whole numbers and multiplies out powers of sums, so a few characters can
@@ -68,7 +68,7 @@ def same(gold: str, given: str) -> bool:
     """Whether two normal forms are equal as sympy reads them; never raises.
 
     Args:
-        gold, given: LaTeX as `krl.tasks.notation` normalises it, at most its MAX_CHARACTERS long.
+        gold, given: LaTeX as `krl.rewards.notation` normalises it, at most its MAX_CHARACTERS long.
     """
     if not (_tame(gold) and _tame(given)):
         return False

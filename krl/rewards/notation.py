@@ -5,7 +5,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from krl.tasks.units import FUNCTIONS, UPRIGHT, remove_units
+from krl.rewards.units import FUNCTIONS, UPRIGHT, remove_units
 
 # Longer texts are compared as text only. The longest answers of MATH and OlympiadBench have 250 characters.
 MAX_CHARACTERS = 400
@@ -205,7 +205,7 @@ _BRACED = re.compile(r"\{([^{}\\]*,[^{}]*)\}")
 def normal_form(text: str) -> str:
     """A text with one spelling for what LaTeX and prose write in many ways; long texts as they are.
 
-    What may be a unit follows a tilde, see `krl.tasks.units`.
+    What may be a unit follows a tilde, see `krl.rewards.units`.
     """
     text = text.strip()
     if len(text) > MAX_CHARACTERS:

@@ -1,0 +1,1 @@
+"""What every room may use: records, masked reductions, sharding rules, answers."""

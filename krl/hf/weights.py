@@ -1,0 +1,396 @@
+"""Hugging Face checkpoints in and out: sharded safetensors beside a config.json."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from krl.base.sharding import tree_sharding
+from krl.hf.config import STORED_TYPES, config_json, read_config, what_else
+from krl.policy.model import PolicyConfig, init, param_axes
+
+INDEX = "model.safetensors.index.json"
+_HEAD = "lm_head.weight"
+_KEY = jax.eval_shape(lambda: jax.random.key(0))  # a shape, for shapes of parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor of a checkpoint lies in the parameters."""
+
+    path: tuple[str, ...]  # keys of the parameter tree
+    layer: int | None  # row of the stacked parameter, None if it is not stacked
+    groups: tuple[tuple[int, ...], ...]  # for each axis of the tensor, the axes of the parameter that make it
+
+
+def _tensors(config: PolicyConfig) -> dict[str, _Tensor]:
+    """Every tensor of a checkpoint by name, in the order of a forward pass."""
+    attention, mlp = "self_attn.{}_proj.weight", "mlp.{}_proj.weight"
+    block: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]] = {
+        "input_layernorm.weight": (("attention_norm", "weight"), ((0,),)),
+        **{attention.format(name[0]): ((name,), ((1, 2), (0,))) for name in ("query", "key", "value")},
+        attention.format("o"): (("output",), ((2,), (0, 1))),
+        **{mlp.format(name): ((name,), ((1,), (0,))) for name in ("gate", "up", "down")},
+    }
+    if config.qkv_bias:
+        block |= {f"self_attn.{n[0]}_proj.bias": ((f"{n}_bias",), ((0, 1),)) for n in ("query", "key", "value")}
+    if config.qk_norm:
+        block |= {f"self_attn.{n[0]}_norm.weight": ((f"{n}_norm", "weight"), ((0,),)) for n in ("query", "key")}
+    norms = {"post_attention_layernorm": "mlp_norm"}
+    if config.post_norms:
+        norms = {
+            "post_attention_layernorm": "attention_post_norm",
+            "pre_feedforward_layernorm": "mlp_norm",
+            "post_feedforward_layernorm": "mlp_post_norm",
+        }
+    block |= {f"{theirs}.weight": ((ours, "weight"), ((0,),)) for theirs, ours in norms.items()}
+    tensors = {"model.embed_tokens.weight": _Tensor(("embedding",), None, ((0,), (1,)))}
+    for layer in range(config.num_layers):
+        for name, (path, groups) in block.items():
+            tensors[f"model.layers.{layer}.{name}"] = _Tensor(("blocks", *path), layer, groups)
+    tensors["model.norm.weight"] = _Tensor(("final_norm", "weight"), None, ((0,),))
+    if not config.tie_embeddings:
+        tensors[_HEAD] = _Tensor(("head",), None, ((1,), (0,)))
+    return tensors
+
+
+def _leaf(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _shape(tensor: _Tensor, leaf: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor, from its parameter's."""
+    shape = leaf if tensor.layer is None else leaf[1:]
+    return tuple(math.prod(shape[axis] for axis in group) for group in tensor.groups)
+
+
+def load_hf(path: str | pathlib.Path, mesh: Mesh | None = None, **options: Any) -> tuple[PolicyConfig, dict[str, Any]]:
+    """Read a checkpoint directory into float32 parameters on the devices.
+
+    One file is open at a time and one tensor at a time is on the host: each process reads of it what
+    its own devices need.
+
+    Args:
+        path: a directory with config.json and model.safetensors, or its shards and their index.
+        mesh: where the parameters go, by the sharding rules; None for the default device.
+        options: fields of PolicyConfig that no checkpoint decides, such as dtype, remat and attention.
+
+    Returns:
+        (config, params), as `krl.policy.init` lays them out.
+
+    Raises:
+        ValueError: an unsupported architecture or field, a file that is missing or cut off, tensors
+            that are missing, unexpected or of another shape; the message names them.
+    """
+    config, files = check_hf(path, **options)
+    shapes = jax.eval_shape(lambda key: init(config, key), _KEY)
+    tensors = _tensors(config)
+    mesh = mesh or Mesh(np.array(jax.devices()[:1]), ("data",))
+    shardings = tree_sharding(mesh, param_axes(config), shapes)
+    leaves: dict[tuple[str, ...], jax.Array] = {}
+    for file, names in files.items():
+        with safetensors.safe_open(file, framework="np") as opened:
+            for name in names:
+                if name not in tensors:
+                    continue
+                tensor = tensors[name]
+                shape, sharding = _leaf(shapes, tensor.path).shape, _leaf(shardings, tensor.path)
+                whole = leaves.get(tensor.path)
+                if whole is None:
+                    whole = jax.jit(jnp.zeros, static_argnums=0, out_shardings=sharding)(shape)
+                leaves[tensor.path] = _read(opened.get_slice(name), tensor, whole, sharding)
+    params: dict[str, Any] = {}
+    for keys, leaf in leaves.items():
+        inner = params
+        for key in keys[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[keys[-1]] = leaf
+    spare = next((file for file, names in files.items() if _HEAD in names and _HEAD not in tensors), None)
+    if spare is not None:
+        _check_spare_head(spare, params["embedding"])
+    return config, params
+
+
+def _read(stored: Any, tensor: _Tensor, whole: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Put one tensor of an open file, shard by shard, into its parameter."""
+    shape, spec = whole.shape, sharding.spec
+    if tensor.layer is not None:
+        shape, spec = shape[1:], PartitionSpec(*spec[1:])
+    order = [axis for group in tensor.groups for axis in group]
+
+    def shard(index: Any) -> np.ndarray:
+        bounds = [each.indices(size)[:2] for each, size in zip(index, shape, strict=True)]
+        cut = []
+        for group in tensor.groups:
+            # Only the first of merged axes is ever split, so a shard is one run of the tensor's axis.
+            inner = math.prod(shape[axis] for axis in group[1:])
+            cut.append(slice(bounds[group[0]][0] * inner, bounds[group[0]][1] * inner))
+        sizes = [bounds[axis][1] - bounds[axis][0] for axis in order]
+        return stored[tuple(cut)].reshape(sizes).transpose(np.argsort(order))
+
+    piece = jax.make_array_from_callback(shape, NamedSharding(sharding.mesh, spec), shard)
+    return _place(whole, piece, tensor.layer if tensor.layer is not None else -1)
+
+
+def _place_layer(whole: jax.Array, piece: jax.Array, layer: int) -> jax.Array:
+    """The parameter with one layer, or all of it, replaced."""
+    piece = piece.astype(whole.dtype)
+    return piece if piece.ndim == whole.ndim else jax.lax.dynamic_update_index_in_dim(whole, piece, layer, 0)
+
+
+_place = jax.jit(_place_layer, donate_argnums=0)
+
+
+def _check_spare_head(file: pathlib.Path, embedding: jax.Array) -> None:
+    """Refuse an output head that is stored beside an embedding it should equal: one of the two was trained."""
+    with safetensors.safe_open(file, framework="np") as opened:
+        stored = opened.get_slice(_HEAD)
+
+        def rows(index: Any) -> np.ndarray:
+            return stored[
+                tuple(slice(*each.indices(size)[:2]) for each, size in zip(index, embedding.shape, strict=True))
+            ]
+
+        head = jax.make_array_from_callback(embedding.shape, embedding.sharding, rows)
+    if not bool((head.astype(embedding.dtype) == embedding).all()):
+        raise ValueError(
+            f"{file} stores a {_HEAD} that is not the embedding, and config.json says tie_word_embeddings; "
+            "set it to false to keep both"
+        )
+
+
+def check_hf(path: str | pathlib.Path, **options: Any) -> tuple[PolicyConfig, dict[pathlib.Path, list[str]]]:
+    """Check every tensor's name, shape and type by the headers of the files, before anything is read.
+
+    Args:
+        path, options: as for `load_hf`.
+
+    Returns:
+        (config, the names of the tensors in each file).
+
+    Raises:
+        ValueError: as `load_hf`.
+    """
+    config, path = read_config(path, **options), pathlib.Path(path)
+    tensors = _tensors(config)
+    shapes = jax.eval_shape(lambda key: init(config, key), _KEY)
+    files: dict[pathlib.Path, list[str]] = {}
+    found, kinds = {}, {}
+    for file in _weight_files(path):
+        try:
+            with safetensors.safe_open(file, framework="np") as opened:
+                files[file] = list(opened.keys())
+                for name in files[file]:
+                    view = opened.get_slice(name)
+                    found[name], kinds[name] = tuple(view.get_shape()), view.get_dtype()
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ValueError(f"cannot read {file}: {error}; it may be cut off or a pointer, fetch it again") from None
+    wanted = {name: _shape(tensor, _leaf(shapes, tensor.path).shape) for name, tensor in tensors.items()}
+    spare = {_HEAD} if config.tie_embeddings else set()
+    unexpected = [n for n in found if n not in wanted and n not in spare and not n.endswith("rotary_emb.inv_freq")]
+    missing = [n for n in wanted if n not in found]
+    problems = [
+        f"{len(names)} {what} ({_few(names)})"
+        for what, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{path}: the tensors are not those of its config.json: {' and '.join(problems)}")
+    if spare & found.keys():
+        wanted[_HEAD] = wanted["model.embed_tokens.weight"]
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise ValueError(f"{path}: {name} has shape {found[name]} and its config.json asks for {shape}")
+        if kinds[name] not in STORED_TYPES:
+            raise ValueError(
+                f"{path}: {name} is {kinds[name]}; tensors must be {', '.join(STORED_TYPES)}, not quantised"
+            )
+    stored = {STORED_TYPES[kinds[name]] for name in tensors}
+    if len(stored) > 1:  # float32 holds them all, and config.json has to say so when they are written
+        return dataclasses.replace(config, stored_dtype="float32", source=config_json(config, "float32")), files
+    return dataclasses.replace(config, stored_dtype=stored.pop()), files
+
+
+def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a checkpoint's tensors, all there."""
+    index = path / INDEX
+    names = ["model.safetensors"]
+    if index.exists():
+        try:
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"{index} is not an index of safetensors: {error!r}") from None
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        parts = sorted(file.name for file in path.glob("model*.safetensors"))
+        told = "fetch it, too" if parts or index.exists() else what_else(path)
+        if parts and not index.exists():
+            told = f"what is in {_few(parts)} is told by {INDEX}, which is not there; fetch that, too"
+        told = f"; {told}" if told else ""
+        raise ValueError(f"{path / missing[0]} is missing; the checkpoint needs {_few(names)}{told}")
+    return [path / name for name in names]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def save_hf(
+    path: str | pathlib.Path,
+    config: PolicyConfig,
+    params: dict[str, Any],
+    *,
+    dtype: str | None = None,
+    files: Sequence[pathlib.Path] = (),
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a directory that transformers.AutoModelForCausalLM.from_pretrained opens.
+
+    The host holds one shard at a time. The directory appears whole or not at all.
+
+    Args:
+        path: a new or empty directory.
+        config: of the policy; one from `load_hf` is written back as it was read.
+        params: float32, on any devices.
+        dtype: of the tensors: "float32", "bfloat16" or "float16"; None for that of the checkpoint the
+            policy came from. 16 bits round parameters that were trained in between.
+        files: more files to copy, such as the tokenizer's.
+        shard_bytes: the largest size of a safetensors file, bytes.
+
+    Raises:
+        ValueError: the directory holds something or cannot be written, a dtype that is not stored, params
+            that are not of this config, or a config that describes no family of checkpoints.
+    """
+    stored = dtype or config.stored_dtype
+    if stored not in STORED_TYPES.values():
+        raise ValueError(f"dtype {stored!r} must be one of {', '.join(STORED_TYPES.values())}")
+    path = pathlib.Path(path).resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is not empty; choose another directory for the checkpoint")
+    sizes = [jax.tree.map(jnp.shape, tree) for tree in (params, jax.eval_shape(lambda k: init(config, k), _KEY))]
+    if sizes[0] != sizes[1]:
+        raise ValueError("the parameters are not of this config: their names or shapes differ")
+    text, itemsize = config_json(config, dtype), np.dtype(stored).itemsize
+    shards = _plan_shards(config, params, itemsize, shard_bytes)
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    try:
+        with _appearing_whole(path) as partial:
+            for name, shard in zip(names, shards, strict=True):
+                arrays = {n: _write(params, tensor).astype(stored) for n, tensor in shard.items()}
+                if partial is not None:
+                    safetensors.numpy.save_file(arrays, partial / name, metadata={"format": "pt"})
+                    (partial / name).chmod(0o644)  # else only its owner may read it
+            if partial is not None:
+                (partial / "config.json").write_text(text)
+                for file in files:
+                    shutil.copy(file, partial / file.name)
+                if len(shards) > 1:
+                    size = sum(leaf.size for leaf in jax.tree.leaves(params)) * itemsize
+                    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+                    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+                    (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write the checkpoint {path}: {error}") from None
+
+
+@contextlib.contextmanager
+def _appearing_whole(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
+    """A new directory that takes its name when the block ends well and is removed when it does not.
+
+    None on every process but the first of several, which all compute what the first writes.
+    """
+    if jax.process_index():
+        yield None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = pathlib.Path(tempfile.mkdtemp(prefix=f"{path.name}.partial-", dir=path.parent))
+    try:
+        partial.chmod(0o755)
+        yield partial
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def export(workdir: str | pathlib.Path, path: str | pathlib.Path, *, dtype: str | None = None) -> int:
+    """Write the newest checkpoint of a training run as a Hugging Face directory.
+
+    Args:
+        workdir: of train.py; its folder policy holds config.json and the tokenizer's files.
+        path, dtype: as for `save_hf`.
+
+    Returns:
+        The step of the checkpoint.
+
+    Raises:
+        ValueError: there is no checkpoint that can be read, or `save_hf` refuses.
+    """
+    import orbax.checkpoint as ocp  # slow to import, and only an export needs it
+
+    workdir = pathlib.Path(workdir)
+    if not (workdir / "policy").is_dir():
+        raise ValueError(f"{workdir} holds no run; give the --workdir of a train.py run")
+    config = read_config(workdir / "policy")
+    run = workdir / "config.json"
+    elsewhere = json.loads(run.read_text()).get("checkpoint.dir") if run.exists() else ""
+    directory = epath.Path(elsewhere or workdir.absolute()) / "checkpoints"
+    if not directory.is_dir():
+        raise ValueError(f"{directory.parent} holds no checkpoint yet; let train.py take a few steps")
+    shapes = jax.eval_shape(lambda key: init(config, key), _KEY)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
+    with ocp.CheckpointManager(directory) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ValueError(f"{directory.parent} holds no checkpoint yet; let train.py take a few steps")
+        try:
+            found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            raise ValueError(f"cannot read checkpoint {directory / str(step)}: {str(error).splitlines()[0]}") from None
+    others = [file for file in sorted((workdir / "policy").iterdir()) if file.name != "config.json"]
+    save_hf(path, config, found["params"], dtype=dtype, files=others)
+    return step
+
+
+def _plan_shards(
+    config: PolicyConfig, params: dict[str, Any], itemsize: int, shard_bytes: int
+) -> list[dict[str, _Tensor]]:
+    """Tensors in their order, cut into runs of at most shard_bytes."""
+    shards: list[dict[str, _Tensor]] = [{}]
+    size = 0
+    for name, tensor in _tensors(config).items():
+        more = math.prod(_shape(tensor, _leaf(params, tensor.path).shape)) * itemsize
+        if shards[-1] and size + more > shard_bytes:
+            shards, size = [*shards, {}], 0
+        shards[-1][name] = tensor
+        size += more
+    return shards
+
+
+def _write(params: dict[str, Any], tensor: _Tensor) -> np.ndarray:
+    """One tensor of a checkpoint on the host, contiguous, of the parameter's type."""
+    leaf = _leaf(params, tensor.path)
+    leaf = leaf if tensor.layer is None else leaf[tensor.layer]
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    order = [axis for group in tensor.groups for axis in group]
+    sizes = [math.prod(leaf.shape[axis] for axis in group) for group in tensor.groups]
+    return np.ascontiguousarray(np.asarray(leaf).transpose(order).reshape(sizes))
