@@ -2,7 +2,8 @@
 
 The rooms: `krl.budget` (how many rollouts each prompt gets), `krl.rollout` (sampling them), `krl.learn` (rewards to
 gradients), `krl.policy` (the language model), `krl.tasks` (prompts), `krl.rewards`, `krl.hf` (checkpoints of Hugging
-Face), `krl.run` (devices, disk, screen); and `krl.train(config, workdir)` is a run. docs/architecture.md shows how a step goes through them.
+Face), `krl.run` (devices, disk, screen); and `krl.train(config, workdir)` is a run. docs/architecture.md shows how a
+step goes through them.
 """
 
 import importlib

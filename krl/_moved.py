@@ -4,12 +4,20 @@ import importlib
 import runpy
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 
-def module(old: str, new: str) -> None:
-    """Put a module in the place of one that only calls this, and warn whoever imports the old name."""
+def attributes(old: str, new: str) -> Callable[[str], Any]:
+    """The `__getattr__` of a module that moved; whoever imports its old name is warned."""
     warnings.warn(f"{old} is {new} now; the old name goes with the next version", DeprecationWarning, stacklevel=3)
-    sys.modules[old] = importlib.import_module(new)
+
+    def find(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {old!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(new), name)
+
+    return find
 
 
 def program(old: str, new: str) -> None:

@@ -117,7 +117,7 @@ def train(
     workdir, compiles = pathlib.Path(workdir), CompileCounter()
     own = {"rule": rule, "reward": reward, "prior": prior, "policy": policy}
     config, own = name_own(config, own)
-    check(config, own, **NAMES)
+    check(config, NAMES, own)
     check_writers(flatten(config))
     with stop_on_signal() as asked, hold_workdir(workdir) if processes.is_first() else contextlib.nullcontext():
         with processes.first_before_others("set up"):
@@ -163,22 +163,20 @@ def take_steps(
         return "stopped", {}
     if step == 0:
         write_held_out(workdir, parts.test.tasks)
+
+    def save() -> None:
+        processes.check_copies(learner.state.params)
+        checkpoints.save(step, saved(learner), about | {"step": step})
+
     hear = FaultWatch(parts.verifiers, config.verify.may_fail)
     highest, newest = best.about_newest().get("accuracy", -math.inf), None
 
     # ---------------------------------------------------------------- the loop
+    recorded = config.profile.steps if processes.is_first() else 0
     with (
-        MetricsLog(
-            workdir,
-            first_step=step,
-            writers=find_writers(workdir, flatten(config)),
-            rollouts_gb=config.log.rollouts_gb,
-            texts_every=config.log.texts_every,
-        ) as log,
+        open_log(config, workdir, step) as log,
         progress(config.steps, step, config.alloc.rule) as show,
-        profile(
-            workdir / "profile", begin=step + 2, steps=config.profile.steps if processes.is_first() else 0
-        ) as record,
+        profile(workdir / "profile", begin=step + 2, steps=recorded) as record,
     ):
         if step == 0 and config.eval.every and not should_stop():
             metrics = {"rollouts_total": 0} | evaluate_held_out(config, parts, learner, log, 0, hear)
@@ -186,7 +184,7 @@ def take_steps(
             newest = metrics["eval/accuracy"]
             show(0, f"accuracy {short(newest)}")
         if config.steps == 0:
-            checkpoints.save(0, saved(learner), about | {"step": 0})
+            save()
         while step < config.steps and not should_stop():
             record(step)
             draw = draws_before(rollbacks, step)
@@ -200,34 +198,35 @@ def take_steps(
             metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)} | over_processes(every)
             if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
                 metrics |= evaluate_held_out(config, parts, learner, log, step, hear)
-                if metrics["eval/accuracy"] > highest:
-                    highest = metrics["eval/accuracy"]
-                    best.save(step, {"params": learner.state.params}, about | {"step": step, "accuracy": highest})
                 newest = metrics["eval/accuracy"]
+                if newest > highest:
+                    highest = newest
+                    best.save(step, {"params": learner.state.params}, about | {"step": step, "accuracy": highest})
             log_step(log, parts, step, metrics, every, groups, rollouts)
             show(step, status_line(metrics, newest))
             hear(int(sum(metrics[f"verifier/{kind}"] for kind in FAULTS)), config.alloc.budget, f"step {step}")
             refuse_bad_updates(learner.state, config.max_bad_updates)
             if step % config.checkpoint.every == 0 or step == config.steps:
-                processes.check_copies(learner.state.params)
-                checkpoints.save(step, saved(learner), about | {"step": step})
+                save()
     if step < config.steps:
-        processes.check_copies(learner.state.params)
-        checkpoints.save(step, saved(learner), about | {"step": step})
+        save()
         processes.say(f"krl: stopped after step {step}; the same command continues from there")
         return "stopped", {}
     return "finished", learner.state.params
 
 
+def open_log(config: ConfigDict, workdir: pathlib.Path, step: int) -> MetricsLog:
+    """What a run that goes on behind a step writes beside its checkpoints."""
+    return MetricsLog(
+        workdir, first_step=step, writers=find_writers(workdir, flatten(config)), rollouts_gb=config.log.rollouts_gb,
+        texts_every=config.log.texts_every,
+    )  # fmt: skip
+
+
 def log_step(
-    log: MetricsLog,
-    parts: Setup,
-    step: int,
-    metrics: dict[str, float],
-    every: dict[str, list[float]],
-    groups: dict[str, Any],
-    rollouts: dict[str, Any],
-) -> None:
+    log: MetricsLog, parts: Setup, step: int, metrics: dict[str, float], every: dict[str, list[float]],
+    groups: dict[str, Any], rollouts: dict[str, Any],
+) -> None:  # fmt: skip
     """Write a step's row, its groups that got any rollouts, the processes' times, and its rollouts if they are kept."""
     log.write(step, metrics)
     served = np.asarray(groups["counts"]) > 0
@@ -285,20 +284,7 @@ def take_step(
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     sample_key, shuffle_key = jax.random.split(jax.random.fold_in(key, draw) if draw else key)
     with clock.phase("budget"):
-        candidates, num_prompts = parts.candidates, parts.served
-        task_ids = step_task_ids(len(parts.train), candidates, step, seed=config.seed)
-        before = known = take(belief, place(task_ids), step)
-        features = place(parts.features[task_ids])
-        if prior is not None:
-            known = inform(prior, before, features)
-        chances, chosen = find_chances(config, parts, known), None
-        if candidates > num_prompts:
-            counts, info = jax.block_until_ready(allocate(parts.rule, known, config.alloc.budget, **parts.bounds))
-            check_counts(config.alloc, counts, config.alloc.budget)
-            rows, (before, known, features, counts, chances) = served_rows(
-                counts, (before, known, features, counts, chances), most=num_prompts
-            )
-            task_ids, chosen = task_ids[np.asarray(rows)], (counts, info)
+        task_ids, (before, known, features, chances), chosen = choose_prompts(config, parts, learner, step)
         prompts = place(Prompts(parts.train.tokens[task_ids], parts.train.mask[task_ids], task_ids))
     drawn = spend_budget(config, parts, state.params, prompts, known, step, sample_key, clock, chosen)
     rollouts, rewards, scored, said = drawn.rollouts, drawn.rewards, drawn.scored, drawn.verdicts
@@ -306,7 +292,7 @@ def take_step(
     with clock.phase("update"):
         compared = place(rewards_to_compare(config.loss.scale, said, summed=len(parts.verifiers.names) > 1))
         loss, longest = FrozenConfigDict(config.loss), config.sample.max_new_tokens
-        advantages = find_advantages(loss, num_prompts, longest, compared, heard, chances)
+        advantages = find_advantages(loss, len(task_ids), longest, compared, heard, chances)
         update = for_this_backend(policy_update, parts.policy_config, parts.optimizer, **parts.learning)
         state, learnt = update(state, prompts, heard, advantages, shuffle_key, reference=reference)
         outcomes, index = jnp.clip(rewards, 0.0, 1.0), rollouts.prompt_index  # beliefs are about shares of success
@@ -322,10 +308,33 @@ def take_step(
     metrics = learnt | step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages, scored)
     metrics = {name: float(value) for name, value in metrics.items()} | belief_metrics(belief, step)
     metrics |= {"rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1]}
-    metrics |= {"candidates": candidates} | describe_spending(drawn, clock, parts.verifiers.names)
+    metrics |= {"candidates": parts.candidates} | describe_spending(drawn, clock, parts.verifiers.names)
     metrics |= rule_metrics(config.alloc.rule, drawn.info, metrics)
     groups = describe_groups(drawn, task_ids, budget.prior_mean(known))
     return learner, metrics, groups, each_rollout(drawn, advantages, parts.verifiers.names)
+
+
+def choose_prompts(
+    config: ConfigDict, parts: Setup, learner: Learner, step: int
+) -> tuple[np.ndarray, tuple[Any, ...], tuple[jax.Array, dict[str, Any]] | None]:
+    """The prompts of a step: the next ones, or those of the next candidates that the rule gives any rollouts.
+
+    Returns:
+        (task ids [M]; what their belief and what the prior make of them, their features and the probabilities with
+        which they were served, each [M] or None; (counts [M], what the rule says of them) if prompts were chosen).
+    """
+    place = functools.partial(processes.place_whole, parts.mesh)
+    task_ids = step_task_ids(len(parts.train), parts.candidates, step, seed=config.seed)
+    before = take(learner.belief, place(task_ids), step)
+    features = place(parts.features[task_ids])
+    known = before if learner.prior is None else inform(learner.prior, before, features)
+    about = before, known, features, find_chances(config, parts, known)
+    if parts.candidates == parts.served:
+        return task_ids, about, None
+    counts, info = jax.block_until_ready(allocate(parts.rule, known, config.alloc.budget, **parts.bounds))
+    check_counts(config.alloc, counts, config.alloc.budget)
+    rows, (about, counts) = served_rows(counts, (about, counts), most=parts.served)
+    return task_ids[np.asarray(rows)], about, (counts, info)
 
 
 # -------------------------------------------------------------------- the command

@@ -1,6 +1,7 @@
 """Eight CPU devices for every test, so that sharding is real; little else is shared."""
 
 import os
+import pathlib
 import tempfile
 
 import jax
@@ -28,8 +29,12 @@ for name, value in (
     jax.config.update(name, value)
 
 
+MAPS = pathlib.Path("/proc/self/maps")
+
+
 @pytest.fixture(scope="module", autouse=True)
-def no_programs_of_other_files():
+def room_for_more_programs():
     """A process may map 65,530 pieces of memory; XLA takes some for every program and crashes when there are none left."""
     yield
-    jax.clear_caches()
+    if not MAPS.exists() or MAPS.read_text().count("\n") > 20_000:
+        jax.clear_caches()

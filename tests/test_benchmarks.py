@@ -281,7 +281,7 @@ def test_every_setting_of_the_study_can_run(task):
         job = study.make_job(task, {}, name, study.CENTRE, 0)
         config = importlib.import_module(f"krl.configs.{job.task}").get_config()
         config.update_from_flattened_dict(job.changes)
-        check(config, **NAMES)
+        check(config, NAMES)
 
 
 def test_the_study_tunes_and_resumes(options, monkeypatch, capsys):
@@ -316,7 +316,7 @@ def test_elasticity_asks_for_runs_that_can_be(task):
     for total in (rollouts // 2, rollouts, 2 * rollouts, 4 * rollouts):
         config = importlib.import_module(f"krl.configs.{task}").get_config()
         config.update_from_flattened_dict(elasticity.job(task, {}, 0, total).changes)
-        check(config, **NAMES)
+        check(config, NAMES)
 
 
 def test_the_verdict_on_elasticity():

@@ -207,7 +207,7 @@ def test_commands_that_pages_show_are_parsed(page):
             values = flags.FlagValues()
             define_flags(values)
             parse_flags(["krl-train", *shlex.split(found[1], comments=True)], values)
-            check(values.config, **NAMES)
+            check(values.config, NAMES)
 
 
 def test_the_api_page_of_the_budget_has_all_of_it():

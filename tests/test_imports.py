@@ -69,16 +69,19 @@ def test_the_report_without_a_library_is_refused_in_one_line(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("old", "new"),
-    [("types", "base.types"), ("masked", "base.masked"), ("sharding", "base.sharding"), ("tasks.verify", "rewards.verify"),
-     ("tasks.rewards", "rewards.functions"), ("tasks.pool", "rewards.pool"), ("policy.hf", "hf.weights"),
-     ("policy.tokenizer", "hf.tokenizer")],
+    ("old", "new", "name"),
+    [("types", "base.types", "Rollouts"), ("masked", "base.masked", "divide"), ("sharding", "base.sharding", "make_mesh"),
+     ("tasks.verify", "rewards.verify", "math_reward"), ("tasks.rewards", "rewards.functions", "load_rewards"),
+     ("tasks.pool", "rewards.pool", "VerifierPool"), ("policy.hf", "hf.weights", "load_hf"),
+     ("policy.tokenizer", "hf.tokenizer", "load_tokenizer")],
 )  # fmt: skip
-def test_an_old_name_is_the_module_that_moved_and_says_so(old, new):
+def test_an_old_name_leads_to_the_module_that_moved_and_says_so(old, new, name):
     sys.modules.pop(f"krl.{old}", None)
     with pytest.warns(DeprecationWarning, match=f"krl.{old} is krl.{new} now"):
-        moved = importlib.import_module(f"krl.{old}")
-    assert moved is importlib.import_module(f"krl.{new}")
+        before = importlib.import_module(f"krl.{old}")
+    assert getattr(before, name) is getattr(importlib.import_module(f"krl.{new}"), name)
+    with pytest.raises(AttributeError):
+        _ = before.no_such_name
 
 
 def test_nothing_in_the_house_imports_an_old_name():

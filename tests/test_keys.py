@@ -541,7 +541,7 @@ def make_config(changes: dict[str, Any], here: pathlib.Path | None = None):
     placed = {k: v.replace("HERE", str(here)) if isinstance(v, str) else v for k, v in (TINY | changes).items()}
     config = default.get_config()
     config.update_from_flattened_dict(placed)
-    check(config, **setup.NAMES)
+    check(config, setup.NAMES)
     return config
 
 

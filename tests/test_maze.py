@@ -108,7 +108,7 @@ def test_what_cannot_be_is_refused():
         config = maze.get_config()
         config.maze[key] = value
         with pytest.raises(ValueError, match=f"maze.{key}={value} must be {must}"):
-            check(config, **NAMES)
+            check(config, NAMES)
 
 
 def test_the_config_trains(tmp_path, monkeypatch):

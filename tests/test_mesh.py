@@ -134,8 +134,8 @@ def test_decoding_gathers_logits_and_never_a_parameter(mesh_of):
     mesh, params = on(mesh_of)
     options = serve.Options(24, GREEDY["num_slots"], 6, tiny.EOS, 0, (0, 1.0, 0.0))
     with jax.set_mesh(mesh):
-        arguments = place_whole(mesh, tiny.prompts()), jnp.array(COUNTS), jax.random.key(0), 0, jnp.ones(4)
-        work, state = sampler.PROGRAMS["begin"](CONFIG, options, params, *arguments)
+        asked = sampler.Asked(place_whole(mesh, tiny.prompts()), jnp.array(COUNTS), jax.random.key(0), 0, jnp.ones(4))
+        work, state = sampler.PROGRAMS["begin"](CONFIG, options, params, asked)
         model, slots = mesh.shape["model"], sampler._slots_each(options)
         for path, leaf in jax.tree.leaves_with_path(work.layers):
             cuts = 1 if leaf.ndim == 1 else model

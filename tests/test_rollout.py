@@ -118,7 +118,8 @@ def test_devices_read_equally_many_prompts(monkeypatch):
     """At least one each at a time, or most would compute padding: the products of eight prompts are an eighth on each of eight."""
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 1)
     prompts, options = tiny.prompts((5,) * 8), serve.Options(8, 8, 6, tiny.EOS, 0, (0, 1.0, 0.0))
-    arguments = tiny.CONFIG, options, tiny.params(), prompts, jnp.ones(8, jnp.int32), jax.random.key(0), 0, jnp.ones(8)
+    asked = sampler.Asked(prompts, jnp.ones(8, jnp.int32), jax.random.key(0), 0, jnp.ones(8))
+    arguments = tiny.CONFIG, options, tiny.params(), asked
 
     def flops():
         return read_cost(jax.jit(sampler._begin, static_argnums=(0, 1)).lower(*arguments).compile().as_text()).flops
@@ -360,8 +361,8 @@ def test_another_layout_decodes_the_same_and_holds_no_parameter_whole():
         )  # usable beside the first mesh's arrays
     with jax.set_mesh(layout):
         options = serve.Options(19, 6, 6, tiny.EOS, 0, (0, 1.0, 0.0))
-        arguments = params, prompts, jnp.array([9, 0, 7, 3]), jax.random.key(0), 0, jnp.ones(4)
-        work, state = sampler.PROGRAMS["begin"](tiny.CONFIG, options, *arguments)
+        asked = sampler.Asked(prompts, jnp.array([9, 0, 7, 3]), jax.random.key(0), 0, jnp.ones(4))
+        work, state = sampler.PROGRAMS["begin"](tiny.CONFIG, options, params, asked)
         for name in ("gate", "up", "down", "query", "output"):
             assert not work.layers["blocks"][0][name].sharding.is_fully_replicated
         whole = state.slots.cache.keys[0]

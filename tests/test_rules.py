@@ -232,20 +232,6 @@ def test_discounts_follow_the_drift(drifts, start):
     assert float(held.prior_alpha) == float(belief.prior_alpha)
 
 
-def test_merge_takes_each_tasks_newest_record():
-    start = visited([[1, 0], [0, 0], [1, 1], []])
-    ones = jnp.ones(2, bool)
-    hosts = [
-        budget.observe(start, jnp.array([task]), jnp.array([1.0, 0.0]), jnp.zeros(2, jnp.int32), ones, 7)
-        for task in (1, 3)
-    ]
-    merged = budget.merge(hosts)
-    assert merged.successes.tolist() == [1, 1, 2, 1]
-    assert merged.last_step.tolist() == [0, 7, 0, 7]
-    with pytest.raises(ValueError, match="same tasks"):
-        budget.merge([start, budget.init_belief(2)])
-
-
 def test_explain_says_why():
     belief = visited([[0] * 200, [1, 0] * 10, [], [1] + [0] * 60])
     table = budget.explain(belief, 60, 2, 30)

@@ -66,7 +66,7 @@ CONFIGS = [arithmetic, gsm8k, maze, operators, qwen2_5_math_7b, qwen3_4b_base, r
 @pytest.mark.parametrize("module", CONFIGS)
 def test_shipped_configs_pass_their_check(module):
     config = module.get_config()
-    check(config, **NAMES)
+    check(config, NAMES)
     assert set(FREE_KEYS) <= set(flatten(config))
 
 
@@ -166,7 +166,7 @@ def test_impossible_configs_are_refused_by_key_and_fix(changes, message):
     config = arithmetic.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ValueError, match=message) as error:
-        check(config, **NAMES)
+        check(config, NAMES)
     assert "\n" not in str(error.value)
 
 
@@ -179,7 +179,7 @@ def test_numbers_that_no_device_can_hold_are_refused_by_key(key, value):
     config = default.get_config()
     config.update_from_flattened_dict({key: value})
     with pytest.raises(ValueError, match=re.escape(f"config.{key}=")):
-        check(config, **NAMES)
+        check(config, NAMES)
 
 
 @pytest.mark.parametrize("key", [key for key, value in USUAL.items() if type(value) is int])
@@ -187,7 +187,7 @@ def test_whole_numbers_beyond_32_bits_are_refused_by_key(key):
     config = default.get_config()
     config.update_from_flattened_dict({key: 2**33})
     with pytest.raises(ValueError, match=re.escape(f"config.{key}={2**33} must be")):
-        check(config, **NAMES)
+        check(config, NAMES)
 
 
 def test_a_work_directory_belongs_to_one_config(tmp_path):

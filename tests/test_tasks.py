@@ -710,7 +710,7 @@ def test_template_arguments_are_literals(text):
     config = default.get_config()
     config.data.update(template="chat", template_arguments=text)
     with pytest.raises(ValueError, match="must") as error:
-        check(config, **NAMES)
+        check(config, NAMES)
     assert str(error.value).startswith(f"config.data.template_arguments={text!r} must ")
 
 
@@ -718,10 +718,10 @@ def test_template_arguments_need_a_chat_template():
     config = default.get_config()
     config.data.template_arguments = "enable_thinking=False"
     with pytest.raises(ValueError, match=r"must be left empty: data\.template='raw' is no chat template"):
-        check(config, **NAMES)
+        check(config, NAMES)
     config.data.update(template="chat", template_arguments="system_prompt=3")
     with pytest.raises(ValueError, match="system_prompt is a text"):
-        check(config, **NAMES)
+        check(config, NAMES)
 
 
 def test_an_unknown_template_is_refused():

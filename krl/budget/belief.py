@@ -11,8 +11,7 @@ from then on.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -228,23 +227,29 @@ def observe(
     Returns:
         The new belief. Tasks without a real rollout keep their record.
     """
-    old = take(belief, task_ids, step)
-    return _observe(belief, old, task_ids, rewards, prompt_index, mask, step, lengths, 1.0, 1.0)
+    outcomes = Outcomes(rewards, prompt_index, mask, lengths)
+    return _observe(belief, take(belief, task_ids, step), task_ids, outcomes, step, (1.0, 1.0))
+
+
+class Outcomes(NamedTuple):
+    """What a step's rollouts of M prompts came to; `observe` says more of each."""
+
+    rewards: jax.Array  # [R] float32 in [0, 1]
+    prompt_index: jax.Array  # [R] int32
+    mask: jax.Array  # [R] bool
+    lengths: jax.Array | None  # [R] int32, tokens
 
 
 def _observe(
     belief: Belief,
     old: Belief,
     task_ids: jax.Array,
-    rewards: jax.Array,
-    prompt_index: jax.Array,
-    mask: jax.Array,
+    outcomes: Outcomes,
     step: jax.Array | int,
-    lengths: jax.Array | None,
-    discount: jax.Array | float,
-    discount_mixed: jax.Array | float,
+    discounts: tuple[jax.Array | float, jax.Array | float],
 ) -> Belief:
-    num_prompts = task_ids.shape[0]
+    """The belief after outcomes of tasks of which `old` was known; discounts after even and after mixed groups."""
+    num_prompts, (rewards, prompt_index, mask, lengths) = task_ids.shape[0], outcomes
     index = jnp.where(mask, prompt_index, num_prompts)
     rewards = jnp.where(mask, jnp.asarray(rewards, jnp.float32), 0.0)
     lengths = jnp.ones(rewards.shape, jnp.float32) if lengths is None else lengths.astype(jnp.float32)
@@ -252,7 +257,7 @@ def _observe(
     wins, squares, tokens = (segment_sum(x, index, num_prompts) for x in (rewards, rewards**2, lengths))
     count = segment_sum(mask.astype(jnp.float32), index, num_prompts)
     mixed = segment_differs(rewards, index, num_prompts)
-    keep = jnp.where(mixed, discount_mixed, discount)
+    keep = jnp.where(mixed, discounts[1], discounts[0])
     number, solved = count.astype(jnp.int32), segment_sum((rewards >= 0.5).astype(jnp.float32), index, num_prompts) > 0
     # How likely the failures are if the task can be solved, at a rate that may be anything around its prior's mean. A
     # prior that is sure of a higher rate would take all that is rare for hopeless.
@@ -314,9 +319,8 @@ def update(
     """
     old = take(belief, task_ids, step) if known is None else known
     ages, faded = _age(old, step), take(belief, task_ids, step + 1)
-    belief = _observe(
-        belief, old, task_ids, rewards, prompt_index, mask, step, lengths, belief.discount, belief.discount_mixed
-    )
+    outcomes = Outcomes(rewards, prompt_index, mask, lengths)
+    belief = _observe(belief, old, task_ids, outcomes, step, (belief.discount, belief.discount_mixed))
     if sampled is not None:  # of those without a reward the record fades on from here
         missed = sampled & (belief.last_step[task_ids] != step)
         faded = faded.replace(last_step=jnp.full_like(faded.last_step, step))
@@ -382,34 +386,6 @@ def _shift_in(recent: jax.Array, rewards: jax.Array, index: jax.Array, count: ja
     new = jax.ops.segment_sum(bits.astype(jnp.uint32), group, num_segments=num_prompts + 1)[:num_prompts]
     shift = jnp.minimum(count, WINDOW).astype(jnp.uint32)
     return (jnp.left_shift(recent, shift) | new) & jnp.uint32(2**WINDOW - 1)
-
-
-def merge(beliefs: Sequence[Belief]) -> Belief:
-    """One belief from several hosts that began with the same one and visited different tasks.
-
-    Args:
-        beliefs: at least one, of the same D tasks.
-
-    Returns:
-        Of each task the record with the newest visit, the earlier belief's if they are level; prior and share of
-        hopeless tasks are fitted to the result, and the discounts are the hosts' means.
-
-    Raises:
-        ValueError: no belief, or beliefs of different numbers of tasks.
-    """
-    sizes = {belief.visits.shape for belief in beliefs}
-    if len(sizes) != 1:
-        raise ValueError(f"merge needs beliefs of the same tasks, got {sorted(sizes)}")
-    newest = jnp.stack([belief.last_step for belief in beliefs]).argmax(axis=0)
-
-    def pick(*leaves: jax.Array) -> jax.Array:
-        stacked = jnp.stack(leaves)
-        return jnp.take_along_axis(stacked, newest[None], axis=0)[0] if leaves[0].ndim else stacked.mean()
-
-    merged = jax.tree.map(pick, *beliefs)
-    alpha, beta = prior_by_moments(merged)
-    hopeless = fit_hopeless(merged.hopeless, merged.barren, merged.visits > 0)
-    return merged.replace(prior_alpha=alpha, prior_beta=beta, hopeless=hopeless)
 
 
 def prior_by_moments(belief: Belief) -> tuple[jax.Array, jax.Array]:

@@ -48,9 +48,8 @@ def explain(
     kept = 0 if n_min else int(kept_groups(len(counts), budget // group, explored))
     chosen, _ = allocate(rule, belief, budget - group * kept, n_min, n_max, group=group)
     alpha, beta = posterior(belief)
-    log_gains = log_gains_beta(
-        alpha, beta, 1, n_max + (group if not n_min else 1)
-    )  # column j: the gain of rollout j + 2
+    # Column j is the gain of rollout j + 2.
+    log_gains = log_gains_beta(alpha, beta, 1, n_max + (1 if n_min else group))
     log_gains += jnp.log(possible(belief))[:, None]
     # In steps of the unit from the first count that is worth anything: one rollout, or no group.
     first, unit = (1, 1) if n_min else (0, group)

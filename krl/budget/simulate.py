@@ -6,8 +6,8 @@ with the rule that knows the rates. Everything is one jitted scan over the steps
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import numpy as np
 from krl.base.masked import divide, segment_sum
 from krl.budget import belief as beliefs
 from krl.budget.allocate import Rule, allocate, find_rule, has_rounds, rounds_of
-from krl.budget.solve import Counts, Shown
+from krl.budget.solve import Shown
 from krl.budget.value import grpo_value
 
 BINS = 20  # of the success rate, in the histograms
@@ -161,10 +161,10 @@ def replay(
     some = beliefs.take(start, jnp.arange(prompts_per_step))
     rounds = rounds_of(choose, prompts_per_step, budget, n_min, group) if has_rounds(choose) else ()
     allocate(choose, some, budget, n_min, n_max, **dict(pool))  # refuses what cannot be
-    shown = _replay_seeds(
-        choose, rates, keys, start, prompts_per_step, budget, n_min,
-        n_max, pool, prior is None, discounts is None, rule == "known", rounds,
-    )  # fmt: skip
+    setting = _Setting(
+        choose, prompts_per_step, budget, n_min, n_max, pool, rounds, prior is None, discounts is None, rule == "known"
+    )
+    shown = _replay_seeds(setting, rates, keys, start)
     shown = {name: np.asarray(value) for name, value in shown.items()}
     low, high = shown.pop("fewest").min(), shown.pop("most").max()
     spent = shown.pop("spent")
@@ -176,47 +176,32 @@ def replay(
     return Replay(**shown)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8, 9, 10, 11, 12))
-def _replay_seeds(
-    rule: Rule,
-    rates: jax.Array,
-    keys: jax.Array,
-    start: beliefs.Belief,
-    prompts_per_step: int,
-    budget: int,
-    n_min: int,
-    n_max: int,
-    pool: tuple[tuple[str, Any], ...],
-    fit_prior: bool,
-    fit_discounts: bool,
-    known: bool,
-    rounds: tuple[int, ...],
-) -> dict[str, jax.Array]:
-    def counts_of(belief: beliefs.Belief, until: int = budget, shown: Shown | None = None) -> Counts:
-        return allocate(rule, belief, until, n_min, n_max, **dict(pool), shown=shown)
+class _Setting(NamedTuple):
+    """What a replay is compiled for; `replay` says more of each."""
 
-    one = functools.partial(
-        _replay_one, counts_of, prompts_per_step=prompts_per_step, budget=budget, n_min=n_min, n_max=n_max,
-        fit_prior=fit_prior, fit_discounts=fit_discounts, known=known, rounds=rounds,
-    )  # fmt: skip
-    return jax.vmap(one, in_axes=(0, 0, None))(rates, keys, start)
+    rule: Rule
+    prompts_per_step: int
+    budget: int
+    n_min: int
+    n_max: int
+    pool: tuple[tuple[str, Any], ...]  # further arguments of `allocate`
+    rounds: tuple[int, ...]  # what is spent after each; () for a rule without rounds
+    fit_prior: bool
+    fit_discounts: bool
+    known: bool  # whether the rule is told the rates
+
+    def counts(self, belief: beliefs.Belief, until: int, shown: Shown | None = None) -> jax.Array:
+        """What the rule gives each of M prompts, [M] int32."""
+        return allocate(self.rule, belief, until, self.n_min, self.n_max, **dict(self.pool), shown=shown)[0]
 
 
-def _replay_one(
-    counts_of: Callable[..., Counts],
-    rates: jax.Array,
-    key: jax.Array,
-    start: beliefs.Belief,
-    *,
-    prompts_per_step: int,
-    budget: int,
-    n_min: int,
-    n_max: int,
-    fit_prior: bool,
-    fit_discounts: bool,
-    known: bool,
-    rounds: tuple[int, ...],
-) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnums=0)
+def _replay_seeds(setting: _Setting, rates: jax.Array, keys: jax.Array, start: beliefs.Belief) -> dict[str, jax.Array]:
+    return jax.vmap(functools.partial(_replay_one, setting), in_axes=(0, 0, None))(rates, keys, start)
+
+
+def _replay_one(setting: _Setting, rates: jax.Array, key: jax.Array, start: beliefs.Belief) -> dict[str, jax.Array]:
+    prompts_per_step, budget, n_max = setting.prompts_per_step, setting.budget, setting.n_max
     steps, num_tasks = rates.shape
     per_pass = num_tasks // prompts_per_step
     order_key, outcome_key = jax.random.split(key)
@@ -236,27 +221,17 @@ def _replay_one(
         luck = jax.random.fold_in(outcome_key, step)
         draws = jax.random.uniform(luck, (prompts_per_step, n_max)) < p[:, None]
         informed = believed
-        if known:
+        if setting.known:
             always = {"barren": jnp.full_like(p, beliefs.SOLVED)}
             informed = believed.replace(successes=KNOWN * p, failures=KNOWN * (1 - p), **always)
-        counts, rows, number = jnp.zeros_like(ids), jnp.arange(prompts_per_step), jnp.arange(n_max)
-        for until in rounds:
-            drawn = number < counts[:, None]
-            so_far = Shown(counts, *((drawn & kind).sum(axis=1, dtype=jnp.float32) for kind in (draws, ~draws)))
-            counts, _ = counts_of(informed, until, shown=so_far)
-            new = ~drawn & (number < counts[:, None])
-            outcomes = draws.reshape(-1).astype(jnp.float32), jnp.repeat(rows, n_max), new.reshape(-1)
-            informed = beliefs.observe(informed, rows, *outcomes, step)
-        if not rounds:
-            counts, _ = counts_of(informed)
+        counts = _in_rounds(setting, informed, draws, step)
         index = jnp.searchsorted(jnp.cumsum(counts), jnp.arange(budget), side="right")
         sample = jnp.arange(budget) - (jnp.cumsum(counts) - counts)[index]
         rewards = draws[index, sample].astype(jnp.float32)
         everything = jnp.ones(budget, bool)
         shown = _measure(p, believed, counts, rewards, index)
-        belief = beliefs.update(
-            belief, ids, rewards, index, everything, step, fit_prior=fit_prior, fit_discounts=fit_discounts
-        )
+        fitted = {"fit_prior": setting.fit_prior, "fit_discounts": setting.fit_discounts}
+        belief = beliefs.update(belief, ids, rewards, index, everything, step, **fitted)
         return belief, shown
 
     _, shown = jax.lax.scan(take_step, start, (jnp.arange(steps), rates))
@@ -264,6 +239,22 @@ def _replay_one(
     sums["counts"] = divide(sums["counts"], sums["prompts"])
     sums["succeeded"] = divide(sums["succeeded"], sums["believed"])
     return shown | sums
+
+
+def _in_rounds(setting: _Setting, belief: beliefs.Belief, draws: jax.Array, step: jax.Array) -> jax.Array:
+    """The counts [M] of a step whose prompts' outcomes are draws [M, n_max]; a rule with rounds sees those so far."""
+    if not setting.rounds:
+        return setting.counts(belief, setting.budget)
+    counts = jnp.zeros(len(draws), jnp.int32)
+    rows, number = jnp.arange(len(draws)), jnp.arange(setting.n_max)
+    for until in setting.rounds:
+        drawn = number < counts[:, None]
+        so_far = Shown(counts, *((drawn & kind).sum(axis=1, dtype=jnp.float32) for kind in (draws, ~draws)))
+        counts = setting.counts(belief, until, so_far)
+        new = ~drawn & (number < counts[:, None])
+        outcomes = draws.reshape(-1).astype(jnp.float32), jnp.repeat(rows, setting.n_max), new.reshape(-1)
+        belief = beliefs.observe(belief, rows, *outcomes, step)
+    return counts
 
 
 def _measure(

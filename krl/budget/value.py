@@ -231,9 +231,8 @@ def log_gains_beta(
         state: tuple[jax.Array, jax.Array, jax.Array], offset: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
         won_since, lost_since, lowest = state  # from 0, so that small steps are not lost in a large sum
-        gain = jnp.minimum(
-            lowest, jnp.logaddexp(won + won_since, lost + lost_since)
-        )  # rounding must not make a row rise
+        # Rounding must not make a row rise.
+        gain = jnp.minimum(lowest, jnp.logaddexp(won + won_since, lost + lost_since))
         return (*one_more(won_since, lost_since, first + offset), gain), gain
 
     first = n[:, 0] if n.shape[1] else jnp.zeros(1)

@@ -5,7 +5,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -70,25 +70,29 @@ def did_you_mean(name: str, known: Sequence[str], before: str = "") -> str:
     return f"; did you mean {' or '.join(before + one for one in found)}?" if found else ""
 
 
-def check(
-    config: ConfigDict, own: Mapping[str, Any] = MappingProxyType({}), *, rules: Mapping[str, Any],
-    may_choose: Callable[[Any], bool], must_choose: Callable[[Any], bool], has_rounds: Callable[[Any], bool],
-    priors: Mapping[str, Any],
-    templates: Iterable[str], sources: Iterable[str], averages: Iterable[str], scales: Iterable[str],
-    surrogates: Iterable[str], kl_estimators: Iterable[str],
-) -> None:  # fmt: skip
+Need = Callable[[bool, str, str], None]  # (whether all is well, the key, what it must be)
+
+
+class Names(NamedTuple):
+    """What a config may name, from the rooms that have it."""
+
+    rules: Mapping[str, Any]  # allocation rules
+    may_choose: Callable[[Any], bool]  # whether a rule may give a prompt nothing
+    must_choose: Callable[[Any], bool]  # whether it can do no other
+    has_rounds: Callable[[Any], bool]  # whether it spends a step's budget in several rounds
+    priors: Mapping[str, Any]  # those besides "shared"
+    templates: Iterable[str]  # of prompts
+    sources: Iterable[str]  # known data sets
+    losses: Mapping[str, Iterable[str]]  # for some keys of config.loss the values they have
+
+
+def check(config: ConfigDict, names: Names, own: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Check every value and combination.
 
     Args:
         config: the whole configuration.
+        names: what it may name.
         own: what was given in Python instead of a name: "rule" and "prior".
-        rules: the allocation rules by name.
-        may_choose, must_choose: whether a rule may give a prompt nothing, and whether it can do no other.
-        has_rounds: whether a rule spends a step's budget in several rounds.
-        priors: those besides "shared", by name.
-        templates: the names of prompt templates.
-        sources: the names of known data sets.
-        averages, scales, surrogates, kl_estimators: the names that the loss knows.
 
     Raises:
         ValueError: names the key, what it is, and what it must be.
@@ -100,80 +104,63 @@ def check(
 
     check_keys(config)
     _check_sizes(config, need)
-    alloc, optim = config.alloc, config.optim
     for name, row in KEYS.items():
         need(row.range.holds(flatten(config)[name]), name, row.range.must)
-    rule = own.get("rule") or find(alloc.rule, rules, "config.alloc.rule=")
+    rule = own.get("rule") or find(config.alloc.rule, names.rules, "config.alloc.rule=")
     need(callable(rule), "alloc.rule", f"the name of a function; this is a {type(rule).__name__}")
     if "prior" not in own:
-        find(alloc.prior, {"shared": None} | dict(priors), "config.alloc.prior=")
-    need(
-        alloc.prior != "groups" or bool(alloc.prior_field), "alloc.prior_field", "the field that names a prompt's group"
-    )
-    need(not 0 < config.eval.temperature < COLDEST, "eval.temperature", f"0 or at least {COLDEST}")
-    for key in ("optim.beta1", "optim.beta2"):
-        need(flatten(config)[key] < 1, key, "below 1: at 1 a moment never moves, and its correction divides by zero")
-    for key, known in (
-        ("average", averages),
-        ("scale", scales),
-        ("surrogate", surrogates),
-        ("kl_estimator", kl_estimators),
-    ):
-        need(config.loss[key] in known, f"loss.{key}", f"one of {sorted(known)}")
-    need(
-        config.loss.average != "candidates" or (alloc.rule == "reach" and not alloc.n_min),
-        "loss.average",
-        "another one unless alloc.rule='reach' chooses prompts (alloc.n_min=0): only its probabilities are known",
-    )
-    longest = config.sample.max_new_tokens
-    need(config.loss.overlong_tokens <= longest, "loss.overlong_tokens", f"at most sample.max_new_tokens={longest}")
-    need(
-        not config.loss.overlong_tokens or config.loss.scale != "mean",
-        "loss.overlong_tokens",
-        "0 with loss.scale='mean': the penalty makes rewards negative, and their mean is what advantages are divided "
-        "by",
-    )
-    need(
-        all(isinstance(text, str) and text for text in config.sample.stop),
-        "sample.stop",
-        "texts with something in them, such as ('<|im_end|>',)",
-    )
-    need(
-        not config.guard.kl or config.loss.kl_coefficient > 0,
-        "guard.kl",
-        "0 unless loss.kl_coefficient is above 0: without it no divergence is computed",
-    )
-
-    need(
-        alloc.n_max <= max(alloc.budget, 65536),
-        "alloc.n_max",
-        "at most alloc.budget, or 65536: a table has a column for each",
-    )
-    need(alloc.prior_width <= 1 << 24, "alloc.prior_width", f"at most {1 << 24}: each is a parameter of the prior")
-    need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
-    if alloc.n_min:
-        need(
-            not must_choose(rule), "alloc.rule", "another one, or alloc.n_min must be 0: this rule chooses the prompts"
-        )
-        _check_sum(config, need)
-    else:
-        choosing = sorted(name for name, one in rules.items() if may_choose(one))
-        need(
-            may_choose(rule),
-            "alloc.rule",
-            f"one of {choosing}, or alloc.n_min at least 1: others give every prompt some (a rule of your own that may "
-            "give nothing takes `group`)",
-        )
-        _check_pool(config, need, has_rounds(rule))
-    updates = optim.updates_per_step
-    need(alloc.budget % updates == 0, "alloc.budget", f"a multiple of optim.updates_per_step={updates}")
+        find(config.alloc.prior, {"shared": None} | dict(names.priors), "config.alloc.prior=")
+    _check_loss(config, need, names)
+    _check_budget(config, need, names, rule)
     _check_mesh(config, need)
     kind = config.checkpoint.dir.partition("://")
     need(not kind[1] or kind[0] in ("gs", "s3", "az"), "checkpoint.dir", "a directory, or one in gs://, s3:// or az://")
-    _check_data(config, need, templates=templates, sources=sources)
+    _check_data(config, need, names)
 
 
-def _check_sum(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+def _check_loss(config: ConfigDict, need: Need, names: Names) -> None:
+    """The part about sampling and learning; `need` refuses."""
+    loss, alloc, longest = config.loss, config.alloc, config.sample.max_new_tokens
+    need(not 0 < config.eval.temperature < COLDEST, "eval.temperature", f"0 or at least {COLDEST}")
+    for key in ("optim.beta1", "optim.beta2"):
+        need(flatten(config)[key] < 1, key, "below 1: at 1 a moment never moves, and its correction divides by zero")
+    for key, known in names.losses.items():
+        need(loss[key] in known, f"loss.{key}", f"one of {sorted(known)}")
+    must = "another one unless alloc.rule='reach' chooses prompts (alloc.n_min=0): only its probabilities are known"
+    need(loss.average != "candidates" or (alloc.rule == "reach" and not alloc.n_min), "loss.average", must)
+    need(loss.overlong_tokens <= longest, "loss.overlong_tokens", f"at most sample.max_new_tokens={longest}")
+    must = (
+        "0 with loss.scale='mean': the penalty makes rewards negative, and their mean is what advantages are divided by"
+    )
+    need(not loss.overlong_tokens or loss.scale != "mean", "loss.overlong_tokens", must)
+    texts = all(isinstance(text, str) and text for text in config.sample.stop)
+    need(texts, "sample.stop", "texts with something in them, such as ('<|im_end|>',)")
+    must = "0 unless loss.kl_coefficient is above 0: without it no divergence is computed"
+    need(not config.guard.kl or loss.kl_coefficient > 0, "guard.kl", must)
+
+
+def _check_budget(config: ConfigDict, need: Need, names: Names, rule: Any) -> None:
+    """The part about the budget; `need` refuses."""
+    alloc, updates = config.alloc, config.optim.updates_per_step
+    must = "the field that names a prompt's group"
+    need(alloc.prior != "groups" or bool(alloc.prior_field), "alloc.prior_field", must)
+    must = "at most alloc.budget, or 65536: a table has a column for each"
+    need(alloc.n_max <= max(alloc.budget, 65536), "alloc.n_max", must)
+    need(alloc.prior_width <= 1 << 24, "alloc.prior_width", f"at most {1 << 24}: each is a parameter of the prior")
+    need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
+    if alloc.n_min:
+        must = "another one, or alloc.n_min must be 0: this rule chooses the prompts"
+        need(not names.must_choose(rule), "alloc.rule", must)
+        _check_sum(config, need)
+    else:
+        choosing = sorted(name for name, one in names.rules.items() if names.may_choose(one))
+        must = f"one of {choosing}, or alloc.n_min at least 1: others give every prompt some"
+        need(names.may_choose(rule), "alloc.rule", f"{must} (a rule of your own that may give nothing takes `group`)")
+        _check_pool(config, need, names.has_rounds(rule))
+    need(alloc.budget % updates == 0, "alloc.budget", f"a multiple of optim.updates_per_step={updates}")
+
+
+def _check_sum(config: ConfigDict, need: Need) -> None:
     """The part about how many rollouts a step's prompts can take where every one gets some; `need` refuses."""
     prompts, alloc = config.prompts_per_step, config.alloc
     least, most = prompts * alloc.n_min, prompts * alloc.n_max
@@ -185,7 +172,7 @@ def _check_sum(config: ConfigDict, need: Callable[[bool, str, str], None]) -> No
     )
 
 
-def _check_pool(config: ConfigDict, need: Callable[[bool, str, str], None], has_rounds: bool) -> None:
+def _check_pool(config: ConfigDict, need: Need, has_rounds: bool) -> None:
     """The part about prompts that may get nothing; `need` refuses."""
     alloc = config.alloc
     need(2 <= alloc.group <= alloc.n_max, "alloc.group", f"from 2 to alloc.n_max={alloc.n_max}")
@@ -205,7 +192,7 @@ def _check_pool(config: ConfigDict, need: Callable[[bool, str, str], None], has_
     )
 
 
-def _check_sizes(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+def _check_sizes(config: ConfigDict, need: Need) -> None:
     """The part about numbers of any key: the devices have 32 bits for each; `need` refuses."""
     for key, (usual, *_) in KEYS.items():
         value = flatten(config)[key]
@@ -217,7 +204,7 @@ def _check_sizes(config: ConfigDict, need: Callable[[bool, str, str], None]) -> 
             need(value <= most, key, f"at most {most}")
 
 
-def _check_mesh(config: ConfigDict, need: Callable[[bool, str, str], None]) -> None:
+def _check_mesh(config: ConfigDict, need: Need) -> None:
     """The part about devices; `need` refuses."""
     prompts, alloc, mesh = config.prompts_per_step, config.alloc, config.mesh
     for key, sizes in (("mesh.shape", mesh.shape), ("mesh.decode", mesh.decode)):
@@ -242,17 +229,15 @@ def _check_mesh(config: ConfigDict, need: Callable[[bool, str, str], None]) -> N
         need(flatten(config)[key] % rows == 0, key, f"a multiple of the {rows} devices that split rows in mesh.shape")
 
 
-def _check_data(
-    config: ConfigDict, need: Callable[[bool, str, str], None], *, templates: Iterable[str], sources: Iterable[str]
-) -> None:
+def _check_data(config: ConfigDict, need: Need, names: Names) -> None:
     """The part about where prompts come from; `need` refuses."""
     sft = config.sft
     need(not sft.path or bool(sft.completion_field), "sft.completion_field", "the field of sft.path with completions")
     template = config.data.template
     need(
-        template in templates or "{prompt}" in template,
+        template in names.templates or "{prompt}" in template,
         "data.template",
-        f"one of {sorted(templates)} or a text with {{prompt}} in it",
+        f"one of {sorted(names.templates)} or a text with {{prompt}} in it",
     )
     try:
         arguments = parse_arguments(config.data.template_arguments)
@@ -291,7 +276,7 @@ def _check_data(
         key, fewest = f"{config.data.source}.num_train", config.prompts_per_step if config.alloc.n_min else 1
         why = "prompts_per_step=" if config.alloc.n_min else ""
         need(flatten(config)[key] >= fewest, key, f"at least {why}{fewest}")
-    elif config.data.name in sources:
+    elif config.data.name in names.sources:
         for key in ("data.subset", "data.prompt_field", "data.answer_field", "data.completion_field"):
             known = f"left empty: data.name={config.data.name!r} is known with its fields (data.name='' reads any file)"
             need(not flatten(config)[key], key, known)

@@ -85,7 +85,7 @@ def measure(
     # ---------------------------------------------------------------- what to measure
     workdir = pathlib.Path(workdir)
     config, own = name_own(config, {"reward": reward})
-    check(config, own | unused(config), **NAMES)
+    check(config, NAMES, own | unused(config))
     has_run = (workdir / "config.json").exists()
     with first_before_others("load"):  # which may fill a cache
         if is_first():

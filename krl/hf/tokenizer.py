@@ -1,4 +1,4 @@
-"""Tokenizers, as `krl.base.types.Tokenizer` has them: sentencepiece models, and Hugging Face tokenizer.json directories.
+"""Tokenizers: sentencepiece models, and Hugging Face tokenizer.json directories, each a `krl.base.types.Tokenizer`.
 
 Nothing here uses the network or runs code that comes with a checkpoint.
 """

@@ -77,7 +77,7 @@ def plan(config: ConfigDict, topology: str, tokens: int = 0, accelerator: Accele
     Raises:
         ValueError: the config cannot work, or the mesh does not fit the topology or the parameters.
     """
-    check(config, **NAMES)
+    check(config, NAMES)
     mesh, tokens = find_mesh(config, topology), tokens or config.sample.max_new_tokens
     policy_config, layout = find_sizes(config, on_tpu=bool(topology)), reshape_mesh(mesh, tuple(config.mesh.decode))
     optimizer = find_optimizer(config)

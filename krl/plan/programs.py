@@ -16,7 +16,7 @@ from krl.base.sharding import batch_devices, named_sharding
 from krl.base.types import Prompts, Rollouts, TrainState
 from krl.learn.pack import rows_at_once
 from krl.plan.hlo import Cost, read_cost
-from krl.rollout.sampler import PROGRAMS, Work, decoding_axes
+from krl.rollout.sampler import PROGRAMS, Asked, Work, decoding_axes
 from krl.rollout.serve import REFILL, Options, Settings, State, drains
 from krl.run.compiled import for_this_backend
 from krl.run.setup import find_learning, find_rule, find_slots, prompts_of_a_step
@@ -74,7 +74,7 @@ def abstract_sampler(config: ConfigDict, policy_config: policy.PolicyConfig, par
         max_new_tokens=sizes.max_new_tokens, limits=(sizes.top_k, sizes.top_p, sizes.min_p),
     )  # fmt: skip
     counts, expected = (_array(mesh, prompts.task_ids.shape, dtype) for dtype in (jnp.int32, jnp.float32))
-    inputs = (params, prompts, counts, jax.eval_shape(jax.random.key, 0), 0, expected)
+    inputs = (params, Asked(prompts, counts, jax.eval_shape(jax.random.key, 0), 0, expected))
     work, state = PROGRAMS["begin"].eval_shape(policy_config, options, *inputs)
     layers = jax.tree.map(
         lambda leaf, axes: _array(mesh, leaf.shape, leaf.dtype, *axes), work.layers, decoding_axes(policy_config)

@@ -5,4 +5,4 @@ from krl import _moved
 if __name__ == "__main__":
     _moved.program("krl.policy.hf", "krl.hf")
 else:
-    _moved.module(__name__, "krl.hf.weights")
+    __getattr__ = _moved.attributes(__name__, "krl.hf.weights")

@@ -28,6 +28,7 @@ from krl.rollout.serve import (
     Settings,
     State,
     cache_columns,
+    decode_step,
     drain,
     drains,
     idle,
@@ -126,8 +127,8 @@ def generate(
     )  # fmt: skip
     if not num_rollouts:
         return _nothing(options, counts)
-    asked = prompts, counts, key, first_sample, expected_tokens
-    return _generate(config, options, watch, Settings(jnp.asarray(temperature), stop_table), params, *asked)
+    asked = Asked(prompts, counts, key, first_sample, expected_tokens)
+    return _generate(config, options, watch, Settings(jnp.asarray(temperature), stop_table), params, asked)
 
 
 def _nothing(options: Options, counts: jax.Array) -> Rollouts:
@@ -159,6 +160,16 @@ def slots_in_memory(config: policy.PolicyConfig, length: int, memory_gb: float, 
     return batch_devices(mesh) * max(1, int(memory_gb * 1e9 * heads / slot_bytes(config, length)))
 
 
+class Asked(struct.PyTreeNode):
+    """What is to be sampled; `generate` says more of each."""
+
+    prompts: Prompts
+    counts: jax.Array  # [M] int32
+    key: jax.Array  # a typed PRNG key
+    first_sample: jax.Array | int  # [M] int32, or one for all
+    expected_tokens: jax.Array  # [M] float32
+
+
 class Work(struct.PyTreeNode):
     """What the decoding of a step goes by."""
 
@@ -174,13 +185,9 @@ def _generate(
     watch: Watch | None,
     given: Settings,
     params: dict[str, Any],
-    prompts: Prompts,
-    counts: jax.Array,
-    key: jax.Array,
-    first_sample: jax.Array | int,
-    expected_tokens: jax.Array,
+    asked: Asked,
 ) -> Rollouts:
-    work, state = PROGRAMS["begin"](config, options, params, prompts, counts, key, first_sample, expected_tokens)
+    work, state = PROGRAMS["begin"](config, options, params, asked)
     slots, rows = _slots_each(options), len(work.order) // _devices()
     parts = _WATCHED if watch and rows > slots else 1
     known, before = np.zeros(len(work.order), bool), None
@@ -192,7 +199,7 @@ def _generate(
         if watch and before:
             watch(*_newly_ended(work.order, known, *before), ended[1].is_ready)
         before = ended
-    rollouts = PROGRAMS["collect"](options, counts, first_sample, work.order, state.responses)
+    rollouts = PROGRAMS["collect"](options, asked, work.order, state.responses)
     if watch and before:
         watch(*_newly_ended(work.order, known, *before), rollouts.lengths.is_ready)
     return rollouts
@@ -238,19 +245,11 @@ def _each(function: Callable[..., Any], *kinds: str) -> Callable[..., Any]:
     )  # fmt: skip
 
 
-def _begin(
-    config: policy.PolicyConfig,
-    options: Options,
-    params: dict[str, Any],
-    prompts: Prompts,
-    counts: jax.Array,
-    key: jax.Array,
-    first_sample: jax.Array | int,
-    expected_tokens: jax.Array,
-) -> tuple[Work, State]:
+def _begin(config: policy.PolicyConfig, options: Options, params: dict[str, Any], asked: Asked) -> tuple[Work, State]:
     """Deal the rollouts, read the prompts, and clear the slots."""
-    prompt_index, sample_index, mask = _numbered(counts, first_sample, options.num_rollouts)
-    order = constrain(_deal(jnp.append(expected_tokens, 0)[prompt_index], mask, _devices()), None)
+    prompts, key = asked.prompts, asked.key
+    prompt_index, sample_index, mask = _numbered(asked, options.num_rollouts)
+    order = constrain(_deal(jnp.append(asked.expected_tokens, 0)[prompt_index], mask, _devices()), None)
     source = jnp.append(prompt_index, prompts.tokens.shape[0])[order]  # M where no rollout is
     sample = jnp.append(sample_index, 0)[order]
     task = jnp.append(prompts.task_ids, 0)[source]
@@ -294,7 +293,8 @@ def _serve(
         state: State,
         until: jax.Array | int,
     ) -> State:
-        return serve(config, options, batch_axes, layers, given, prompts, queue, state, until)
+        step = functools.partial(decode_step, config, options, layers, given)
+        return serve(step, batch_axes, prompts, queue, state, until)
 
     each = _each(one, "whole", "whole", "whole", "rows", "rows", "whole")
     return each(work.layers, given, work.prompts, work.queue, state, until)
@@ -306,7 +306,7 @@ def _drain(
     def one(
         batch_axes: tuple[str, ...], layers: dict[str, Any], given: Settings, state: State, most: jax.Array | int
     ) -> State:
-        return drain(config, options, batch_axes, layers, given, state, most)
+        return drain(functools.partial(decode_step, config, options, layers, given), batch_axes, state, most)
 
     return _each(one, "whole", "whole", "rows", "whole")(work.layers, given, state, most)
 
@@ -315,20 +315,16 @@ def _shrink(num_slots: int, state: State) -> State:
     return _each(lambda _, state: shrink(state, num_slots), "rows")(state)
 
 
-def _numbered(
-    counts: jax.Array, first_sample: jax.Array | int, num_rollouts: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _numbered(asked: Asked, num_rollouts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(prompt_index [R], sample_index [R], mask [R]) of rollouts whose numbers begin at first_sample."""
-    prompt_index, sample_index, mask = make_slots(counts, num_rollouts)
-    first = jnp.append(jnp.broadcast_to(first_sample, counts.shape), 0)[prompt_index]
+    prompt_index, sample_index, mask = make_slots(asked.counts, num_rollouts)
+    first = jnp.append(jnp.broadcast_to(asked.first_sample, asked.counts.shape), 0)[prompt_index]
     return prompt_index, jnp.where(mask, sample_index + first, 0), mask
 
 
-def _collect(
-    options: Options, counts: jax.Array, first_sample: jax.Array | int, order: jax.Array, responses: Responses
-) -> Rollouts:
+def _collect(options: Options, asked: Asked, order: jax.Array, responses: Responses) -> Rollouts:
     """The responses in the order of their prompts."""
-    prompt_index, sample_index, mask = _numbered(counts, first_sample, options.num_rollouts)
+    prompt_index, sample_index, mask = _numbered(asked, options.num_rollouts)
     back = jnp.argsort(order)[: options.num_rollouts]
     responses = jax.tree.map(lambda part: part[back], responses)
     return Rollouts(

@@ -1,6 +1,6 @@
 """A queue of rollouts served by a few slots, on one device or on a group of them that splits the policy."""
 
-import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -90,11 +90,8 @@ class State(struct.PyTreeNode):
 
 
 def serve(
-    config: policy.PolicyConfig,
-    options: Options,
+    step: Callable[[State], State],
     batch_axes: tuple[str, ...],
-    layers: dict[str, Any],
-    given: Settings,
     prompts: PromptCache,
     queue: Queue,
     state: State,
@@ -103,16 +100,13 @@ def serve(
     """Decode until the first `until` rollouts of the queue have got a slot.
 
     Args:
-        config, options: the policy's sizes; what the program is compiled for.
+        step: `decode_step` of a policy.
         batch_axes: of the mesh, over which other queues are served at the same time; () if this is the only one.
-        layers: from `krl.policy.for_decoding`.
-        given: temperature and stop table.
         prompts, queue, state: what has been read, what is to be served, and how far that is.
         until: [] int32.
     """
     at_once = max(len(state.slots.row) // REFILL, 1)
     num_waiting = (queue.source < len(prompts.last)).sum(dtype=jnp.int32)
-    step = functools.partial(_step, config, options, layers, given)
 
     def waits(state: State) -> jax.Array:
         return _anywhere(batch_axes, state.next_row[0] < jnp.minimum(num_waiting, until))
@@ -127,17 +121,8 @@ def serve(
     return jax.lax.while_loop(waits, decode_and_refill, state)
 
 
-def drain(
-    config: policy.PolicyConfig,
-    options: Options,
-    batch_axes: tuple[str, ...],
-    layers: dict[str, Any],
-    given: Settings,
-    state: State,
-    most: jax.Array | int,
-) -> State:
+def drain(step: Callable[[State], State], batch_axes: tuple[str, ...], state: State, most: jax.Array | int) -> State:
     """Decode, when nothing waits, until at most `most` slots are live; arguments as for `serve`."""
-    step = functools.partial(_step, config, options, layers, given)
 
     def crowded(state: State) -> jax.Array:
         return _anywhere(batch_axes, state.slots.live.sum() > most)
@@ -198,10 +183,17 @@ def _by_heads(leaf: jax.Array) -> jax.Array:
     return constrain(leaf, None, "kv_heads", None, None) if leaf.ndim == 4 else leaf
 
 
-def _step(
+def decode_step(
     config: policy.PolicyConfig, options: Options, layers: dict[str, Any], given: Settings, state: State
 ) -> State:
-    """One more token in every live slot."""
+    """One more token in every live slot.
+
+    Args:
+        config, options: the policy's sizes; what the program is compiled for.
+        layers: from `krl.policy.for_decoding`.
+        given: temperature and stop table.
+        state: of the queue.
+    """
     slots, turn = state.slots, state.step[0] % state.slots.tokens.shape[1]
     top_k, top_p, min_p = options.limits
     column = slots.cache.positions.shape[1] - slots.tokens.shape[1] + turn

@@ -25,7 +25,7 @@ from krl import budget, learn, policy
 from krl.base.sharding import make_mesh, reshape_mesh
 from krl.base.types import Tokenizer
 from krl.configs import default
-from krl.configs.check import FREE_KEYS, flatten
+from krl.configs.check import FREE_KEYS, Names, flatten
 from krl.configs.named import find, name_of
 from krl.hf.config import config_json
 from krl.hf.tokenizer import load_tokenizer
@@ -40,14 +40,12 @@ from krl.run.sft import Pairs
 from krl.run.start import GIVEN, abstract_params, check_given, find_pairs, find_policy, find_tokenizer, sft_cache
 from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, step_task_ids
 
-NAMES: dict[str, Any] = {  # what a config may name
-    "rules": budget.RULES, "may_choose": budget.may_choose, "must_choose": budget.must_choose,
-    "has_rounds": budget.has_rounds,
-    "priors": budget.PRIORS, "templates": TEMPLATES, "sources": SOURCES,
-    "averages": learn.AVERAGES, "scales": learn.SCALES, "surrogates": learn.SURROGATES,
-    "kl_estimators": learn.KL_ESTIMATORS,
-}  # fmt: skip
-
+NAMES = Names(
+    rules=budget.RULES, may_choose=budget.may_choose, must_choose=budget.must_choose, has_rounds=budget.has_rounds,
+    priors=budget.PRIORS, templates=TEMPLATES, sources=SOURCES,
+    losses={"average": learn.AVERAGES, "scale": learn.SCALES, "surrogate": learn.SURROGATES,
+            "kl_estimator": learn.KL_ESTIMATORS},
+)  # fmt: skip
 
 # What a notebook may give instead of a name: the key of the name, and krl's own.
 OWN: dict[str, tuple[str, Any]] = {

@@ -2,4 +2,4 @@
 
 from krl import _moved
 
-_moved.module(__name__, "krl.rewards.functions")
+__getattr__ = _moved.attributes(__name__, "krl.rewards.functions")
