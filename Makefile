@@ -2,7 +2,7 @@
 # make pod    two processes on this machine that train one policy
 # make test   the test suite, or TESTS="tests/test_budget.py ..." of it
 # make oldest the same with the oldest versions that requirements.txt admits, in .venv-oldest
-# make slow   tests that take minutes each: several processes; compiled as for users
+# make slow   the long tests: several processes, recipes, notebooks; compiled as for users
 # make check  format, lint, types
 # make site   the documentation as web pages in site/; begin at site/index.html
 # make clean  remove what make demo wrote (.venv stays)

@@ -83,6 +83,7 @@ def test_own_reward_on_own_data_in_python(here):
     assert any(wins % 1 for wins in won), "an exact comparison would give whole rewards"
 
 
+@pytest.mark.slow
 def test_own_reward_on_own_data_by_a_config_file(here):
     exec(blocks("recipes/reward.md")[1], {})
     (here / "mine.py").write_text(mine())
@@ -96,6 +97,7 @@ def test_own_reward_on_own_data_by_a_config_file(here):
     assert json.loads((here / "runs" / "mine" / "config.json").read_text())["data.reward"] == "mine:reward"
 
 
+@pytest.mark.slow
 def test_own_data(here):
     for name, size in (("train", 16), ("test", 4)):
         lines = [{"question": f"{i} + 1?", "answer": str(i + 1), "solution": f"#### {i + 1}"} for i in range(size)]
@@ -116,6 +118,7 @@ def test_own_value_function(here):
     assert rows(here / "runs" / "any_mixed")[-1]["price"] < 0
 
 
+@pytest.mark.slow
 def test_own_allocation_rule(here):
     names = follow("recipes/rule.md")
     assert names["shares"]["uniform"] < min(names["shares"]["optimist"], names["shares"]["knapsack"])
@@ -136,6 +139,7 @@ def test_own_prior(here):
     assert all(np.isfinite(row["prior_gain"]) for row in rows(here / "runs" / "hardest")[1:])
 
 
+@pytest.mark.slow
 def test_own_reward_in_a_notebook(here):
     (block,) = (block for block in blocks("recipes/reward.md") if "reward=close" in block)
     names = {"__name__": "page"}
@@ -144,6 +148,7 @@ def test_own_reward_in_a_notebook(here):
     assert json.loads((here / "runs" / "close" / "config.json").read_text())["data.reward"] == "close given in Python"
 
 
+@pytest.mark.slow
 def test_own_policy(here):
     names = follow("recipes/policy.md")
     assert names["second"].metrics["step"] == 3

@@ -111,6 +111,7 @@ def test_what_cannot_be_is_refused():
             check(config, NAMES)
 
 
+@pytest.mark.slow
 def test_the_config_trains(tmp_path, monkeypatch):
     """Compiled as for users, not as quickly as in other tests."""
     jax.devices()  # this process has read XLA_FLAGS by now; the one that it starts finds none

@@ -66,6 +66,7 @@ def test_what_is_kept_of_a_notebook(name):
     assert shown == sum("image/png" in output.get("data", ()) for output in outputs)
 
 
+@pytest.mark.slow
 def test_a_reward_and_data_of_ones_own(tmp_path):
     """The policy finds the largest digit far more often than the examples, and the log has what the reward said."""
     found = run_book("own_reward_and_data", tmp_path)

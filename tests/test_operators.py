@@ -135,6 +135,7 @@ def test_what_cannot_be_is_refused():
         make_operators({"warm": 0, "train": 0, "test": 20}, seed=0, num_operators=1, digits=1)
 
 
+@pytest.mark.slow
 def test_the_config_trains(tmp_path, monkeypatch):
     """Compiled as for users, not as quickly as in other tests."""
     jax.devices()  # this process has read XLA_FLAGS by now; the one that it starts finds none

@@ -291,6 +291,7 @@ def test_replay_refuses_what_it_cannot_run():
         replayed("uniform", jnp.ones((1, 2, 16)), n_max=4)
 
 
+@pytest.mark.slow
 def test_beta_knapsack_comes_closest_to_the_known_rates():
     """What docs/budget.md shows for all rules and more seeds."""
     keys = jax.random.split(jax.random.key(0), 2)
