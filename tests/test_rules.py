@@ -1,6 +1,7 @@
 """The rules, the belief's records, the values of other estimators, explain and replay."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -334,3 +335,34 @@ def test_rates_of_a_log_leave_out_what_has_no_reward_and_count_any_reward_as_par
     np.testing.assert_array_equal(budget.logged_rates(old, 3), expected)
     never = [{"task_ids": [0], "counts": [2], "scored": [0], "successes": [0.0]}]
     assert np.isfinite(budget.logged_rates(never, 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"rewards": [1.0, 2.0, 0.0]}, "from 0 to 1, shares of a success, got 2.0"), ({"rewards": [1.0, np.nan, 0.0]}, "got nan"),
+     ({"task_ids": [2, 2]}, "must be distinct"), ({"task_ids": [2, 9]}, "from 0 to 3, got 2 to 9"),
+     ({"task_ids": [-1, 2]}, "from 0 to 3, got -1 to 2"), ({"prompt_index": [0, 2, 1]}, "from 0 to 1, got 0 to 2")],
+)  # fmt: skip
+@pytest.mark.parametrize("learn", [budget.observe, budget.update])
+def test_outcomes_that_cannot_be_are_refused_and_those_outside_the_mask_are_not_looked_at(learn, changed, message):
+    right = {"task_ids": [2, 0], "rewards": [1.0, 0.0, 0.0], "prompt_index": [0, 0, 1]}
+    belief = budget.init_belief(4)
+
+    def after(given, **masked):
+        arrays = {name: jnp.array(values) for name, values in given.items()}
+        return learn(belief, **arrays, **masked)
+
+    everything = jnp.ones(3, bool)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        after(right | changed, mask=everything)
+    if "task_ids" not in changed:
+        number = [
+            a != b for a, b in zip(*((right | more)[next(iter(changed))] for more in ({}, changed)), strict=True)
+        ].index(True)
+        one, other = (after(right | more, mask=everything.at[number].set(False)) for more in ({}, changed))
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_budget_is_a_whole_number():
+    with pytest.raises(ValueError, match=r"budget 16\.5 must be a whole number of rollouts"):
+        budget.allocate("uniform", budget.init_belief(4), 16.5, 2, 8)

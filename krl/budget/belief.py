@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.scipy.special import betaln, logit
 
@@ -203,7 +204,6 @@ def window_rate(belief: Belief) -> jax.Array:
     return jnp.where(long, divide(belief.last_successes, belief.last_count), divide(ones.astype(jnp.float32), kept))
 
 
-@jax.jit
 def observe(
     belief: Belief,
     task_ids: jax.Array,
@@ -226,9 +226,14 @@ def observe(
 
     Returns:
         The new belief. Tasks without a real rollout keep their record.
+
+    Raises:
+        ValueError: a reward outside [0, 1], a task that is not there or is named twice, or a row of no prompt; not
+            inside jit, where values are not known.
     """
     outcomes = Outcomes(rewards, prompt_index, mask, lengths)
-    return _observe(belief, take(belief, task_ids, step), task_ids, outcomes, step, (1.0, 1.0))
+    _check(belief, task_ids, outcomes)
+    return _add_outcomes(belief, task_ids, outcomes, step)
 
 
 class Outcomes(NamedTuple):
@@ -238,6 +243,29 @@ class Outcomes(NamedTuple):
     prompt_index: jax.Array  # [R] int32
     mask: jax.Array  # [R] bool
     lengths: jax.Array | None  # [R] int32, tokens
+
+
+def _check(belief: Belief, task_ids: jax.Array, outcomes: Outcomes) -> None:
+    """Refuse outcomes that cannot be, where they are known."""
+    given = task_ids, outcomes.rewards, outcomes.prompt_index, outcomes.mask
+    if any(isinstance(array, jax.core.Tracer) for array in given):
+        return
+    ids, rewards, index, mask = map(np.asarray, given)
+    rewards, index, tasks = rewards[mask], index[mask], len(belief.visits)
+    wrong = rewards[~((rewards >= 0) & (rewards <= 1))]
+    if wrong.size:
+        raise ValueError(f"rewards must be from 0 to 1, shares of a success, got {wrong[0]}; clip or scale them")
+    if ids.size and not 0 <= ids.min() <= ids.max() < tasks:
+        raise ValueError(f"task_ids must be from 0 to {tasks - 1}, got {ids.min()} to {ids.max()}")
+    if len(set(ids.tolist())) < len(ids):
+        raise ValueError("task_ids must be distinct: of two rows of one task only one would be kept; join their groups")
+    if index.size and not 0 <= index.min() <= index.max() < len(ids):
+        raise ValueError(f"prompt_index must be from 0 to {len(ids) - 1}, got {index.min()} to {index.max()}")
+
+
+@jax.jit
+def _add_outcomes(belief: Belief, task_ids: jax.Array, outcomes: Outcomes, step: jax.Array | int) -> Belief:
+    return _observe(belief, take(belief, task_ids, step), task_ids, outcomes, step, (1.0, 1.0))
 
 
 def _observe(
@@ -287,7 +315,6 @@ def _observe(
     return jax.tree.map(write, belief, new)
 
 
-@functools.partial(jax.jit, static_argnames=("fit_prior", "fit_discounts"))
 def update(
     belief: Belief,
     task_ids: jax.Array,
@@ -316,10 +343,22 @@ def update(
 
     Returns:
         The new belief.
+
+    Raises:
+        ValueError: as for `observe`.
     """
+    outcomes = Outcomes(rewards, prompt_index, mask, lengths)
+    _check(belief, task_ids, outcomes)
+    return _update(belief, task_ids, outcomes, step, known, sampled, fit_prior=fit_prior, fit_discounts=fit_discounts)
+
+
+@functools.partial(jax.jit, static_argnames=("fit_prior", "fit_discounts"))
+def _update(
+    belief: Belief, task_ids: jax.Array, outcomes: Outcomes, step: jax.Array | int, known: Belief | None,
+    sampled: jax.Array | None, *, fit_prior: bool, fit_discounts: bool,
+) -> Belief:  # fmt: skip
     old = take(belief, task_ids, step) if known is None else known
     ages, faded = _age(old, step), take(belief, task_ids, step + 1)
-    outcomes = Outcomes(rewards, prompt_index, mask, lengths)
     belief = _observe(belief, old, task_ids, outcomes, step, (belief.discount, belief.discount_mixed))
     if sampled is not None:  # of those without a reward the record fades on from here
         missed = sampled & (belief.last_step[task_ids] != step)
@@ -332,7 +371,7 @@ def update(
             faded,
         )
     if fit_discounts:
-        even, mixed, fade = _next_discounts(old.replace(fade=belief.fade), ages, rewards, prompt_index, mask)
+        even, mixed, fade = _next_discounts(old.replace(fade=belief.fade), ages, outcomes)
         belief = belief.replace(discount=even, discount_mixed=mixed, fade=fade)
     if fit_prior:
         alpha, beta = prior_by_moments(belief)
@@ -342,15 +381,13 @@ def update(
     return belief
 
 
-def _next_discounts(
-    known: Belief, ages: jax.Array, rewards: jax.Array, prompt_index: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _next_discounts(known: Belief, ages: jax.Array, outcomes: Outcomes) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One step up the likelihood of new outcomes, for each discount by the tasks whose evidence it cut last.
 
     The slope is d/dc log P(successes | Beta(prior + c evidence)) at c = 1, nats per visit: above 0 where more
     evidence should have been kept.
     """
-    num_prompts = len(ages)
+    num_prompts, (rewards, prompt_index, mask, _) = len(ages), outcomes
     index = jnp.where(mask, prompt_index, num_prompts)
     count = segment_sum(mask.astype(jnp.float32), index, num_prompts)
     wins = segment_sum(jnp.where(mask, rewards, 0.0), index, num_prompts)
