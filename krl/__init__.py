@@ -9,6 +9,7 @@ step goes through them.
 import importlib
 from typing import TYPE_CHECKING
 
+from krl import _moved
 from krl._version import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def __getattr__(name: str):
     """A room, or a run, when it is first asked for: processes that check rewards need `krl.rewards` and load no jax."""
     if name in __all__:
         return importlib.import_module(f"krl.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _moved.attribute(__name__, name)
 
 
 def __dir__() -> list[str]:

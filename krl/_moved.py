@@ -1,26 +1,67 @@
-"""Old names of modules and programs, for one version."""
+"""Old names of modules and programs, found for one version and warned about."""
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import runpy
 import sys
+import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
+MODULES = {
+    **{f"krl.{name}": f"krl.base.{name}" for name in ("types", "masked", "sharding")},
+    **{f"krl.tasks.{name}": f"krl.rewards.{name}" for name in ("verify", "notation", "units", "algebra", "pool", "worker")},
+    "krl.tasks.rewards": "krl.rewards.functions",
+    "krl.tasks.extract": "krl.base.answers",
+    "krl.policy.hf": "krl.hf.weights",
+    "krl.policy.hf_config": "krl.hf.config",
+    "krl.policy.tokenizer": "krl.hf.tokenizer",
+    "krl.run.plan": "krl.plan.command",
+    "krl.run.report": "krl.report.command",
+}  # fmt: skip
+PROGRAMS = {"krl.policy.hf": "krl.hf", "krl.run.plan": "krl.plan", "krl.run.report": "krl.report"}  # of `python -m`
 
-def attributes(old: str, new: str) -> Callable[[str], Any]:
-    """The `__getattr__` of a module that moved; whoever imports its old name is warned."""
-    warnings.warn(f"{old} is {new} now; the old name goes with the next version", DeprecationWarning, stacklevel=3)
 
-    def find(name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(f"module {old!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(new), name)
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Finds what MODULES names: an import of an old name gives the module itself."""
 
-    return find
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(name, self) if name in MODULES else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        old, new = module.__name__, MODULES[module.__name__]
+        warnings.warn(f"{old} is {new} now; the old name goes with the next version", DeprecationWarning, stacklevel=2)
+        sys.modules[old] = importlib.import_module(new)
+
+    def get_code(self, name: str) -> types.CodeType:
+        """What `python -m` of an old name runs."""
+        return compile(f"from krl import _moved\n_moved.run({name!r})", name, "exec")
+
+    def get_source(self, fullname: str) -> None:
+        """There is none."""
 
 
-def program(old: str, new: str) -> None:
-    """Run `python -m new` for `python -m old`, and say so."""
+def run(old: str) -> None:
+    """Run a program for its old name, and say so."""
+    new = PROGRAMS.get(old, MODULES[old])
     print(f"{old} is {new} now; the old name goes with the next version", file=sys.stderr)
-    runpy.run_module(new, run_name="__main__")
+    runpy.run_module(new, run_name="__main__", alter_sys=True)
+
+
+def attribute(package: str, name: str) -> Any:
+    """What stood in a package under a name.
+
+    Raises:
+        AttributeError: nothing did.
+    """
+    if f"{package}.{name}" in MODULES:
+        return importlib.import_module(f"{package}.{name}")
+    raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
+if not any(type(finder).__name__ == "Finder" and type(finder).__module__ == __name__ for finder in sys.meta_path):
+    sys.meta_path.insert(0, Finder())

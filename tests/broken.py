@@ -4,11 +4,13 @@
 
 Each broken line is tried in a copy of the checkout, first on the tests that are about its file. A line that no test
 finds is printed with what it was and what it became: it needs a test, or it changes no result (a constant of speed, two
-ways to the same number). No test of the suite runs this; forty lines take about twenty minutes of two cores.
+ways to the same number), or the slow tests, which are not run here, are about it. The tests are run unbroken first. No
+test of the suite runs this; forty lines take about twenty minutes of two cores.
 """
 
 import argparse
 import ast
+import contextlib
 import copy
 import os
 import pathlib
@@ -67,8 +69,13 @@ def main() -> None:
     random.Random(options.seed).shuffle(places)
     chosen = list({(file, line): (file, line, text) for file, line, text in places}.values())[: options.lines]
     with ThreadPoolExecutor(options.jobs) as several:
+        tests = sorted({name for file, _, _ in chosen for name in PATH[file].split()})
+        failing = [name for name, bad in zip(tests, several.map(fails_unbroken, tests), strict=True) if bad]
+        if failing:
+            raise SystemExit(f"these tests fail as the code is: {', '.join(failing)}")
         found = sum(several.map(lambda place: try_one(*place), chosen))
     print(f"{found} of {len(chosen)} broken lines were found")
+    raise SystemExit(found < len(chosen))
 
 
 def ways_to_break(source: str) -> Iterator[tuple[int, str]]:
@@ -147,9 +154,34 @@ def try_one(file: str, line: int, text: str) -> bool:
     return found
 
 
-def fails(checkout: pathlib.Path, test: str) -> bool:
-    """Whether a test of a file fails, or its file cannot be imported or takes much too long."""
-    arguments = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", test]
+def fails_unbroken(name: str) -> bool:
+    """Whether the tests of a file fail in a copy of the checkout as it is."""
+    with a_copy() as checkout:
+        return fails(checkout, name)
+
+
+@contextlib.contextmanager
+def a_copy() -> Iterator[pathlib.Path]:
+    """The checkout once more, for a while."""
+    with tempfile.TemporaryDirectory(prefix="krl-broken-") as place:
+        left_out = shutil.ignore_patterns(".git", ".venv*", "site", "runs", "study")
+        yield pathlib.Path(shutil.copytree(ROOT, pathlib.Path(place, "checkout"), ignore=left_out, symlinks=True))
+
+
+def fails(checkout: pathlib.Path, name: str) -> bool:
+    """Whether one of the tests in tests/test_{name}.py fails, or they cannot be imported or take much too long."""
+    arguments = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        f"tests/test_{name}.py",
+    ]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     try:
         return (

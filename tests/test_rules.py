@@ -355,6 +355,8 @@ def test_outcomes_that_cannot_be_are_refused_and_those_outside_the_mask_are_not_
     everything = jnp.ones(3, bool)
     with pytest.raises(ValueError, match=re.escape(message)):
         after(right | changed, mask=everything)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        after(right | changed, mask=np.ones(3, np.int32))
     if "task_ids" not in changed:
         number = [
             a != b for a, b in zip(*((right | more)[next(iter(changed))] for more in ({}, changed)), strict=True)

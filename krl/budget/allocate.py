@@ -329,7 +329,7 @@ def _check_sum(prompts: int, budget: jax.Array | int, n_min: int, n_max: int, gr
     """Refuse a budget that no counts sum to, where it is known."""
     if isinstance(budget, jax.core.Tracer):
         return
-    if int(budget) != budget:
+    if isinstance(budget, str) or budget % 1 != 0:  # not a number, and infinity, too
         raise ValueError(f"budget {budget} must be a whole number of rollouts")
     if not prompts * n_min <= int(budget) <= prompts * n_max:
         raise ValueError(

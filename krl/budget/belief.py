@@ -229,7 +229,7 @@ def observe(
 
     Raises:
         ValueError: a reward outside [0, 1], a task that is not there or is named twice, or a row of no prompt; not
-            inside jit, where values are not known.
+            inside jit, where values are not known and nothing waits for them.
     """
     outcomes = Outcomes(rewards, prompt_index, mask, lengths)
     _check(belief, task_ids, outcomes)
@@ -250,14 +250,14 @@ def _check(belief: Belief, task_ids: jax.Array, outcomes: Outcomes) -> None:
     given = task_ids, outcomes.rewards, outcomes.prompt_index, outcomes.mask
     if any(isinstance(array, jax.core.Tracer) for array in given):
         return
-    ids, rewards, index, mask = map(np.asarray, given)
-    rewards, index, tasks = rewards[mask], index[mask], len(belief.visits)
+    ids, index, mask = np.asarray(task_ids), np.asarray(outcomes.prompt_index), np.asarray(outcomes.mask, bool)
+    rewards, index, tasks = np.asarray(outcomes.rewards, np.float32)[mask], index[mask], len(belief.visits)
     wrong = rewards[~((rewards >= 0) & (rewards <= 1))]
     if wrong.size:
         raise ValueError(f"rewards must be from 0 to 1, shares of a success, got {wrong[0]}; clip or scale them")
     if ids.size and not 0 <= ids.min() <= ids.max() < tasks:
         raise ValueError(f"task_ids must be from 0 to {tasks - 1}, got {ids.min()} to {ids.max()}")
-    if len(set(ids.tolist())) < len(ids):
+    if len(np.unique(ids)) < len(ids):
         raise ValueError("task_ids must be distinct: of two rows of one task only one would be kept; join their groups")
     if index.size and not 0 <= index.min() <= index.max() < len(ids):
         raise ValueError(f"prompt_index must be from 0 to {len(ids) - 1}, got {index.min()} to {index.max()}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import sentencepiece
 
-from krl.base.types import Tokenizer
+from krl.base.types import Decoder, Tokenizer  # noqa: F401 (Decoder was here until 0.4)
 
 PAD_ID, EOS_ID, UNKNOWN_ID = 0, 1, 2
 # What a tokenizer is made of in a checkpoint's directory, as far as it is there.

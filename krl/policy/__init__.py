@@ -1,8 +1,9 @@
 """The language model."""
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from krl import _moved
 from krl.policy.model import (
     Cache,
     PolicyConfig,
@@ -16,6 +17,9 @@ from krl.policy.model import (
     token_logps,
 )
 
+if TYPE_CHECKING:
+    from krl.hf import load_hf, read_config, save_hf
+
 __all__ = [
     "Cache",
     "PolicyConfig",
@@ -24,8 +28,11 @@ __all__ = [
     "for_decoding",
     "init",
     "init_cache",
+    "load_hf",
     "param_axes",
     "read",
+    "read_config",
+    "save_hf",
     "token_logps",
 ]
 
@@ -34,4 +41,4 @@ def __getattr__(name: str) -> Any:
     # Notebooks find checkpoints beside the model; krl.hf stands above this room and is loaded when it is asked for.
     if name in ("load_hf", "save_hf", "read_config"):
         return getattr(importlib.import_module("krl.hf"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _moved.attribute(__name__, name)

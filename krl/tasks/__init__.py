@@ -1,5 +1,8 @@
-"""Prompts and verifiable rewards; runs on the host."""
+"""Prompts; runs on the host."""
 
+from typing import Any
+
+from krl import _moved
 from krl.base.answers import Answer
 from krl.tasks.data import EncodedTasks, TaskSet, encode_tasks, load_tasks, step_task_ids
 from krl.tasks.sources import SOURCES, load_named
@@ -17,3 +20,7 @@ __all__ = [
     "load_tasks",
     "step_task_ids",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return _moved.attribute(__name__, name)
