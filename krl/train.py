@@ -164,7 +164,7 @@ def take_steps(
     if step == 0:
         write_held_out(workdir, parts.test.tasks)
 
-    def save() -> None:
+    def save(step: int, learner: Learner) -> None:
         processes.check_copies(learner.state.params)
         checkpoints.save(step, saved(learner), about | {"step": step})
 
@@ -184,7 +184,7 @@ def take_steps(
             newest = metrics["eval/accuracy"]
             show(0, f"accuracy {short(newest)}")
         if config.steps == 0:
-            save()
+            save(step, learner)
         while step < config.steps and not should_stop():
             record(step)
             draw = draws_before(rollbacks, step)
@@ -207,9 +207,9 @@ def take_steps(
             hear(int(sum(metrics[f"verifier/{kind}"] for kind in FAULTS)), config.alloc.budget, f"step {step}")
             refuse_bad_updates(learner.state, config.max_bad_updates)
             if step % config.checkpoint.every == 0 or step == config.steps:
-                save()
+                save(step, learner)
     if step < config.steps:
-        save()
+        save(step, learner)
         processes.say(f"krl: stopped after step {step}; the same command continues from there")
         return "stopped", {}
     return "finished", learner.state.params

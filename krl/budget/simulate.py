@@ -230,8 +230,10 @@ def _replay_one(setting: _Setting, rates: jax.Array, key: jax.Array, start: beli
         rewards = draws[index, sample].astype(jnp.float32)
         everything = jnp.ones(budget, bool)
         shown = _measure(p, believed, counts, rewards, index)
-        fitted = {"fit_prior": setting.fit_prior, "fit_discounts": setting.fit_discounts}
-        belief = beliefs.update(belief, ids, rewards, index, everything, step, **fitted)
+        belief = beliefs.update(
+            belief, ids, rewards, index, everything, step,
+            fit_prior=setting.fit_prior, fit_discounts=setting.fit_discounts,
+        )  # fmt: skip
         return belief, shown
 
     _, shown = jax.lax.scan(take_step, start, (jnp.arange(steps), rates))
