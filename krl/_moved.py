@@ -12,7 +12,8 @@ from typing import Any
 
 MODULES = {
     **{f"krl.{name}": f"krl.base.{name}" for name in ("types", "masked", "sharding")},
-    **{f"krl.tasks.{name}": f"krl.rewards.{name}" for name in ("verify", "notation", "units", "algebra", "pool", "worker")},
+    **{f"krl.tasks.{name}": f"krl.rewards.{name}" for name in ("verify", "notation", "units", "algebra")},
+    **{f"krl.tasks.{name}": f"krl.rewards.{name}" for name in ("pool", "worker")},
     "krl.tasks.rewards": "krl.rewards.functions",
     "krl.tasks.extract": "krl.base.answers",
     "krl.policy.hf": "krl.hf.weights",

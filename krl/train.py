@@ -163,28 +163,20 @@ def take_steps(
         return "stopped", {}
     if step == 0:
         write_held_out(workdir, parts.test.tasks)
-
-    def save(step: int, learner: Learner) -> None:
-        processes.check_copies(learner.state.params)
-        checkpoints.save(step, saved(learner), about | {"step": step})
-
     hear = FaultWatch(parts.verifiers, config.verify.may_fail)
     highest, newest = best.about_newest().get("accuracy", -math.inf), None
 
     # ---------------------------------------------------------------- the loop
-    recorded = config.profile.steps if processes.is_first() else 0
     with (
         open_log(config, workdir, step) as log,
         progress(config.steps, step, config.alloc.rule) as show,
-        profile(workdir / "profile", begin=step + 2, steps=recorded) as record,
+        profile(workdir / "profile", begin=step + 2, steps=config.profile.steps * processes.is_first()) as record,
     ):
         if step == 0 and config.eval.every and not should_stop():
-            metrics = {"rollouts_total": 0} | evaluate_held_out(config, parts, learner, log, 0, hear)
-            log.write(0, metrics)
-            newest = metrics["eval/accuracy"]
+            newest = evaluate_start(config, parts, learner, log, hear)
             show(0, f"accuracy {short(newest)}")
         if config.steps == 0:
-            save(step, learner)
+            save(checkpoints, step, learner, about)
         while step < config.steps and not should_stop():
             record(step)
             draw = draws_before(rollbacks, step)
@@ -207,12 +199,25 @@ def take_steps(
             hear(int(sum(metrics[f"verifier/{kind}"] for kind in FAULTS)), config.alloc.budget, f"step {step}")
             refuse_bad_updates(learner.state, config.max_bad_updates)
             if step % config.checkpoint.every == 0 or step == config.steps:
-                save(step, learner)
+                save(checkpoints, step, learner, about)
     if step < config.steps:
-        save(step, learner)
+        save(checkpoints, step, learner, about)
         processes.say(f"krl: stopped after step {step}; the same command continues from there")
         return "stopped", {}
     return "finished", learner.state.params
+
+
+def save(checkpoints: Checkpoints, step: int, learner: Learner, about: dict[str, Any]) -> None:
+    """A checkpoint, when every process has been seen to have the same parameters."""
+    processes.check_copies(learner.state.params)
+    checkpoints.save(step, saved(learner), about | {"step": step})
+
+
+def evaluate_start(config: ConfigDict, parts: Setup, learner: Learner, log: MetricsLog, hear: FaultWatch) -> float:
+    """The accuracy before the first step, which is the log's first row."""
+    metrics = {"rollouts_total": 0} | evaluate_held_out(config, parts, learner, log, 0, hear)
+    log.write(0, metrics)
+    return metrics["eval/accuracy"]
 
 
 def open_log(config: ConfigDict, workdir: pathlib.Path, step: int) -> MetricsLog:

@@ -77,11 +77,7 @@ def test_no_file_imports_from_its_own_floor_or_above():
         parts = path.relative_to(ROOT / "krl").with_suffix("").parts
         if parts == ("__init__",):
             continue
-        tree = ast.parse(path.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-                node.body = []  # nothing is imported
-        for node in ast.walk(tree):
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "krl":
                 names = [node.module] if "." in node.module else [f"krl.{alias.name}" for alias in node.names]
                 for room in (name.split(".")[1] for name in names):

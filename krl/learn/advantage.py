@@ -46,10 +46,9 @@ def group_advantages(
 
         A_j = (r_j - mean) / (std + epsilon)
 
-    over the N rollouts of the same prompt, with the sample standard deviation (N - 1 in the
-    denominator), as the common implementations have it. Groups may have any sizes. With leave_one_out the
-    mean is that of the prompt's other rollouts (RLOO), which makes r_j - mean larger by N / (N - 1). Rewards may have
-    any size that float32 has.
+    over the N rollouts of the same prompt, with the sample standard deviation (N - 1 in the denominator), as the common
+    implementations have it. Groups may have any sizes, and rewards any that float32 has. With leave_one_out the mean is
+    that of the prompt's other rollouts (RLOO), which makes r_j - mean larger by N / (N - 1).
 
     Args:
         rewards: [R] float32; see `fit_float32` for those of a wider range.

@@ -1,7 +1,7 @@
 """The language model."""
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from krl import _moved
 from krl.policy.model import (
@@ -16,9 +16,6 @@ from krl.policy.model import (
     read,
     token_logps,
 )
-
-if TYPE_CHECKING:
-    from krl.hf import load_hf, read_config, save_hf
 
 __all__ = [
     "Cache",
