@@ -368,16 +368,15 @@ def _signed(gain: runs.Interval) -> str:
 
 
 def draw(found: Found, file: pathlib.Path) -> None:
-    """Mean accuracy over rollouts, tokens and seconds, with a band of its standard error."""
+    """Mean accuracy over rollouts and tokens, with a band of its standard error."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 3, figsize=(12, 4.2), layout="constrained", sharey=True)
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
     curves = {name: np.array([row["curve"] for row in found[name].values()]) for name in DRAWN if found.get(name)}
     units = {
         runs.ROLLOUTS: ("rollouts, thousands", 1e3),
         runs.TOKENS: ("tokens, thousands", 1e3),
-        runs.SECONDS: ("seconds", 1.0),
     }
     for axes, (column, (label, unit)) in zip(panels, units.items(), strict=True):
         for name in sorted(curves, key=lambda name: -curves[name][:, -1, runs.ACCURACY].mean()):
