@@ -229,7 +229,7 @@ def observe(
 
     Raises:
         ValueError: a reward outside [0, 1], a task that is not there or is named twice, or a row of no prompt; not
-            inside jit, where values are not known and nothing waits for them.
+            inside jit, where values are not known and nothing waits for them, nor in a run of several processes.
     """
     outcomes = Outcomes(rewards, prompt_index, mask, lengths)
     _check(belief, task_ids, outcomes)
@@ -246,9 +246,9 @@ class Outcomes(NamedTuple):
 
 
 def _check(belief: Belief, task_ids: jax.Array, outcomes: Outcomes) -> None:
-    """Refuse outcomes that cannot be, where they are known."""
+    """Refuse outcomes that cannot be, where they are known: not inside jit, nor where other processes have a part."""
     given = task_ids, outcomes.rewards, outcomes.prompt_index, outcomes.mask
-    if any(isinstance(array, jax.core.Tracer) for array in given):
+    if any(isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True) for array in given):
         return
     ids, index, mask = np.asarray(task_ids), np.asarray(outcomes.prompt_index), np.asarray(outcomes.mask, bool)
     rewards, index, tasks = np.asarray(outcomes.rewards, np.float32)[mask], index[mask], len(belief.visits)
