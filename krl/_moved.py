@@ -38,12 +38,9 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         warnings.warn(f"{old} is {new} now; the old name goes with the next version", DeprecationWarning, stacklevel=2)
         sys.modules[old] = importlib.import_module(new)
 
-    def get_code(self, name: str) -> types.CodeType:
+    def get_source(self, fullname: str) -> str:
         """What `python -m` of an old name runs."""
-        return compile(f"from krl import _moved\n_moved.run({name!r})", name, "exec")
-
-    def get_source(self, fullname: str) -> None:
-        """There is none."""
+        return f"from krl import _moved\n_moved.run({fullname!r})\n"
 
 
 def run(old: str) -> None:
