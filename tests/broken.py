@@ -138,14 +138,10 @@ def changed(node: ast.expr) -> Iterator[ast.expr]:
 
 def try_one(file: str, line: int, text: str) -> bool:
     """Whether the tests find that a line of a file is another one."""
-    with tempfile.TemporaryDirectory(prefix="krl-broken-") as place:
-        copied = pathlib.Path(place, "checkout")
-        shutil.copytree(
-            ROOT, copied, ignore=shutil.ignore_patterns(".git", ".venv*", "site", "runs", "study"), symlinks=True
-        )
-        (copied / file).write_text(text)
-        begin = time.monotonic()
-        found = any(fails(copied, f"tests/test_{name}.py") for name in PATH[file].split())
+    begin = time.monotonic()
+    with a_copy() as checkout:
+        (checkout / file).write_text(text)
+        found = any(fails(checkout, name) for name in PATH[file].split())
     was, now = ((each.splitlines()[line - 1]).strip() for each in ((ROOT / file).read_text(), text))
     print(
         f"{'found ' if found else 'MISSED'} {file}:{line} in {time.monotonic() - begin:.0f} s: {was}  ->  {now}",
@@ -170,18 +166,10 @@ def a_copy() -> Iterator[pathlib.Path]:
 
 def fails(checkout: pathlib.Path, name: str) -> bool:
     """Whether one of the tests in tests/test_{name}.py fails, or they cannot be imported or take much too long."""
-    arguments = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        f"tests/test_{name}.py",
-    ]
+    test = f"tests/test_{name}.py"
+    if not (checkout / test).exists():
+        raise ValueError(f"there is no {test}; mend PATH")
+    arguments = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", test]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     try:
         return (
