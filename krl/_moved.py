@@ -61,5 +61,4 @@ def attribute(package: str, name: str) -> Any:
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 
-if not any(type(finder).__name__ == "Finder" and type(finder).__module__ == __name__ for finder in sys.meta_path):
-    sys.meta_path.insert(0, Finder())
+sys.meta_path.insert(0, Finder())

@@ -2,6 +2,7 @@
 
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from krl import budget
+from krl.budget.belief import Outcomes, _check
 
 NAMES = sorted(set(budget.RULES) - {"mopps", "pilot_commit", "reinforce_ada"})  # which choose prompts
 
@@ -363,6 +365,15 @@ def test_outcomes_that_cannot_be_are_refused_and_those_outside_the_mask_are_not_
         ].index(True)
         one, other = (after(right | more, mask=everything.at[number].set(False)) for more in ({}, changed))
         jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_outcomes_that_other_processes_have_a_part_of_are_not_looked_at():
+    elsewhere = SimpleNamespace(is_fully_addressable=False)
+    _check(budget.init_belief(2), elsewhere, Outcomes(elsewhere, elsewhere, elsewhere, None))
+    with pytest.raises((TypeError, ValueError)):  # what looking at it would give
+        _check(
+            budget.init_belief(2), np.arange(2), Outcomes(SimpleNamespace(), np.zeros(1, int), np.ones(1, bool), None)
+        )
 
 
 def test_a_budget_is_a_whole_number():
