@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from krl.configs.default import COLDEST, EMBEDDED, FREE_KEYS, KEYS
+from krl.configs.default import EMBEDDED, FREE_KEYS, KEYS
 from krl.configs.named import find
 
 __all__ = ["FREE_KEYS", "KINDS", "check", "check_keys", "did_you_mean", "flatten", "no_such_key", "parse_arguments"]
@@ -41,7 +41,7 @@ def check_keys(config: ConfigDict) -> None:
     """
     given = flatten(config)
     for key in sorted(given.keys() - KEYS.keys()):
-        raise ValueError(no_such_key(key, KEYS))
+        raise ValueError(no_such_key(key))
     for key in sorted(KEYS.keys() - given.keys()):
         raise ValueError(f"there is no config.{key}; begin with krl.configs.default.get_config() and change values")
     for key, value in given.items():
@@ -50,9 +50,9 @@ def check_keys(config: ConfigDict) -> None:
             raise ValueError(f"config.{key}={value!r} must be {KINDS[kind]}")
 
 
-def no_such_key(key: str, known: Iterable[str]) -> str:
+def no_such_key(key: str) -> str:
     """That there is no such key, and which one was meant."""
-    meant = did_you_mean(key, list(known))
+    meant = did_you_mean(key, list(KEYS))
     return f"unknown config key {key}{meant or '; krl/configs/default.py has all of them'}"
 
 
@@ -97,15 +97,16 @@ def check(config: ConfigDict, names: Names, own: Mapping[str, Any] = MappingProx
     Raises:
         ValueError: names the key, what it is, and what it must be.
     """
+    check_keys(config)
+    flat = flatten(config)
 
     def need(condition: bool, key: str, must: str) -> None:
         if not condition:
-            raise ValueError(f"config.{key}={flatten(config)[key]!r} must be {must}")
+            raise ValueError(f"config.{key}={flat[key]!r} must be {must}")
 
-    check_keys(config)
-    _check_sizes(config, need)
-    for name, row in KEYS.items():
-        need(row.range.holds(flatten(config)[name]), name, row.range.must)
+    for key, row in KEYS.items():
+        _check_size(key, flat[key], need)
+        need(row.range.holds(flat[key]), key, row.range.must)
     rule = own.get("rule") or find(config.alloc.rule, names.rules, "config.alloc.rule=")
     need(callable(rule), "alloc.rule", f"the name of a function; this is a {type(rule).__name__}")
     if "prior" not in own:
@@ -113,17 +114,23 @@ def check(config: ConfigDict, names: Names, own: Mapping[str, Any] = MappingProx
     _check_loss(config, need, names)
     _check_budget(config, need, names, rule)
     _check_mesh(config, need)
-    kind = config.checkpoint.dir.partition("://")
-    need(not kind[1] or kind[0] in ("gs", "s3", "az"), "checkpoint.dir", "a directory, or one in gs://, s3:// or az://")
     _check_data(config, need, names)
+
+
+def _check_size(key: str, value: Any, need: Need) -> None:
+    """The part about a number of any key: the devices have 32 bits for it; `need` refuses."""
+    kind = type(KEYS[key].default)
+    if kind is float:
+        need(abs(value) < math.inf, key, "a finite number")  # nan is not less than anything
+        need(abs(value) <= _LARGEST, key, f"at most {_LARGEST:g}")
+    if kind is int:
+        most = _LAST_SEED if key == "seed" else _LAST
+        need(value <= most, key, f"at most {most}")
 
 
 def _check_loss(config: ConfigDict, need: Need, names: Names) -> None:
     """The part about sampling and learning; `need` refuses."""
     loss, alloc, longest = config.loss, config.alloc, config.sample.max_new_tokens
-    need(not 0 < config.eval.temperature < COLDEST, "eval.temperature", f"0 or at least {COLDEST}")
-    for key in ("optim.beta1", "optim.beta2"):
-        need(flatten(config)[key] < 1, key, "below 1: at 1 a moment never moves, and its correction divides by zero")
     for key, known in names.losses.items():
         need(loss[key] in known, f"loss.{key}", f"one of {sorted(known)}")
     must = "another one unless alloc.rule='reach' chooses prompts (alloc.n_min=0): only its probabilities are known"
@@ -133,185 +140,126 @@ def _check_loss(config: ConfigDict, need: Need, names: Names) -> None:
         "0 with loss.scale='mean': the penalty makes rewards negative, and their mean is what advantages are divided by"
     )
     need(not loss.overlong_tokens or loss.scale != "mean", "loss.overlong_tokens", must)
-    texts = all(isinstance(text, str) and text for text in config.sample.stop)
-    need(texts, "sample.stop", "texts with something in them, such as ('<|im_end|>',)")
     must = "0 unless loss.kl_coefficient is above 0: without it no divergence is computed"
     need(not config.guard.kl or loss.kl_coefficient > 0, "guard.kl", must)
 
 
 def _check_budget(config: ConfigDict, need: Need, names: Names, rule: Any) -> None:
     """The part about the budget; `need` refuses."""
-    alloc, updates = config.alloc, config.optim.updates_per_step
+    alloc, prompts, updates = config.alloc, config.prompts_per_step, config.optim.updates_per_step
     must = "the field that names a prompt's group"
     need(alloc.prior != "groups" or bool(alloc.prior_field), "alloc.prior_field", must)
     must = "at most alloc.budget, or 65536: a table has a column for each"
     need(alloc.n_max <= max(alloc.budget, 65536), "alloc.n_max", must)
-    need(alloc.prior_width <= 1 << 24, "alloc.prior_width", f"at most {1 << 24}: each is a parameter of the prior")
     need(alloc.n_min <= alloc.n_max, "alloc.n_min", f"at most alloc.n_max={alloc.n_max}")
     if alloc.n_min:
         must = "another one, or alloc.n_min must be 0: this rule chooses the prompts"
         need(not names.must_choose(rule), "alloc.rule", must)
-        _check_sum(config, need)
+        least, most = prompts * alloc.n_min, prompts * alloc.n_max
+        of_least, of_most = f"prompts_per_step={prompts} x alloc.n_min={alloc.n_min}", f"x alloc.n_max={alloc.n_max}"
+        must = f"between {least} ({of_least}) and {most} ({of_most})"
+        need(least <= alloc.budget <= most, "alloc.budget", must)
     else:
         choosing = sorted(name for name, one in names.rules.items() if names.may_choose(one))
         must = f"one of {choosing}, or alloc.n_min at least 1: others give every prompt some"
         need(names.may_choose(rule), "alloc.rule", f"{must} (a rule of your own that may give nothing takes `group`)")
-        _check_pool(config, need, names.has_rounds(rule))
+        _check_pool(alloc, need, names.has_rounds(rule))
     need(alloc.budget % updates == 0, "alloc.budget", f"a multiple of optim.updates_per_step={updates}")
 
 
-def _check_sum(config: ConfigDict, need: Need) -> None:
-    """The part about how many rollouts a step's prompts can take where every one gets some; `need` refuses."""
-    prompts, alloc = config.prompts_per_step, config.alloc
-    least, most = prompts * alloc.n_min, prompts * alloc.n_max
-    need(
-        least <= alloc.budget <= most,
-        "alloc.budget",
-        f"between {least} (prompts_per_step={prompts} x alloc.n_min={alloc.n_min}) and {most} (x "
-        f"alloc.n_max={alloc.n_max})",
-    )
-
-
-def _check_pool(config: ConfigDict, need: Need, has_rounds: bool) -> None:
+def _check_pool(alloc: ConfigDict, need: Need, has_rounds: bool) -> None:
     """The part about prompts that may get nothing; `need` refuses."""
-    alloc = config.alloc
     need(2 <= alloc.group <= alloc.n_max, "alloc.group", f"from 2 to alloc.n_max={alloc.n_max}")
     need(alloc.budget % alloc.group == 0, "alloc.budget", f"a multiple of alloc.group={alloc.group} with alloc.n_min=0")
-    need(alloc.budget >= alloc.group, "alloc.budget", f"at least alloc.group={alloc.group}")
     need(alloc.scouts == 0, "alloc.scouts", "0 with alloc.n_min=0: they sample every prompt")
-    need(
-        alloc.candidates > 0 or not has_rounds,
-        "alloc.candidates",
-        f"at least 1 with the rule {alloc.rule!r}, which reads all of them",
-    )
+    must = f"at least 1 with the rule {alloc.rule!r}, which reads all of them"
+    need(alloc.candidates > 0 or not has_rounds, "alloc.candidates", must)
     served = alloc.budget // alloc.group
-    need(
-        alloc.candidates == 0 or alloc.candidates >= served,
-        "alloc.candidates",
-        f"0 for all of the data, or at least alloc.budget / alloc.group = {served}",
-    )
-
-
-def _check_sizes(config: ConfigDict, need: Need) -> None:
-    """The part about numbers of any key: the devices have 32 bits for each; `need` refuses."""
-    for key, (usual, *_) in KEYS.items():
-        value = flatten(config)[key]
-        if type(usual) is float:
-            need(abs(value) < math.inf, key, "a finite number")  # nan is not less than anything
-            need(abs(value) <= _LARGEST, key, f"at most {_LARGEST:g}")
-        if type(usual) is int:
-            most = _LAST_SEED if key == "seed" else _LAST
-            need(value <= most, key, f"at most {most}")
+    must = f"0 for all of the data, or at least alloc.budget / alloc.group = {served}"
+    need(alloc.candidates == 0 or alloc.candidates >= served, "alloc.candidates", must)
 
 
 def _check_mesh(config: ConfigDict, need: Need) -> None:
     """The part about devices; `need` refuses."""
-    prompts, alloc, mesh = config.prompts_per_step, config.alloc, config.mesh
-    for key, sizes in (("mesh.shape", mesh.shape), ("mesh.decode", mesh.decode)):
-        need(all(type(size) is int and size >= 1 for size in sizes), key, "whole numbers of at least 1")
-    need(len(mesh.shape) > 0, "mesh.shape", "the devices along one axis or more, such as (1,)")
-    need(len(mesh.shape) == len(mesh.axis_names), "mesh.shape", f"as long as mesh.axis_names={mesh.axis_names}")
-    rows = 1
-    for size, name in zip(mesh.shape, mesh.axis_names, strict=True):
-        rows *= size if name in ("data", "fsdp") else 1
-    need(
-        not mesh.decode or (len(mesh.decode) == len(mesh.shape) and math.prod(mesh.decode) == math.prod(mesh.shape)),
-        "mesh.decode",
-        f"() or as many devices as mesh.shape={mesh.shape} along as many axes",
+    prompts, shape, decode, names = (
+        config.prompts_per_step,
+        config.mesh.shape,
+        config.mesh.decode,
+        config.mesh.axis_names,
     )
-    need(
-        prompts * alloc.scouts % rows == 0,
-        "alloc.scouts",
-        f"such that prompts_per_step={prompts} times it is a multiple of the {rows} devices that split rows in "
-        "mesh.shape",
-    )
-    for key in ("alloc.budget", "sft.batch_size") if config.sft.steps else ("alloc.budget",):
-        need(flatten(config)[key] % rows == 0, key, f"a multiple of the {rows} devices that split rows in mesh.shape")
+    need(len(shape) > 0, "mesh.shape", "the devices along one axis or more, such as (1,)")
+    need(len(shape) == len(names), "mesh.shape", f"as long as mesh.axis_names={names}")
+    must = f"() or as many devices as mesh.shape={shape} along as many axes"
+    alike = len(decode) == len(shape) and math.prod(decode) == math.prod(shape)
+    need(not decode or alike, "mesh.decode", must)
+    rows = math.prod(size for size, name in zip(shape, names, strict=True) if name in ("data", "fsdp"))
+    must = f"a multiple of the {rows} devices that split rows in mesh.shape"
+    scouted = prompts * config.alloc.scouts
+    need(scouted % rows == 0, "alloc.scouts", f"such that prompts_per_step={prompts} times it is {must}")
+    need(config.alloc.budget % rows == 0, "alloc.budget", must)
+    need(not config.sft.steps or config.sft.batch_size % rows == 0, "sft.batch_size", must)
 
 
 def _check_data(config: ConfigDict, need: Need, names: Names) -> None:
     """The part about where prompts come from; `need` refuses."""
-    sft = config.sft
+    data, sft, flat = config.data, config.sft, flatten(config)
     need(not sft.path or bool(sft.completion_field), "sft.completion_field", "the field of sft.path with completions")
-    template = config.data.template
-    need(
-        template in names.templates or "{prompt}" in template,
-        "data.template",
-        f"one of {sorted(names.templates)} or a text with {{prompt}} in it",
-    )
-    try:
-        arguments = parse_arguments(config.data.template_arguments)
-    except ValueError as error:
-        raise ValueError(f"config.data.template_arguments={config.data.template_arguments!r} {error}") from None
-    need(
-        not arguments or template in ("chat", "chat_boxed"),
-        "data.template_arguments",
-        f"left empty: data.template={template!r} is no chat template ('chat' and 'chat_boxed' are)",
-    )
-    need(
-        isinstance(arguments.get("system_prompt", ""), str),
-        "data.template_arguments",
-        "such that system_prompt is a text",
-    )
-    if config.data.source in EMBEDDED:
-        for key in _OF_DATA:
-            need(
-                not flatten(config)[key],
-                key,
-                f"left empty: data.source={config.data.source!r} reads no data; set it to 'dataset'",
-            )
-        kinds = ("addition", "subtraction", "multiplication", "two_step")
-        need(
-            config.data.source != "arithmetic" or any(config.arithmetic[kind] for kind in kinds),
-            "arithmetic.addition",
-            "at least 1 where no other kind of expression is: subtraction, multiplication and two_step are 0",
-        )
-        made = config.tokenizer.path or config.policy.path
-        warm = f"{config.data.source}.num_warm"
-        need(
-            flatten(config)[warm] > 0 or bool(made and not sft.steps),
-            warm,
-            "at least 1: the tokenizer is trained on them",
-        )
-        key, fewest = f"{config.data.source}.num_train", config.prompts_per_step if config.alloc.n_min else 1
-        why = "prompts_per_step=" if config.alloc.n_min else ""
-        need(flatten(config)[key] >= fewest, key, f"at least {why}{fewest}")
-    elif config.data.name in names.sources:
+    must = f"one of {sorted(names.templates)} or a text with {{prompt}} in it"
+    need(data.template in names.templates or "{prompt}" in data.template, "data.template", must)
+    arguments = parse_arguments(data.template_arguments)
+    must = f"left empty: data.template={data.template!r} is no chat template ('chat' and 'chat_boxed' are)"
+    need(not arguments or data.template in ("chat", "chat_boxed"), "data.template_arguments", must)
+    system = arguments.get("system_prompt", "")
+    need(isinstance(system, str), "data.template_arguments", "such that system_prompt is a text")
+    if data.source in EMBEDDED:
+        _check_embedded(config, need)
+    elif data.name in names.sources:
+        must = f"left empty: data.name={data.name!r} is known with its fields (data.name='' reads any file)"
         for key in ("data.subset", "data.prompt_field", "data.answer_field", "data.completion_field"):
-            known = f"left empty: data.name={config.data.name!r} is known with its fields (data.name='' reads any file)"
-            need(not flatten(config)[key], key, known)
+            need(not flat[key], key, must)
     else:
-        need(bool(config.data.name or config.data.path), "data.name", "a data set, or set data.path to a local file")
-        need(bool(config.data.prompt_field), "data.prompt_field", "the field of a row with the question")
+        need(bool(data.name or data.path), "data.name", "a data set, or set data.path to a local file")
+        need(bool(data.prompt_field), "data.prompt_field", "the field of a row with the question")
+
+
+def _check_embedded(config: ConfigDict, need: Need) -> None:
+    """The part about tasks that are made; `need` refuses."""
+    source, flat = config.data.source, flatten(config)
+    for key in _OF_DATA:
+        need(not flat[key], key, f"left empty: data.source={source!r} reads no data; set it to 'dataset'")
+    ladder = config.arithmetic
+    some = any((ladder.addition, ladder.subtraction, ladder.multiplication, ladder.two_step))
+    must = "at least 1 where no other kind of expression is: subtraction, multiplication and two_step are 0"
+    need(source != "arithmetic" or some, "arithmetic.addition", must)
+    made = config.tokenizer.path or config.policy.path
+    warm = config[source].num_warm > 0 or bool(made and not config.sft.steps)
+    need(warm, f"{source}.num_warm", "at least 1: the tokenizer is trained on them")
+    enough = not config.alloc.n_min or config[source].num_train >= config.prompts_per_step
+    need(enough, f"{source}.num_train", f"at least prompts_per_step={config.prompts_per_step}")
 
 
 def parse_arguments(text: str) -> dict[str, object]:
     """The values of Python keyword arguments, which must be literals; nothing is run.
 
     Raises:
-        ValueError: the text is anything else; the message goes on after the text.
+        ValueError: config.data.template_arguments is anything else.
 
     >>> parse_arguments("enable_thinking=False, system_prompt='Reply in French.'")
     {'enable_thinking': False, 'system_prompt': 'Reply in French.'}
     """
-    must = "must be Python keyword arguments, such as enable_thinking=False, system_prompt='Reply in French.'"
     try:
         call = ast.parse(f"f({text}\n)", mode="eval").body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # ValueError: it has a null character
-        raise ValueError(must) from None
-    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
-        raise ValueError(must)
-    arguments: dict[str, object] = {}
-    for keyword in call.keywords:
-        if keyword.arg is None or keyword.arg in arguments:
-            raise ValueError(f"{must}, each once" if keyword.arg else must)
-        try:
-            arguments[keyword.arg] = ast.literal_eval(keyword.value)
-        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-            raise ValueError(
-                f"must give {keyword.arg} a literal: a text in quotes, a number, True, False or None"
-            ) from None
-    return arguments
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)) or call.args:
+            raise ValueError("no keyword arguments")
+        names = [keyword.arg for keyword in call.keywords]  # None is that of **
+        if None in names or len(set(names)) < len(names):
+            raise ValueError("without a name, or with one that is there twice")
+        return {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        raise ValueError(
+            f"config.data.template_arguments={text!r} must be Python keyword arguments with literal values, each once, "
+            "such as enable_thinking=False, system_prompt='Reply in French.'"
+        ) from None
 
 
 _OF_DATA = (  # what embedded tasks do not read

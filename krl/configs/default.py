@@ -34,6 +34,18 @@ FROM_0, FROM_1 = Range("at least 0", lambda value: value >= 0), Range("at least 
 ABOVE_0, SHARE = Range("above 0", lambda value: value > 0), Range("between 0 and 1", lambda value: 0 <= value <= 1)
 ABOVE_1, PART = Range("above 1", lambda value: value > 1), Range("above 0 and at most 1", lambda value: 0 < value <= 1)
 WARM = Range(f"at least {COLDEST}; sample.top_k=1 is coldest", lambda value: value >= COLDEST)
+COOL = Range(f"0 or at least {COLDEST}", lambda value: value == 0 or value >= COLDEST)
+DECAY = Range("below 1 and at least 0; at 1 a moment never moves", lambda value: 0 <= value < 1)
+WIDTH = Range(f"at most {1 << 24} and at least 1: each is a parameter", lambda value: 1 <= value <= 1 << 24)
+DEVICES = Range("whole numbers of at least 1", lambda value: all(type(size) is int and size >= 1 for size in value))
+TEXTS = Range(
+    "texts with something in them, such as ('<|im_end|>',)",
+    lambda value: all(isinstance(text, str) and text for text in value),
+)
+PLACE = Range(
+    "a directory, or one in gs://, s3:// or az://",
+    lambda value: "://" not in value or value.startswith(("gs://", "s3://", "az://")),
+)
 LETTERS = Range("from 1 to 2704, the pairs of letters there are", lambda value: 1 <= value <= 2704)
 SIDE = Range("at least 2: a maze of one cell has no path", lambda value: value >= 2)
 DTYPE = Range("'float32' or 'bfloat16'", lambda value: value in ("float32", "bfloat16"))
@@ -90,7 +102,7 @@ KEYS: dict[str, Key] = {
     "alloc.rule": Key("reach", ANY, FIXED,
         "a key of krl.budget.RULES: \"reach\", \"knapsack\" for the paper's value, \"uniform\" for plain GRPO; or your "
         'own, "package.module:function"'),
-    "alloc.budget": Key(512, ANY, FIXED, "R, rollouts per step, over all prompts"),
+    "alloc.budget": Key(512, FROM_1, FIXED, "R, rollouts per step, over all prompts"),
     "alloc.n_min": Key(0, FROM_0, FIXED,
         "fewest rollouts of a prompt in a step. 0: a step has alloc.candidates prompts, of which those that are "
         "worth it get whole groups of alloc.group rollouts, and the others nothing"),
@@ -112,7 +124,7 @@ KEYS: dict[str, Key] = {
     "alloc.prior_field": Key("", ANY, FIXED,
         "field of the data that names a prompt's group, such as \"subject\"; for prior=\"groups\", and for your own "
         'prior to go by ("" for the features)'),
-    "alloc.prior_width": Key(4096, FROM_1, FIXED, "number of features that pieces of text and fields are hashed to"),
+    "alloc.prior_width": Key(4096, WIDTH, FIXED, "number of features that pieces of text and fields are hashed to"),
     "alloc.discount": Key(0.5, SHARE, FIXED,
         "share of the evidence about a prompt that is kept after a group whose rewards were all equal, 0 to 1"),
     "alloc.discount_mixed": Key(0.25, SHARE, FIXED,
@@ -127,7 +139,7 @@ KEYS: dict[str, Key] = {
         "steps between evaluations; there is one before the first step and after the last; 0: none"),
     "eval.prompts": Key(1024, FROM_0, FIXED, "held-out prompts, 0 for all"),
     "eval.samples": Key(16, FROM_1, FIXED, "k, samples of each held-out prompt"),
-    "eval.temperature": Key(0.6, FROM_0, FIXED, "sampling temperature of evaluations; 0 takes the most likely token"),
+    "eval.temperature": Key(0.6, COOL, FIXED, "sampling temperature of evaluations; 0 takes the most likely token"),
     "eval.top_p": Key(1.0, PART, FIXED, "probability kept by nucleus sampling in evaluations; 1 keeps all"),
     "eval.sets": Key("", ANY, FIXED,
         'benchmarks of eval.py, keys of krl.tasks.SOURCES: "aime,amc,math500"; "" for held-out prompts'),
@@ -138,7 +150,7 @@ KEYS: dict[str, Key] = {
         'a directory {set} for each; "" for the hub'),
     # ---------------------------------------------------------------- checkpoint
     "checkpoint.every": Key(25, FROM_1, FREE, "steps between checkpoints"),
-    "checkpoint.dir": Key("", ANY, FIXED,
+    "checkpoint.dir": Key("", PLACE, FIXED,
         'directory of this run alone, such as "gs://bucket/run"; "" for the work directory'),
     "checkpoint.keep": Key(2, FROM_1, FREE,
         "newest checkpoints kept; best/ also has the parameters of the highest held-out accuracy"),
@@ -267,7 +279,7 @@ KEYS: dict[str, Key] = {
         "sample from the fewest tokens that hold this much of the probability; 1 for all"),
     "sample.min_p": Key(0.0, SHARE, FIXED,
         "sample from tokens at least this likely relative to the most likely one; 0 for all"),
-    "sample.stop": Key((), ANY, FIXED,
+    "sample.stop": Key((), TEXTS, FIXED,
         "further ends of a response, beside the end tokens of the tokenizer and the checkpoint: "
         "\"('<|im_end|>','</answer>')\". A text that is a special or added token is an end token; at any other a "
         "response ends with the token that completes it"),
@@ -307,8 +319,8 @@ KEYS: dict[str, Key] = {
     "optim.learning_rate": Key(4e-4, ABOVE_0, FIXED, "highest learning rate"),
     "optim.warmup_steps": Key(5, FROM_0, FIXED, "updates over which the learning rate rises linearly"),
     "optim.decay_steps": Key(395, FROM_0, FIXED, "updates over which it then falls linearly to 0; 0 keeps it constant"),
-    "optim.beta1": Key(0.9, SHARE, FIXED, "decay of AdamW's first moment"),
-    "optim.beta2": Key(0.98, SHARE, FIXED, "decay of AdamW's second moment"),
+    "optim.beta1": Key(0.9, DECAY, FIXED, "decay of AdamW's first moment"),
+    "optim.beta2": Key(0.98, DECAY, FIXED, "decay of AdamW's second moment"),
     "optim.weight_decay": Key(0.0, FROM_0, FIXED, "decoupled weight decay of AdamW"),
     "optim.grad_clip": Key(1.0, ABOVE_0, FIXED, "largest global norm of the gradient; larger ones are scaled down"),
     "optim.updates_per_step": Key(2, FROM_1, FIXED, "optimiser updates per step, on equal shares of the rollouts"),
@@ -321,9 +333,9 @@ KEYS: dict[str, Key] = {
         "number of processes; -1 asks the cluster, 0 is a single one unless a cluster is found"),
     "distributed.process": Key(0, ANY, FREE, "number of this process, from 0"),
     # ---------------------------------------------------------------- mesh
-    "mesh.shape": Key((1,), ANY, FREE, "devices along each axis"),
+    "mesh.shape": Key((1,), DEVICES, FREE, "devices along each axis"),
     "mesh.axis_names": Key(("data",), ANY, FREE, 'name of each axis: "data", "fsdp" or "model"'),
-    "mesh.decode": Key((), ANY, FREE,
+    "mesh.decode": Key((), DEVICES, FREE,
         "mesh shape for decoding, of the same devices along the same axes; parameters are resharded once a step. "
         'With more devices along "model", a policy fits whose 16-bit parameters no device can hold whole. () '
         "decodes in mesh.shape"),

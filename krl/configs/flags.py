@@ -3,18 +3,19 @@
 import contextlib
 import dis
 import errno
-import importlib.machinery
+import itertools
 import pathlib
 import re
+import runpy
 import sys
 import traceback
-import types
 from collections.abc import Iterator
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from krl.configs.check import KINDS, check_keys, did_you_mean, flatten, no_such_key
+from krl.configs.check import KINDS, check_keys, did_you_mean, no_such_key
+from krl.configs.default import KEYS
 
 HERE = pathlib.Path(__file__).parent
 _HELP = "the configuration: a .py file, or the name of one of krl's own"
@@ -42,7 +43,7 @@ def parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list
             values(rest)  # which may ask for help
             raise ValueError(f"--config is missing; give a file or one of krl's own: {', '.join(own_configs())}")
         config = load_config(name)
-        _check_overrides(rest, config)
+        _check_overrides(rest)
         config_flags.DEFINE_config_dict("config", config, _HELP, flag_values=values, sys_argv=rest)
         left = values(rest)
         if len(left) > 1:
@@ -79,12 +80,9 @@ def load_config(name: str) -> ConfigDict:
         raise ValueError(f"the config {name} is a directory; name a .py file in it")
     if not file.exists():
         raise ValueError(f"there is no config file {name}; krl has {', '.join(own_configs())}")
-    loader = importlib.machinery.SourceFileLoader("config_file", str(file))
-    module = types.ModuleType(loader.name)
-    module.__file__ = str(file)
     try:
-        loader.exec_module(module)
-        config = module.get_config() if hasattr(module, "get_config") else None
+        found = runpy.run_path(str(file), run_name="config_file")
+        config = found["get_config"]() if "get_config" in found else None
     except (Exception, SystemExit) as error:  # a config file may raise anything
         raise ValueError(f"the config file {name} {_why_it_failed(error, str(file))}") from None
     if not isinstance(config, ConfigDict):
@@ -107,43 +105,36 @@ def _why_it_failed(error: BaseException, file: str) -> str:
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:
     """The value of --config, None without one, and the other arguments."""
-    name, rest, left = None, argv[:1], argv[1:]
-    while left:
-        flag = left.pop(0)
-        if flag in ("--config", "-config", "--workdir", "-workdir") and (not left or left[0].startswith("--")):
-            raise ValueError(
-                f"{flag} needs a value, such as {flag}={'arithmetic' if 'config' in flag else 'runs/first'}"
-            )
-        if re.match(r"--?config(=|$)", flag):
-            name = flag.partition("=")[2] if "=" in flag else left.pop(0)
-        else:
-            rest.append(flag)
-    if name == "":
-        raise ValueError("--config needs a value, such as --config=arithmetic")
-    return name, rest
+    for flag, after in itertools.pairwise([*argv, "--"]):
+        example = {"config": "arithmetic", "config=": "arithmetic", "workdir": "runs/first"}.get(flag.lstrip("-"))
+        if example and flag.startswith("-") and (flag.endswith("=") or after.startswith("--")):
+            raise ValueError(f"{flag.removesuffix('=')} needs a value, such as {flag.removesuffix('=')}={example}")
+    found = flags.FlagValues()  # type: ignore[no-untyped-call]
+    found.set_gnu_getopt()
+    flags.DEFINE_string("config", None, _HELP, flag_values=found)
+    rest = found(argv, known_only=True)
+    return found.config, rest
 
 
-def _check_overrides(argv: list[str], config: ConfigDict) -> None:
+def _check_overrides(argv: list[str]) -> None:
     """Refuse a --config.key that is none, that is a section, or that lacks its value."""
-    flat = flatten(config)
-    for flag, after in zip(argv, [*argv[1:], "--"], strict=True):
+    for flag, after in itertools.pairwise([*argv, "--"]):
         found = re.match(r"--?(?:no)?config\.([^=]*)(=?)", flag)
         if not found:
             continue
         key, given = found.groups()
-        inside = [name for name in flat if name.startswith(f"{key}.")]
+        inside = [name for name in sorted(KEYS) if name.startswith(f"{key}.")]
         if inside:
             raise ValueError(f"config.{key} is a section; change its keys, such as --config.{inside[0]}=value")
-        if key not in flat:
-            raise ValueError(no_such_key(key, flat))
-        if not given and type(flat[key]) is not bool and after.startswith("--"):
+        if key not in KEYS:
+            raise ValueError(no_such_key(key))
+        if not given and type(KEYS[key].default) is not bool and after.startswith("--"):
             raise ValueError(f"config.{key} needs a value: --config.{key}=value")
 
 
 def _no_such_flag(name: str, values: flags.FlagValues) -> str:
-    known = [flag for flag in values if "." not in flag]
-    keys = flatten(values["config"].value) if isinstance(values["config"].value, ConfigDict) else {}
-    return f"there is no flag --{name}{did_you_mean(name, [*known, *(f'config.{key}' for key in keys)], '--')}"
+    known = [*(flag for flag in values if "." not in flag), *(f"config.{key}" for key in KEYS)]
+    return f"there is no flag --{name}{did_you_mean(name, known, '--')}"
 
 
 def _wrong_value(error: flags.IllegalFlagValueError, values: flags.FlagValues) -> str:
@@ -152,8 +143,7 @@ def _wrong_value(error: flags.IllegalFlagValueError, values: flags.FlagValues) -
     if not found:
         return " ".join(str(error).split())
     name, value = found[1], str(error)[found.end() :].removesuffix(f": {error.__context__}")
-    section, _, key = name.partition(".")
-    now = flatten(values[section].value)[key] if key else values[name].default
+    now = KEYS[name.removeprefix("config.")].default if "." in name else values[name].default
     must = KINDS.get(type(now), "a value of another kind")
     return f"{name if '.' in name else f'--{name}'}={value!r} must be {must}"
 
