@@ -59,7 +59,7 @@ def describe_groups(drawn: Drawn, task_ids: np.ndarray, prior: jax.Array) -> dic
 
 
 def describe_spending(drawn: Drawn, clock: PhaseClock, names: Sequence[str]) -> dict[str, float]:
-    """A step's metrics of its rewards, `names` if there are several, of their verifiers and its time: docs/metrics.md."""
+    """A step's metrics of its rewards (of each of `names` too), its verifiers and its time; see docs/metrics.md."""
     said, seconds = drawn.verdicts, sum(clock.seconds.values())
     has_reward = (said.faults == 0) & (said.prompt_index < len(drawn.counts))
     metrics: dict[str, float] = {"reward_mean": mean_of(said.rewards, has_reward)}
