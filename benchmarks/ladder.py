@@ -10,6 +10,7 @@ import functools
 import itertools
 import pathlib
 import re
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,11 @@ import numpy as np
 from absl import logging
 
 from krl import rollout
-from krl.base.sharding import make_mesh
 from krl.base.types import Prompts
 from krl.configs import arithmetic
 from krl.eval.sample import score_rollouts
-from krl.hf.tokenizer import load_tokenizer
-from krl.run import data as run_data
-from krl.run import start as run_start
+from krl.run.learner import start_params
+from krl.run.setup import set_up
 
 EDGES = (0.0, 0.005, 0.05, 0.2, 0.5, 0.8, 0.95, 1.01)
 AT_ONCE = 16  # prompts a call
@@ -38,18 +37,13 @@ def main():
     config = arithmetic.get_config()
     config.sft.dir = options.sft
 
-    mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
-    tasks = run_data.load_task_sets(config)
-    folder = pathlib.Path(options.sft)
-    tokenizer = load_tokenizer(run_start.find_tokenizer(config, tasks["sft"], folder, folder))
-    pairs = run_start.find_pairs(config, run_data.encode(config, tokenizer, tasks["sft"]), tokenizer)
-    policy_config = run_start.find_policy(config, tokenizer, folder)
-    cache = run_start.sft_cache(folder, config, policy_config.vocab_size, pairs)
-    encoded = run_data.encode(config, tokenizer, tasks["train"])
-    with jax.set_mesh(mesh), run_data.make_verifiers(config) as verifiers:
-        params = run_start.start_params(config, policy_config, mesh, pairs, cache, None, should_stop=lambda: False)
+    with tempfile.TemporaryDirectory() as workdir:
+        parts = set_up(config, pathlib.Path(workdir))
+    tokenizer, encoded = parts.tokenizer, parts.train
+    with jax.set_mesh(parts.mesh), parts.verifiers as verifiers:
+        params = start_params(config, parts, lambda: False)
         generate = functools.partial(
-            rollout.generate, policy_config, params, max_new_tokens=config.sample.max_new_tokens,
+            rollout.generate, parts.policy_config, params, max_new_tokens=config.sample.max_new_tokens,
             eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id,
         )  # fmt: skip
         rates = np.zeros(len(encoded))

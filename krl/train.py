@@ -23,20 +23,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from krl import budget
 from krl.base.types import Prompts
 from krl.configs.check import check, flatten
-from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.eval.held_out import evaluate_held_out, write_held_out
 from krl.policy import PolicyConfig
 from krl.report import command as report
 from krl.rewards.pool import FAULTS
 from krl.run import processes
-from krl.run.checkpoint import Checkpoints, keep_from_others, stop_on_signal
+from krl.run.checkpoint import Checkpoints, stop_on_signal
+from krl.run.command import run_program
 from krl.run.compiled import for_this_backend
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
 from krl.run.learner import Learner, find_advantages, rewards_to_compare, saved, start_or_continue
@@ -46,7 +45,6 @@ from krl.run.metrics import (
     MetricsLog,
     PhaseClock,
     belief_metrics,
-    keep_compilations,
     memory_used,
     over_processes,
     profile,
@@ -75,20 +73,6 @@ from krl.run.start import say_ends
 from krl.run.update import policy_update
 from krl.run.writers import check_writers, find_writers
 from krl.tasks import step_task_ids
-
-
-def main(argv: list[str]) -> None:
-    """The command line."""
-    script = pathlib.Path(argv[0]).name
-    with one_line_errors(script):
-        processes.join_processes(flags.FLAGS.config.distributed)
-    file = pathlib.Path(flags.FLAGS.workdir, f"error{jax.process_index() or ''}.txt")
-    with processes.stay_together(), one_line_errors(script, file):
-        keep_from_others()
-        keep_compilations()
-        last = train(flags.FLAGS.config, flags.FLAGS.workdir)
-    if last is None:
-        raise SystemExit(processes.STOPPED)
 
 
 def train(
@@ -347,10 +331,7 @@ def choose_prompts(
 
 def run_command() -> None:
     """The commands `krl-train` and `python train.py`."""
-    main_module = sys.modules["__main__"]
-    main_module.__doc__ = main_module.__doc__ or __doc__  # which --help shows; an installed command has none
-    define_flags()
-    app.run(main, flags_parser=parse_flags)
+    run_program(train, __doc__)
 
 
 class _Callable(types.ModuleType):

@@ -10,10 +10,7 @@ import os
 import signal
 import sys
 
-from absl import app
-
 from krl import train
-from krl.configs.flags import define_flags, parse_flags
 from krl.run.checkpoint import Checkpoints
 from krl.run.metrics import MetricsLog, PhaseClock
 from krl.run.scoring import Scoring
@@ -67,5 +64,5 @@ def arm(chosen: str, number: int) -> None:
 
 if __name__ == "__main__":
     arm(sys.argv[1], int(sys.argv[2]))
-    define_flags()
-    app.run(train.main, argv=[sys.argv[0], *sys.argv[3:]], flags_parser=parse_flags)
+    del sys.argv[1:3]
+    train.run_command()

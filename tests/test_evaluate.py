@@ -12,6 +12,7 @@ import pytest
 from krl.eval.sample import as_failures, evaluate, first_reward, score_rollouts
 from krl.rewards.pool import VerifierPool
 from krl.run.scoring import FaultWatch, Scoring, decode_rollouts
+from krl.tasks import TaskSet
 from tests.fake import TOKENIZER, make_rollouts, make_sampler, response, reward, score, tasks
 
 
@@ -41,7 +42,7 @@ def test_rollouts_that_are_scored_as_they_end_get_the_same_rewards():
     pool: Any = VerifierPool("tests.rewards:same", workers=0, item_seconds=9, batch_seconds=9, items_per_worker=9, memory_gb=2)  # fmt: skip
     with pool:
         expected, _ = score_rollouts(TOKENIZER, pool.score, rollouts, questions, answers)
-        scoring = Scoring(TOKENIZER, pool, questions, answers, np.array([3, 0, 1]))
+        scoring = Scoring(TOKENIZER, pool, TaskSet(tuple(questions), tuple(answers)), np.array([3, 0, 1]))
         for rows in ([3], [2, 0], [], [1]):
             scoring.watch(np.array(rows, int), tokens[rows], lengths[rows], lambda: ready.pop(0))
         said = scoring.finish(5)
@@ -178,6 +179,6 @@ def test_rows_of_the_data_reach_the_verifiers():
     ]
     kept: Any = SimpleNamespace(begin=lambda: None, add=asked.extend, work=lambda *_, **__: None)
     asked.clear()
-    scoring = Scoring(TOKENIZER, kept, with_rows.prompts, with_rows.answers, np.array([1, 0, 2]), with_rows.rows)
+    scoring = Scoring(TOKENIZER, kept, with_rows, np.array([1, 0, 2]))
     scoring.watch(np.array([2, 0]), np.array([[49], [50]]), np.array([1, 1]), lambda: True)
     assert asked == [("question 2", "1", ("2", "\n"), {"level": 2}), ("question 0", "2", ("2", "\n"), {"level": 0})]

@@ -594,10 +594,9 @@ def take_steps(config, parts: setup.Setup, plain: Seen | None = None) -> Seen:
     )  # fmt: skip
     seen = Seen(config, pathlib.Path(), plain, parts)  # type: ignore[arg-type]
     nothing: Any = SimpleNamespace(latest_step=lambda: None)
+    start_params = learner_module.start_params
     starts: Any = {
-        "start_params": lambda *args, **options: start_once(
-            lambda: run_start.start_params(*args, **options), config.seed, mesh
-        ),
+        "start_params": lambda *args, **options: start_once(lambda: start_params(*args, **options), config.seed, mesh),
         "init_state": lambda *args: start_once(lambda: run_optimizer.init_state(*args), config.seed, mesh, optimizer),
     }
     with (

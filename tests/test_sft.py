@@ -24,7 +24,7 @@ from krl import policy
 from krl.base.sharding import make_mesh, named_sharding, tree_sharding
 from krl.configs import arithmetic
 from krl.hf.tokenizer import load_tokenizer, train_sentencepiece
-from krl.run import lock, setup, sft
+from krl.run import learner, lock, setup
 from krl.run import start as run_start
 from krl.run.compiled import for_this_backend
 from krl.run.optimizer import init_state, make_optimizer
@@ -199,21 +199,19 @@ def test_eight_devices_equal_one():
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_optimizer():
-    """The same options give the same functions, so that trainings share a compilation."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "make_optimizer", functools.cache(make_optimizer))
-        yield
+OPTIMIZER = make_optimizer(
+    learning_rate=0.01, warmup_steps=4, decay_steps=STEPS - 4, beta1=0.9, beta2=0.98, weight_decay=0.01, grad_clip=1.0
+)
 
 
 def train(directory, *, params=None, stop=None, place=jnp.asarray, report=lambda step, loss: None, **changes):
     options: dict[str, Any] = {
-        "steps": STEPS, "batch_size": 2, "micro_tokens": 1000, "learning_rate": 0.01, "warmup_steps": 4, "decay_steps": STEPS - 4, "seed": 0,
+        "steps": STEPS, "batch_size": 2, "micro_tokens": 1000, "seed": 0,
         "save_every": 5, "max_bad_updates": 2, "pairs": pack_pairs(TASKS, LETTERS, 16)[0],
     }  # fmt: skip
     return finetune(
         tiny.CONFIG,
+        OPTIMIZER,
         tiny.params() if params is None else params,
         directory=directory,
         **(options | changes),
@@ -318,10 +316,7 @@ def test_a_killed_training_loses_the_updates_of_one_period(tmp_path, uninterrupt
 
 
 def test_each_pass_takes_every_row_once_in_another_order_without_a_new_compilation(tmp_path):
-    optimizer = sft.make_optimizer(
-        learning_rate=0.01, warmup_steps=4, decay_steps=STEPS - 4, beta1=0.9, beta2=0.98, weight_decay=0.01, grad_clip=1.0
-    )  # fmt: skip
-    compiles: Any = for_this_backend(supervised_update, tiny.CONFIG, optimizer, micro_tokens=1000)
+    compiles: Any = for_this_backend(supervised_update, tiny.CONFIG, OPTIMIZER, micro_tokens=1000)
     updates, reported = Updates(), []
     tokens, _, _ = pack_pairs(TASKS, LETTERS, 16)[0]
     each = len(tokens) // 2  # updates in a pass
@@ -423,7 +418,7 @@ def test_of_runs_that_share_a_cache_one_fine_tunes_and_the_others_wait(tmp_path,
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
     begun, release, updates = threading.Event(), threading.Event(), []
 
-    def fake(policy_config, params, pairs, directory, *, steps, **options):
+    def fake(policy_config, optimizer, params, pairs, directory, *, steps, **options):
         done = directory / "done"
         if not done.exists():
             updates.append(steps)
@@ -432,13 +427,11 @@ def test_of_runs_that_share_a_cache_one_fine_tunes_and_the_others_wait(tmp_path,
             done.touch()
         return params, True
 
-    monkeypatch.setattr(run_start, "finetune", fake)
+    monkeypatch.setattr(learner, "finetune", fake)
 
     def start(should_stop=lambda: False):
         with jax.set_mesh(parts.mesh):
-            return run_start.start_params(
-                config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, None, should_stop=should_stop
-            )
+            return learner.start_params(config, parts, should_stop)
 
     with ThreadPoolExecutor(3) as pool:
         first = pool.submit(start)

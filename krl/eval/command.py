@@ -13,13 +13,11 @@ where the same command continues if it was stopped, and the table to results.jso
 
 import functools
 import pathlib
-import sys
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -28,7 +26,6 @@ from krl import budget, hf, policy, rollout
 from krl.base.sharding import make_mesh, reshape_mesh
 from krl.base.types import Tokenizer
 from krl.configs.check import FREE_KEYS, check, flatten
-from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.configs.named import IN_PYTHON
 from krl.eval.estimates import table
 from krl.eval.resume import evaluate_set
@@ -37,10 +34,11 @@ from krl.hf.tokenizer import load_tokenizer
 from krl.rewards.functions import parse_rewards
 from krl.rewards.pool import VerifierPool
 from krl.rewards.verify import answer_key
-from krl.run.checkpoint import Checkpoints, check_workdir, keep_from_others, open_workdir, write_json
+from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir, write_json
+from krl.run.command import run_program
 from krl.run.data import encode, load_task_sets, make_verifiers
-from krl.run.metrics import keep_compilations, progress
-from krl.run.processes import first_before_others, is_first, join_processes, place_whole, say, stay_together
+from krl.run.metrics import progress
+from krl.run.processes import first_before_others, is_first, place_whole, say
 from krl.run.scoring import FaultWatch
 from krl.run.setup import NAMES, find_slots, name_own
 from krl.run.start import abstract_params, find_policy, fingerprint, say_ends
@@ -52,18 +50,6 @@ VOTES: dict[str, Callable[[str], str | None]] = {
     "exact": str.strip,
     "math_or_number": functools.partial(answer_key, last_number=True),
 }
-
-
-def main(argv: list[str]) -> None:
-    """The command line."""
-    script = pathlib.Path(argv[0]).name
-    with one_line_errors(script):
-        join_processes(flags.FLAGS.config.distributed)
-    file = pathlib.Path(flags.FLAGS.workdir, f"error{jax.process_index() or ''}.txt")
-    with stay_together(), one_line_errors(script, file):
-        keep_from_others()
-        keep_compilations()
-        measure(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 def measure(
@@ -219,7 +205,4 @@ def load_params(
 
 def run_command() -> None:
     """The commands `krl-eval` and `python eval.py`."""
-    main_module = sys.modules["__main__"]
-    main_module.__doc__ = main_module.__doc__ or __doc__  # which --help shows; an installed command has none
-    define_flags()
-    app.run(main, flags_parser=parse_flags)
+    run_program(measure, __doc__)

@@ -13,9 +13,21 @@ from krl.rewards.pool import VerifierPool
 from krl.run.processes import say
 from krl.tasks import SOURCES, EncodedTasks, TaskSet, encode_tasks, load_named, load_tasks
 from krl.tasks.arithmetic import make_ladder
+from krl.tasks.embedded import SPLITS
 from krl.tasks.files import has_split
 from krl.tasks.maze import make_mazes
 from krl.tasks.operators import make_operators
+
+
+def _make_ladder(sizes: dict[str, int], *, seed: int, **rungs: int) -> dict[str, TaskSet]:
+    """The arithmetic ladder without the rungs of no digits."""
+    return make_ladder({name: digits for name, digits in rungs.items() if digits}, sizes, seed=seed)
+
+
+# The embedded tasks: (sizes of the splits, seed, the other keys of the config's section of that name) -> splits.
+EMBEDDED: dict[str, Callable[..., dict[str, TaskSet]]] = {
+    "arithmetic": _make_ladder, "operators": make_operators, "maze": make_mazes,
+}  # fmt: skip
 
 
 def make_verifiers(config: ConfigDict, given: Callable[..., float] | None = None) -> VerifierPool:
@@ -36,24 +48,11 @@ def make_verifiers(config: ConfigDict, given: Callable[..., float] | None = None
 
 def load_task_sets(config: ConfigDict) -> dict[str, TaskSet]:
     """The tasks for "sft", "train" and "test"."""
-    if config.data.source == "arithmetic":
-        c = config.arithmetic
-        rungs = {name: c[name] for name in ("addition", "subtraction", "multiplication", "two_step") if c[name]}
-        ladder = make_ladder(rungs, {"warm": c.num_warm, "train": c.num_train, "test": c.num_test}, seed=config.seed)
-        return {"sft": ladder["warm"], "train": ladder["train"], "test": ladder["test"]}
-    if config.data.source == "operators":
-        o = config.operators
-        sizes = {"warm": o.num_warm, "train": o.num_train, "test": o.num_test}
-        drawn = make_operators(
-            sizes, seed=config.seed, num_operators=o.num_operators, shown_well=o.shown_well, impossible=o.impossible,
-            wrong=o.wrong
-        )  # fmt: skip
+    if config.data.source in EMBEDDED:
+        options = dict(config[config.data.source])
+        sizes = {split: options.pop(f"num_{split}") for split in SPLITS}
+        drawn = EMBEDDED[config.data.source](sizes, seed=config.seed, **options)
         return {"sft": drawn["warm"], "train": drawn["train"], "test": drawn["test"]}
-    if config.data.source == "maze":
-        m = config.maze
-        sizes = {"warm": m.num_warm, "train": m.num_train, "test": m.num_test}
-        mazes = make_mazes(sizes, seed=config.seed, side=m.side)
-        return {"sft": mazes["warm"], "train": mazes["train"], "test": mazes["test"]}
     data, sft, source = config.data, config.sft, SOURCES.get(config.data.name)
     further = [name.strip() for name in data.fields.split(",") if name.strip()]
 

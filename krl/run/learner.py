@@ -1,24 +1,46 @@
 """The learner: what a run carries from step to step, where it starts from, and how it learns from a step's rollouts."""
 
+import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from krl import budget, learn
+from krl import budget, hf, learn, policy
 from krl.base.types import Rollouts, TrainState
 from krl.rewards.functions import as_float32
 from krl.run.checkpoint import Checkpoints, digest
-from krl.run.optimizer import abstract_state, init_state
-from krl.run.processes import place_whole, say
+from krl.run.lock import wait_for
+from krl.run.metrics import progress
+from krl.run.optimizer import abstract_state, init_state, make_optimizer
+from krl.run.processes import is_first, place_whole, say, to_host
 from krl.run.scoring import Verdicts
 from krl.run.setup import Setup
-from krl.run.start import start_params
+from krl.run.sft import finetune
+from krl.run.start import GIVEN, computed_by, fingerprint, make_cache
+
+# What a checkpoint says of its run and is as it was where the run continues -> what is told where it is not.
+SAME = {
+    "train": (
+        "the training prompts are not those of the run: {was} at step {step}, {now} now; what is believed of each "
+        "would be of another one; bring its data back or choose another --workdir"
+    ),
+    "test": (
+        "the held-out prompts are not those of the run: {was} at step {step}, {now} now; its evaluations would be of "
+        "others; bring its data back or choose another --workdir"
+    ),
+    "config_digest": ("{directory} has checkpoints of a run with another config; choose another config.checkpoint.dir"),
+    "reference": (
+        "the policy that config.loss.kl_coefficient holds the run to is not the one that it began from: {was} at step "
+        "{step}, {now} now; bring back what config.policy.path or config.sft.dir held, or choose another --workdir"
+    ),
+}
 
 
 class Learner(NamedTuple):
@@ -45,9 +67,7 @@ def start_or_continue(
     begins = checkpoints.latest_step() is None
     params: dict | None = {}
     if begins or config.loss.kl_coefficient:
-        params = start_params(
-            config, parts.policy_config, parts.mesh, parts.pairs, parts.cache, parts.given, should_stop=should_stop
-        )
+        params = start_params(config, parts, should_stop)
     if params is None:
         return 0, None, None
     reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coefficient else None
@@ -60,27 +80,11 @@ def start_or_continue(
     assert found is not None  # latest_step has seen it
     first, trees = found
     was = about | trees["about"]
-    if was["train"] != about["train"]:
-        raise ValueError(
-            f"the training prompts are not those of the run: {was['train']} at step {first}, {about['train']} now; "
-            "what is believed of each would be of another one; bring its data back or choose another --workdir"
-        )
-    if was["test"] != about["test"]:
-        raise ValueError(
-            f"the held-out prompts are not those of the run: {was['test']} at step {first}, {about['test']} now; its "
-            "evaluations would be of others; bring its data back or choose another --workdir"
-        )
-    if was["config_digest"] != about["config_digest"]:
-        raise ValueError(
-            f"{checkpoints.directory} has checkpoints of a run with another config; choose another "
-            "config.checkpoint.dir"
-        )
-    if was.get("reference") != about.get("reference"):
-        raise ValueError(
-            "the policy that config.loss.kl_coefficient holds the run to is not the one that it began from: "
-            f"{was['reference']} at step {first}, {about['reference']} now; bring back what config.policy.path or "
-            "config.sft.dir held, or choose another --workdir"
-        )
+    for name, told in SAME.items():
+        if was.get(name) != about.get(name):
+            raise ValueError(
+                told.format(was=was.get(name), now=about.get(name), step=first, directory=checkpoints.directory)
+            )
     say(f"krl: continuing from step {first}")
     state = TrainState(trees["params"], trees["opt_state"])
     return first, Learner(state, trees["belief"], trees.get("prior")), reference
@@ -91,6 +95,72 @@ def saved(learner: Learner) -> dict:
     state, belief, prior = learner
     trees = {"params": state.params, "opt_state": state.opt_state, "belief": belief}
     return trees if prior is None else trees | {"prior": prior}
+
+
+def start_params(config: ConfigDict, parts: Setup, should_stop: Callable[[], bool]) -> dict | None:
+    """The parameters of the first step, fine-tuned if there are pairs; to be called inside `jax.set_mesh(parts.mesh)`.
+
+    Args:
+        config, parts: of the run. Of runs that share `parts.cache` one fine-tunes, and others wait.
+        should_stop: whether fine-tuning should save and leave, asked before each update.
+
+    Returns:
+        The parameters on the mesh; None if it should stop before they were finished.
+
+    Raises:
+        ValueError: the checkpoint in policy.path is another than the run began from.
+        FloatingPointError: too many updates of fine-tuning in a row were not finite.
+    """
+    path, cache = config.policy.path, parts.cache
+    if path == GIVEN:
+        params = copy_params(parts.given, parts.params)
+    elif path:
+        found, params = hf.load_hf(path, parts.mesh)
+        if dataclasses.replace(found, **computed_by(config)) != parts.policy_config:
+            raise ValueError(f"{path} is not what this run began from; choose another --workdir")
+    else:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.params)
+        initialise = jax.jit(policy.init, static_argnums=0, out_shardings=shardings)
+        params = initialise(parts.policy_config, jax.random.key(config.seed))
+    if parts.pairs is None:
+        return params
+    if path:
+        began = digest(params) if path == GIVEN else fingerprint(pathlib.Path(path))
+        cache = cache.with_name(f"{cache.name}_{began}")
+    if is_first():
+        make_cache(cache)
+    optimizer = make_optimizer(
+        learning_rate=config.sft.learning_rate, warmup_steps=20, decay_steps=0, beta1=0.9, beta2=0.98,
+        weight_decay=0.01, grad_clip=1.0,
+    )  # fmt: skip
+    lock = wait_for(cache.with_name(f"{cache.name}.running"), f"the fine-tuning in {cache}", should_stop)
+    with lock as ours, progress(config.sft.steps, 0, "fine-tuning") as show:
+        if not ours:
+            return None
+        params, finished = finetune(
+            parts.policy_config, optimizer, params, parts.pairs, cache, steps=config.sft.steps,
+            batch_size=config.sft.batch_size, micro_tokens=config.optim.micro_tokens, seed=config.seed,
+            save_every=config.sft.save_every, max_bad_updates=config.max_bad_updates, should_stop=should_stop,
+            place=functools.partial(place_whole, parts.mesh), report=lambda step, loss: show(step, f"loss {loss:.3f}"),
+        )  # fmt: skip
+    return params if finished else None
+
+
+def copy_params(given: tuple[policy.PolicyConfig, dict] | None, like: dict) -> dict:
+    """A copy of the parameters of a policy that was given, placed as `like`: a step gives its buffers away.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if given is None:
+        raise ValueError("this run began from a policy that was given in Python; give it to train again, policy=")
+
+    def copied(leaf: Any, at: jax.ShapeDtypeStruct) -> jax.Array:
+        elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable  # split over processes
+        whole = np.asarray(to_host(leaf) if elsewhere else leaf)  # whatever mesh it is on
+        return jnp.copy(jax.device_put(whole.astype(at.dtype), at.sharding))
+
+    return jax.tree.map(copied, given[1], like)
 
 
 # ---------------------------------------------------------------- a step's rollouts, by the keys of the config

@@ -42,9 +42,9 @@ def make_optimizer(
     fall = optax.linear_schedule(learning_rate, 0.0 if decay_steps else learning_rate, decay_steps)
     schedule = optax.join_schedules([rise, fall], [warmup_steps])
     adamw = optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay)
-    never_give_in = jnp.iinfo(jnp.int32).max
     optimizer = optax.chain(optax.clip_by_global_norm(grad_clip), adamw)
-    return optax.apply_if_finite(_wait(optimizer, wait_for) if wait_for else optimizer, never_give_in)
+    never = jnp.iinfo(jnp.int32).max  # does it take an update that is not finite: `refuse_bad_updates` ends the run
+    return optax.apply_if_finite(_wait(optimizer, wait_for) if wait_for else optimizer, never)
 
 
 class Waiting(struct.PyTreeNode):
@@ -93,13 +93,9 @@ def abstract_state(config: policy.PolicyConfig, optimizer: optax.GradientTransfo
     """
     shapes = jax.eval_shape(functools.partial(_start, config, optimizer), params)
     whole = named_sharding(jax.tree.leaves(params)[0].sharding.mesh)
-
-    def at(leaf, sharding):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
     opt_state = optax.tree_utils.tree_map_params(
-        optimizer, lambda leaf, param: at(leaf, param.sharding), shapes.opt_state, params,
-        transform_non_params=lambda leaf: at(leaf, whole),
+        optimizer, lambda leaf, param: leaf.update(sharding=param.sharding), shapes.opt_state, params,
+        transform_non_params=lambda leaf: leaf.update(sharding=whole),
     )  # fmt: skip
     return TrainState(params=params, opt_state=opt_state)
 
@@ -110,11 +106,7 @@ def _start(config: policy.PolicyConfig, optimizer: optax.GradientTransformation,
 
 def lay_out(config: policy.PolicyConfig, optimizer: optax.GradientTransformation, state: TrainState) -> TrainState:
     """Constrain parameters and moments to the sharding rules, so that steps keep one layout."""
-    axes = policy.param_axes(config)
-
-    def place(leaf, logical):
-        return constrain(leaf, *logical)
-
+    axes, place = policy.param_axes(config), lambda leaf, logical: constrain(leaf, *logical)
     opt_state = optax.tree_utils.tree_map_params(optimizer, place, state.opt_state, axes)
     return TrainState(params=jax.tree.map(place, state.params, axes), opt_state=opt_state)
 

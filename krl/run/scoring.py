@@ -11,8 +11,8 @@ from krl.base.answers import Answer
 from krl.base.types import Decoder, Rollouts
 from krl.rewards.functions import Item, Row
 from krl.rewards.pool import FAULTS, VerifierPool
-from krl.run.metrics import mean_of
 from krl.run.processes import first_text, say, sum_over_processes
+from krl.tasks import TaskSet
 
 
 @dataclasses.dataclass
@@ -80,14 +80,8 @@ class Verdicts(NamedTuple):
 
     def then(self, more: "Verdicts") -> "Verdicts":
         """Those of these rollouts and, after them, of others of the same prompts."""
-        return Verdicts(
-            rewards=np.concatenate([self.rewards, more.rewards]),
-            faults=np.concatenate([self.faults, more.faults]),
-            parts=np.concatenate([self.parts, more.parts]),
-            prompt_index=np.concatenate([self.prompt_index, more.prompt_index]),
-            texts=self.texts + more.texts,
-            reasons=self.reasons + more.reasons,
-        )
+        pairs = zip(self, more, strict=True)
+        return Verdicts(*(a + b if isinstance(a, list) else np.concatenate([a, b]) for a, b in pairs))
 
 
 class Scoring:
@@ -96,31 +90,22 @@ class Scoring:
     Args:
         tokenizer: turns tokens into text.
         verifiers: used by nothing else until `finish`.
-        prompts: the M questions, without their template.
-        answers: the M gold answers.
+        tasks: the M tasks that the rollouts answer.
         counts: [M] int32, rollouts of each.
-        rows: the other fields of the M rows of the data; () where there are none.
     """
 
-    def __init__(
-        self,
-        tokenizer: Decoder,
-        verifiers: VerifierPool,
-        prompts: Sequence[str],
-        answers: Sequence[Answer],
-        counts: jax.Array,
-        rows: Sequence[Row] = (),
-    ):
-        self._tokenizer, self._verifiers, self._asked = tokenizer, verifiers, (prompts, answers, rows)
-        self._prompt_index = np.repeat(np.arange(len(prompts)), counts)
+    def __init__(self, tokenizer: Decoder, verifiers: VerifierPool, tasks: TaskSet, counts: jax.Array):
+        self._tokenizer, self._verifiers, self._tasks = tokenizer, verifiers, tasks
+        self._prompt_index = np.repeat(np.arange(len(tasks)), counts)
         self._rows: list[int] = []
         self._texts: list[str] = []
         verifiers.begin()
 
     def watch(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, is_ready: Callable[[], bool]) -> None:
         """Have more rollouts verified, until the devices are ready; see `krl.rollout.Watch`."""
+        tasks, which = self._tasks, self._prompt_index[rows].tolist()
         texts = [self._tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens, lengths, strict=True)]
-        self._verifiers.add(make_items(*self._asked, self._prompt_index[rows].tolist(), texts))
+        self._verifiers.add(make_items(tasks.prompts, tasks.answers, tasks.rows, which, texts))
         self._rows.extend(rows)
         self._texts.extend(texts)
         self._verifiers.work(is_ready, look_seconds=0.002)
@@ -130,7 +115,7 @@ class Scoring:
         pool, mine = self._verifiers, self._rows
         pool.finish()
         rewards, faults = np.zeros(num_rollouts), np.zeros(num_rollouts, np.int32)
-        parts, index = np.zeros((num_rollouts, len(pool.names))), np.full(num_rollouts, len(self._asked[0]), np.int32)
+        parts, index = np.zeros((num_rollouts, len(pool.names))), np.full(num_rollouts, len(self._tasks), np.int32)
         rewards[mine], parts[mine] = pool.last_rewards, pool.last_parts
         faults[mine] = [("", *FAULTS).index(kind) for kind in pool.last_faults]
         index[: len(self._prompt_index)] = self._prompt_index
@@ -139,19 +124,3 @@ class Scoring:
         for row, text, reason in zip(mine, self._texts, pool.last_reasons, strict=True):
             texts[row], reasons[row] = text, reason
         return Verdicts(rewards, faults, parts, index, texts, reasons)
-
-
-def verdict_metrics(said: Verdicts, names: Sequence[str], num_prompts: int) -> dict[str, float]:
-    """What the verifiers say of a step's rollouts, in the mean, and how often they failed; see docs/metrics.md.
-
-    Args:
-        said: of all processes.
-        names: of several rewards; () for one.
-        num_prompts: M.
-    """
-    has_reward = (said.faults == 0) & (said.prompt_index < num_prompts)
-    metrics: dict[str, float] = {"reward_mean": mean_of(said.rewards, has_reward)}
-    metrics |= {f"verifier/{kind}": int((said.faults == 1 + number).sum()) for number, kind in enumerate(FAULTS)}
-    return metrics | {
-        f"reward/{name}": mean_of(part, has_reward) for name, part in zip(names, said.parts.T, strict=True)
-    }

@@ -5,6 +5,7 @@
 call takes named arguments.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -12,7 +13,7 @@ import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -47,10 +48,14 @@ NAMES = Names(
             "kl_estimator": learn.KL_ESTIMATORS},
 )  # fmt: skip
 
-# What a notebook may give instead of a name: the key of the name, and krl's own.
-OWN: dict[str, tuple[str, Any]] = {
-    "rule": ("alloc.rule", budget.RULES), "prior": ("alloc.prior", budget.PRIORS), "reward": ("data.reward", REWARDS),
-}  # fmt: skip
+# What a notebook may give instead of a name: the key of the name, krl's own, what it must be, and that in words.
+OWN: dict[str, tuple[str, Mapping[str, Any], Callable[[Any], bool], str]] = {
+    "rule": ("alloc.rule", budget.RULES, callable, "a function"),
+    "prior": ("alloc.prior", budget.PRIORS, lambda given: isinstance(given, budget.Source), "a krl.budget.Source"),
+    "reward": ("data.reward", REWARDS, callable, "a function"),
+}
+
+_bound = functools.cache(functools.partial)  # the same function for the same r of a rule, so that it is compiled once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,49 +98,30 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, own: Mapping[str, Any] = M
     mesh = make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
     if is_first():
         open_workdir(workdir, flatten(config), FREE_KEYS)
-    verifiers = make_verifiers(config, own.get("reward"))
-    try:  # its processes must not outlive what is refused after they were started
-        return _set_up(config, workdir, own, mesh, verifiers)
-    except BaseException:
-        verifiers.close()
-        raise
-
-
-def _set_up(
-    config: ConfigDict, workdir: pathlib.Path, own: Mapping[str, Any], mesh: jax.sharding.Mesh, verifiers: VerifierPool
-) -> Setup:  # fmt: skip
-    """The part of `set_up` that needs the verifiers to be there."""
-    given, tasks = check_given(own.get("policy")), load_task_sets(config)
-    folder = pathlib.Path(config.sft.dir or workdir / "sft")
-    tokenizer = load_tokenizer(find_tokenizer(config, tasks["sft"], folder, workdir))
-    policy_config = find_policy(config, tokenizer, workdir, given[0] if given else None)
-    ends = find_ends(tokenizer, config.sample.stop, policy_config.vocab_size)
-    train = encode(config, tokenizer, tasks["train"])
-    test = encode(config, tokenizer, tasks["test"], limit=config.eval.prompts)
-    alloc = find_budget(config, len(train), own)
-    candidates = alloc["candidates"]
-    step_task_ids(len(train), candidates, 0, seed=config.seed)  # refuses too few prompts
-    most = candidates * (
-        config.alloc.n_max if config.alloc.n_min else config.alloc.n_max // config.alloc.group * config.alloc.group
-    )
-    if config.alloc.budget > most:
-        raise ValueError(
-            f"config.alloc.budget={config.alloc.budget} must be at most {most}: {candidates} prompts take no more, "
-            f"with alloc.n_max={config.alloc.n_max}"
-        )
-    features, num_features = find_features(config, train)
-    pairs = find_pairs(config, encode(config, tokenizer, tasks["sft"]), tokenizer) if config.sft.steps else None
-    params = abstract_params(policy_config, mesh)
-    check_given(given, params)
-    abstract_params(
-        policy_config, reshape_mesh(mesh, tuple(config.mesh.decode))
-    )  # refuses a layout that does not divide them
-    claim_workdir(workdir, flatten(config), config_json(policy_config, policy_config.stored_dtype), tokenizer)
+    verifiers, given = make_verifiers(config, own.get("reward")), own.get("policy")
+    with contextlib.ExitStack() as refused:  # its processes must not outlive what is refused from here on
+        refused.callback(verifiers.close)
+        tasks, folder = load_task_sets(config), pathlib.Path(config.sft.dir or workdir / "sft")
+        tokenizer = load_tokenizer(find_tokenizer(config, tasks["sft"], folder, workdir))
+        policy_config = find_policy(config, tokenizer, workdir, given[0] if given else None)
+        ends = find_ends(tokenizer, config.sample.stop, policy_config.vocab_size)
+        train = encode(config, tokenizer, tasks["train"])
+        test = encode(config, tokenizer, tasks["test"], limit=config.eval.prompts)
+        spending = find_budget(config, len(train), own)
+        features, num_features = find_features(config, train)
+        pairs = find_pairs(config, encode(config, tokenizer, tasks["sft"]), tokenizer) if config.sft.steps else None
+        params = abstract_params(policy_config, mesh)
+        if given:
+            check_given(given[1], params)
+        decode = reshape_mesh(mesh, tuple(config.mesh.decode))
+        abstract_params(policy_config, decode)  # refuses a layout that does not divide them
+        claim_workdir(workdir, flatten(config), config_json(policy_config, policy_config.stored_dtype), tokenizer)
+        refused.pop_all()
     return Setup(
         mesh=mesh, verifiers=verifiers, tokenizer=tokenizer, ends=ends, policy_config=policy_config, params=params,
         train=train, test=test, features=features, num_features=num_features, pairs=pairs,
         cache=sft_cache(folder, config, policy_config.vocab_size, pairs or ()), optimizer=find_optimizer(config),
-        learning=find_learning(config), given=given, **alloc,
+        learning=find_learning(config), given=given, **spending,
     )  # fmt: skip
 
 
@@ -150,35 +136,49 @@ def name_own(config: ConfigDict, own: Mapping[str, Any]) -> tuple[ConfigDict, di
     if not isinstance(config, ConfigDict):
         raise ValueError(f"the configuration is a {type(config).__name__}; begin with krl.configs.default.get_config()")
     config, left = copy.deepcopy(ConfigDict(config) if isinstance(config, FrozenConfigDict) else config), {}
-    for name, (key, known) in OWN.items():
+    for name, (key, known, fits, words) in OWN.items():
         given = own.get(name)
         if given is None:
             continue
-        if name == "prior" and not isinstance(given, str | budget.Source):
-            raise ValueError(f"prior= is a {type(given).__name__}; it takes a krl.budget.Source, or a name")
-        if name != "prior" and not isinstance(given, str) and not callable(given):
-            raise ValueError(f"{name}= is a {type(given).__name__}; it takes a function, or a name")
+        if not isinstance(given, str) and not fits(given):
+            raise ValueError(f"{name}= is a {type(given).__name__}; it takes {words}, or a name")
         said = given if isinstance(given, str) else name_of(given, known)
         config.update_from_flattened_dict({key: said})
         if not isinstance(given, str) and said not in known:
             left[name] = given
-    if own.get("policy") is not None:
+    given = own.get("policy")
+    if given is not None:
+        pair = isinstance(given, tuple) and len(given) == 2
+        if not pair or not isinstance(given[0], policy.PolicyConfig) or not isinstance(given[1], Mapping):
+            raise ValueError("policy= takes (sizes, parameters), such as (result.policy, result.params)")
         config.policy.path = GIVEN
-        left["policy"] = own["policy"]
+        left["policy"] = given
     return config, left
 
 
 def find_budget(config: ConfigDict, num_tasks: int, own: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """The parts of a run that its counts follow from, as `Setup` has them."""
-    rule = find_rule(config, own.get("rule"))
+    """The parts of a run that its counts follow from, as `Setup` has them.
+
+    Raises:
+        ValueError: the data has too few prompts for a step, or these take fewer rollouts than the budget.
+    """
+    alloc, rule = config.alloc, find_rule(config, own.get("rule"))
     candidates, served = prompts_of_a_step(config, rule, num_tasks)
-    alloc = config.alloc
     explored = max(round(alloc.explored * served), math.ceil(alloc.explored))  # one at least of a share above 0
-    return {
+    found = {
         "rule": rule, "candidates": candidates, "served": served,
         "bounds": {"n_min": alloc.n_min, "n_max": alloc.n_max, "group": alloc.group, "explored": explored},
         "prior": own.get("prior") or find_prior(alloc.prior),
     }  # fmt: skip
+    step_task_ids(num_tasks, candidates, 0, seed=config.seed)  # refuses too few prompts
+    unit = 1 if alloc.n_min else alloc.group
+    most = candidates * (alloc.n_max // unit * unit)
+    if alloc.budget > most:
+        raise ValueError(
+            f"config.alloc.budget={alloc.budget} must be at most {most}: {candidates} prompts take no more, "
+            f"with alloc.n_max={alloc.n_max}"
+        )
+    return found
 
 
 def find_prior(name: str) -> budget.Source | None:
@@ -192,13 +192,7 @@ def find_prior(name: str) -> budget.Source | None:
 def find_rule(config: ConfigDict, given: budget.Rule | None = None) -> budget.Rule:
     """The rule that was given, or that the config names."""
     named = given or budget.find_rule(config.alloc.rule)
-    return _with_reach(named, config.alloc.reach) if config.alloc.rule == "reach" else named
-
-
-@functools.cache
-def _with_reach(rule: budget.Rule, reach: float) -> budget.Rule:
-    """The rule "reach" with an r; the same function for the same r, so that it is compiled once."""
-    return functools.partial(rule, reach=reach)
+    return _bound(named, reach=config.alloc.reach) if config.alloc.rule == "reach" else named
 
 
 def prompts_of_a_step(config: ConfigDict, rule: budget.Rule, num_tasks: int) -> tuple[int, int]:

@@ -2,19 +2,21 @@
 
 import bisect
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+import optax
 
 from krl import policy
 from krl.base.types import Tokenizer
 from krl.run.checkpoint import Checkpoints
 from krl.run.compiled import for_this_backend
-from krl.run.optimizer import init_state, make_optimizer, skipped_updates
+from krl.run.optimizer import init_state, skipped_updates
 from krl.run.update import supervised_update
 from krl.tasks import EncodedTasks, step_task_ids
 
+Pair = tuple[np.ndarray, list[int]]  # the token ids of a prompt and of its completion
 # Training sequences, W rows of C columns: tokens [W, C] int32, layout [W, C] bool or int32 and target mask
 # [W, C] bool, as `supervised_update` takes them.
 Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -34,23 +36,14 @@ def encode_pairs(encoded: EncodedTasks, tokenizer: Tokenizer, max_completion_tok
     Raises:
         ValueError: the tasks have no completions, or none fits.
     """
-    targets = _encode_targets(encoded, tokenizer)
-    kept = [i for i, ids in enumerate(targets) if len(ids) <= max_completion_tokens]
-    if not kept:
+    pairs, longest_prompt = _encode(encoded, tokenizer), encoded.tokens.shape[1]
+    rows = [[(longest_prompt - len(pair[0]), pair)] for pair in pairs if len(pair[1]) <= max_completion_tokens]
+    if not rows:
         raise ValueError(
             f"no worked solution has at most {max_completion_tokens} tokens; raise config.sample.max_new_tokens"
         )
-    tokens = np.full((len(kept), max_completion_tokens), tokenizer.pad_id, np.int32)
-    real = np.zeros((len(kept), max_completion_tokens), bool)
-    for row, i in enumerate(kept):
-        tokens[row, : len(targets[i])] = targets[i]
-        real[row, : len(targets[i])] = True
-    prompt_tokens, prompt_mask = encoded.tokens[kept], encoded.mask[kept]
-    return (
-        np.concatenate([prompt_tokens, tokens], axis=1),
-        np.concatenate([prompt_mask, real], axis=1),
-        np.concatenate([np.zeros_like(prompt_mask), real], axis=1),
-    )
+    tokens, segments, target_mask = _lay_out(rows, longest_prompt + max_completion_tokens, tokenizer.pad_id)
+    return tokens, segments > 0, target_mask
 
 
 def pack_pairs(encoded: EncodedTasks, tokenizer: Tokenizer, row_tokens: int) -> tuple[Pairs, int]:
@@ -69,35 +62,43 @@ def pack_pairs(encoded: EncodedTasks, tokenizer: Tokenizer, row_tokens: int) -> 
     Raises:
         ValueError: the tasks have no completions, or no pair fits.
     """
-    targets = _encode_targets(encoded, tokenizer)
-    prompts = [row[real] for row, real in zip(encoded.tokens, encoded.mask, strict=True)]
-    lengths = np.array([len(prompt) + len(target) for prompt, target in zip(prompts, targets, strict=True)])
+    pairs = _encode(encoded, tokenizer)
+    lengths = np.array([len(prompt) + len(target) for prompt, target in pairs])
     kept = np.flatnonzero((lengths >= 2) & (lengths <= row_tokens))  # one token alone predicts nothing
     if not len(kept):
         raise ValueError(
             f"no prompt with its worked solution has 2 to {row_tokens} tokens (the shortest has {lengths.min()}); "
             "raise config.sft.row_tokens"
         )
-    rows = _fill_rows(lengths[kept], row_tokens)
-    tokens = np.full((len(rows), row_tokens), tokenizer.pad_id, np.int32)
-    segments, target_mask = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, bool)
-    for row, members in enumerate(rows):
-        end = 0
-        for number, i in enumerate(kept[members], start=1):
-            begin, end = end, end + lengths[i]
-            tokens[row, begin:end] = [*prompts[i], *targets[i]]
-            segments[row, begin:end] = number
-            target_mask[row, begin + max(len(prompts[i]), 1) : end] = True
-    return (tokens, segments, target_mask), len(lengths) - len(kept)
+    rows = []
+    for members in _fill_rows(lengths[kept], row_tokens):
+        ends = lengths[kept[members]].cumsum()
+        rows.append([(end - lengths[i], pairs[i]) for end, i in zip(ends, kept[members], strict=True)])
+    return _lay_out(rows, row_tokens, tokenizer.pad_id), len(lengths) - len(kept)
 
 
-def _encode_targets(encoded: EncodedTasks, tokenizer: Tokenizer) -> list[list[int]]:
-    """The token ids of D completions, each with its end token."""
+def _encode(encoded: EncodedTasks, tokenizer: Tokenizer) -> list[Pair]:
+    """The D prompts and completions, each with its end token."""
     if not encoded.tasks.completions:
         raise ValueError(
             "supervised fine-tuning needs worked solutions; name config.data.completion_field or config.sft.path"
         )
-    return [[*tokenizer.encode(text), tokenizer.eos_ids[0]] for text in encoded.tasks.completions]
+    prompts = [row[real] for row, real in zip(encoded.tokens, encoded.mask, strict=True)]
+    targets = [[*tokenizer.encode(text), tokenizer.eos_ids[0]] for text in encoded.tasks.completions]
+    return list(zip(prompts, targets, strict=True))
+
+
+def _lay_out(rows: Sequence[Sequence[tuple[int, Pair]]], row_tokens: int, pad_id: int) -> Pairs:
+    """Rows of pairs, each with the column where it begins, as (tokens, segments, target_mask)."""
+    tokens = np.full((len(rows), row_tokens), pad_id, np.int32)
+    segments, target_mask = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, bool)
+    for row, members in enumerate(rows):
+        for number, (begin, (prompt, target)) in enumerate(members, start=1):
+            end = begin + len(prompt) + len(target)
+            tokens[row, begin:end] = [*prompt, *target]
+            segments[row, begin:end] = number
+            target_mask[row, begin + max(len(prompt), 1) : end] = True
+    return tokens, segments, target_mask
 
 
 def _fill_rows(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
@@ -135,6 +136,7 @@ def _fill_rows(lengths: np.ndarray, row_tokens: int) -> list[list[int]]:
 
 def finetune(
     config: policy.PolicyConfig,
+    optimizer: optax.GradientTransformation,
     params: dict,
     pairs: Pairs,
     directory: pathlib.Path,
@@ -142,9 +144,6 @@ def finetune(
     steps: int,
     batch_size: int,
     micro_tokens: int,
-    learning_rate: float,
-    warmup_steps: int,
-    decay_steps: int,
     seed: int,
     save_every: int,
     max_bad_updates: int,
@@ -155,14 +154,13 @@ def finetune(
     """Train params on worked solutions, or read the result from an earlier run.
 
     Args:
-        config: the policy's sizes.
+        config, optimizer: the policy's sizes; from `krl.run.optimizer.make_optimizer`.
         params: placed on the mesh; their buffers are reused.
         pairs: from `encode_pairs` or the first of what `pack_pairs` returns.
         directory: keeps the newest checkpoint; an interrupted training continues from it.
         steps: updates in all.
         batch_size: rows of pairs per update; each pass over the rows is a fresh permutation.
         micro_tokens: tokens that go through the model at once.
-        learning_rate, warmup_steps, decay_steps: of AdamW, see `krl.run.optimizer.make_optimizer`.
         seed: order of the rows.
         save_every: updates between checkpoints, >= 1. It is also saved at the end and when it should stop.
         max_bad_updates: non-finite updates in a row that end the run.
@@ -177,15 +175,6 @@ def finetune(
         FloatingPointError: too many updates in a row were not finite.
         ValueError: the checkpoint in the directory does not fit these params.
     """
-    optimizer = make_optimizer(
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        decay_steps=decay_steps,
-        beta1=0.9,
-        beta2=0.98,
-        weight_decay=0.01,
-        grad_clip=1.0,
-    )
     update = for_this_backend(supervised_update, config, optimizer, micro_tokens=micro_tokens)
     state = init_state(config, optimizer, params)
     with Checkpoints(directory, keep=1) as checkpoints:

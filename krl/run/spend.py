@@ -14,9 +14,10 @@ from krl import budget, rollout
 from krl.base.sharding import named_sharding, reshape_mesh
 from krl.base.types import Prompts, Rollouts
 from krl.rewards.functions import as_float32
-from krl.run.metrics import PhaseClock
+from krl.rewards.pool import FAULTS
+from krl.run.metrics import PhaseClock, mean_of
 from krl.run.processes import place_whole
-from krl.run.scoring import Scoring, Verdicts, verdict_metrics
+from krl.run.scoring import Scoring, Verdicts
 from krl.run.setup import Setup, find_slots
 
 # Small programs; what is static is hashable and the same in every step.
@@ -51,14 +52,19 @@ def describe_groups(drawn: Drawn, task_ids: np.ndarray, prior: jax.Array) -> dic
         jax.ops.segment_sum(x, index, num_segments=num_prompts)
         for x in (drawn.scored.astype(jnp.int32), successes, drawn.rollouts.lengths)
     )
-    groups = {"task_ids": task_ids, "counts": drawn.counts, "scored": given, "successes": wins, "tokens": tokens}
-    return groups | {"belief": drawn.believed, "prior": prior}
+    return {
+        "task_ids": task_ids, "counts": drawn.counts, "scored": given, "successes": wins, "tokens": tokens,
+        "belief": drawn.believed, "prior": prior,
+    }  # fmt: skip
 
 
 def describe_spending(drawn: Drawn, clock: PhaseClock, names: Sequence[str]) -> dict[str, float]:
-    """A step's metrics of its counts, its rewards, `names` if there are several, and its time; see docs/metrics.md."""
-    seconds = sum(clock.seconds.values())
-    metrics = verdict_metrics(drawn.verdicts, names, len(drawn.counts))
+    """A step's metrics of its rewards (of each of `names` too), its verifiers and its time; see docs/metrics.md."""
+    said, seconds = drawn.verdicts, sum(clock.seconds.values())
+    has_reward = (said.faults == 0) & (said.prompt_index < len(drawn.counts))
+    metrics: dict[str, float] = {"reward_mean": mean_of(said.rewards, has_reward)}
+    metrics |= {f"verifier/{kind}": int((said.faults == number).sum()) for number, kind in enumerate(FAULTS, start=1)}
+    metrics |= {f"reward/{name}": mean_of(part, has_reward) for name, part in zip(names, said.parts.T, strict=True)}
     metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
     return metrics | {"seconds/step": seconds, "tokens_per_second": int(drawn.rollouts.lengths.sum()) / seconds}
 
@@ -97,7 +103,7 @@ def spend_budget(
 
     def draw(counts, num_rollouts, clock=clock, **options):
         with clock.phase("rollout"):
-            scoring = Scoring(parts.ends, parts.verifiers, tasks.prompts, tasks.answers, counts, tasks.rows)
+            scoring = Scoring(parts.ends, parts.verifiers, tasks, counts)
             options |= {"num_rollouts": num_rollouts, "expected_tokens": lengths, "watch": scoring.watch}
             options |= {name: config.sample[name] for name in ("temperature", "top_k", "top_p", "min_p")}
             rollouts = jax.block_until_ready(generate(config, parts, params, prompts, counts, key, **options))

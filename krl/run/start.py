@@ -1,11 +1,10 @@
-"""From a config to the policy that a run begins with: its tokenizer, its sizes and its parameters."""
+"""From a config to the policy that a run begins with: its tokenizer, its sizes, and what it is fine-tuned on."""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,11 +21,8 @@ from krl.hf.tokenizer import check_vocabulary, train_sentencepiece
 from krl.hf.weights import check_hf
 from krl.rollout import Ends
 from krl.rollout.stop import describe_ends, missing_end
-from krl.run.checkpoint import digest
-from krl.run.lock import wait_for
-from krl.run.metrics import progress
-from krl.run.processes import is_first, place_whole, say, to_host
-from krl.run.sft import Pairs, encode_pairs, finetune, pack_pairs
+from krl.run.processes import say
+from krl.run.sft import Pairs, encode_pairs, pack_pairs
 from krl.tasks import EncodedTasks, TaskSet
 
 GIVEN = "(given)"  # config.policy.path of a run whose policy was given in Python
@@ -51,7 +47,7 @@ def find_tokenizer(config: ConfigDict, tasks: TaskSet, folder: pathlib.Path, wor
     size, fallback = config.tokenizer.vocab_size, config.tokenizer.byte_fallback
     file = folder / _digest(json.dumps([size, fallback, texts]).encode()) / "tokenizer.model"
     if not file.exists():
-        _make_cache(file.parent)
+        make_cache(file.parent)
         train_sentencepiece(texts, file, vocab_size=size, byte_fallback=fallback)
     return file
 
@@ -94,7 +90,7 @@ def abstract_params(policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh)
     """The shapes, dtypes and shardings of a policy's parameters, for a checkpoint to be read into."""
     shapes = jax.eval_shape(lambda: policy.init(policy_config, jax.random.key(0)))
     shardings = tree_sharding(mesh, policy.param_axes(policy_config), shapes)
-    return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)
 
 
 def say_ends(config: ConfigDict, ends: Ends, prompts: EncodedTasks) -> None:
@@ -105,7 +101,7 @@ def say_ends(config: ConfigDict, ends: Ends, prompts: EncodedTasks) -> None:
         say(f"krl: {warning}")
 
 
-# ---------------------------------------------------------------- the parameters of the first step
+# ---------------------------------------------------------------- what its parameters begin from
 
 
 def sft_cache(folder: pathlib.Path, config: ConfigDict, vocab_size: int, pairs: Sequence[np.ndarray]) -> pathlib.Path:
@@ -132,107 +128,22 @@ def find_pairs(config: ConfigDict, encoded: EncodedTasks, tokenizer: Tokenizer) 
     return pairs
 
 
-def start_params(
-    config: ConfigDict,
-    policy_config: policy.PolicyConfig,
-    mesh: jax.sharding.Mesh,
-    pairs: Pairs | None,
-    cache: pathlib.Path,
-    given: tuple[policy.PolicyConfig, dict] | None,
-    *,
-    should_stop: Callable[[], bool],
-) -> dict | None:
-    """The parameters of the first step, fine-tuned if there are pairs; to be called inside `jax.set_mesh(mesh)`.
-
-    Args:
-        config: of the run.
-        policy_config, mesh, pairs, cache, given: as in `Setup`. Of runs that share the cache one fine-tunes, and
-            others wait.
-        should_stop: whether fine-tuning should save and leave, asked before each update.
-
-    Returns:
-        The parameters on the mesh; None if it should stop before they were finished.
+def check_given(params: Any, like: dict) -> None:
+    """Refuse the parameters of a policy that was given in Python if they are not floats of the shapes of `like`.
 
     Raises:
-        ValueError: the checkpoint in policy.path is another than the run began from.
-        FloatingPointError: too many updates of fine-tuning in a row were not finite.
+        ValueError: they are not; the message says the fix.
     """
-    if config.policy.path == GIVEN:
-        params = copy_params(given, abstract_params(policy_config, mesh))
-    elif config.policy.path:
-        found, params = hf.load_hf(config.policy.path, mesh)
-        if dataclasses.replace(found, **computed_by(config)) != policy_config:
-            raise ValueError(f"{config.policy.path} is not what this run began from; choose another --workdir")
-    else:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(policy_config, mesh))
-        initialise = jax.jit(policy.init, static_argnums=0, out_shardings=shardings)
-        params = initialise(policy_config, jax.random.key(config.seed))
-    if pairs is None:
-        return params
-    if config.policy.path:
-        began = digest(params) if given else fingerprint(pathlib.Path(config.policy.path))
-        cache = cache.with_name(f"{cache.name}_{began}")
-    if is_first():
-        _make_cache(cache)
-    lock = wait_for(cache.with_name(f"{cache.name}.running"), f"the fine-tuning in {cache}", should_stop)
-    with lock as ours, progress(config.sft.steps, 0, "fine-tuning") as show:
-        if not ours:
-            return None
-        params, finished = finetune(
-            policy_config, params, pairs, cache, steps=config.sft.steps, batch_size=config.sft.batch_size,
-            micro_tokens=config.optim.micro_tokens, learning_rate=config.sft.learning_rate, warmup_steps=20,
-            decay_steps=0, seed=config.seed,
-            save_every=config.sft.save_every, max_bad_updates=config.max_bad_updates, should_stop=should_stop,
-            place=functools.partial(place_whole, mesh),
-            report=lambda step, loss: show(step, f"loss {loss:.3f}"),
-        )  # fmt: skip
-    return params if finished else None
-
-
-def check_given(given: Any, like: dict | None = None) -> tuple[policy.PolicyConfig, dict] | None:
-    """A policy that was given in Python, if it is one.
-
-    Args:
-        given: should be (sizes, parameters), or None.
-        like: the parameters that it has to have, once they are known.
-
-    Raises:
-        ValueError: it is something else, or has other parameters.
-    """
-    if given is None:
-        return None
-    pair = isinstance(given, tuple) and len(given) == 2
-    if not pair or not isinstance(given[0], policy.PolicyConfig) or not isinstance(given[1], Mapping):
-        raise ValueError("policy= takes (sizes, parameters), such as (result.policy, result.params)")
-    if like is not None:
-        wanted, has = (jax.tree.map(jnp.shape, tree) for tree in (like, given[1]))
-        if wanted != has:
-            raise ValueError(
-                "policy=: the parameters are not those of the PolicyConfig given with them, or not of the policy that "
-                "this run began with; give it that one, or choose another workdir"
-            )
-        kinds = {jnp.result_type(leaf) for leaf in jax.tree.leaves(given[1])}
-        wrong = [kind.name for kind in kinds if not jnp.issubdtype(kind, jnp.floating)]
-        if wrong:
-            raise ValueError(f"policy=: parameters of type {min(wrong)}; they must be floating-point numbers")
-    return given
-
-
-def copy_params(given: tuple[policy.PolicyConfig, dict] | None, like: dict) -> dict:
-    """A copy of the parameters of a policy that was given, placed as `like`: a step gives its buffers away.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if given is None:
-        raise ValueError("this run began from a policy that was given in Python; give it to train again, policy=")
-
-    def copied(leaf: Any, at: jax.ShapeDtypeStruct) -> jax.Array:
-        elsewhere = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable  # split over processes
-        whole = np.asarray(to_host(leaf) if elsewhere else leaf)  # whatever mesh it is on
-        return jnp.copy(jax.device_put(whole.astype(at.dtype), at.sharding))
-
-    return jax.tree.map(copied, given[1], like)
+    wanted, has = (jax.tree.map(jnp.shape, tree) for tree in (like, params))
+    if wanted != has:
+        raise ValueError(
+            "policy=: the parameters are not those of the PolicyConfig given with them, or not of the policy that "
+            "this run began with; give it that one, or choose another workdir"
+        )
+    kinds = {jnp.result_type(leaf) for leaf in jax.tree.leaves(params)}
+    wrong = [kind.name for kind in kinds if not jnp.issubdtype(kind, jnp.floating)]
+    if wrong:
+        raise ValueError(f"policy=: parameters of type {min(wrong)}; they must be floating-point numbers")
 
 
 def fingerprint(path: pathlib.Path) -> str:
@@ -255,7 +166,8 @@ def _digest(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def _make_cache(directory: pathlib.Path) -> None:
+def make_cache(directory: pathlib.Path) -> None:
+    """Make a directory of fine-tuning, or say which key moves it to where it can be made."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -164,20 +164,17 @@ def supervised_update(
     """
     micro_rows = rows_at_once(micro_tokens, tokens.shape[1], tokens.shape[0])
     more = -tokens.shape[0] % micro_rows
-    rows = [jnp.pad(part, ((0, more), (0, 0))) for part in (tokens, layout, target_mask)]
+    follows = (layout[:, 1:] == layout[:, :-1]) & (layout[:, 1:] != 0)  # the token before is of the same sequence
+    learnt = target_mask[:, 1:] & follows
+    rows = [jnp.pad(part, ((0, more), (0, 0))) for part in (tokens, layout, learnt)]
 
     def loss_of(params, _, part):
-        tokens, layout, target_mask = (constrain(part, "batch", "length") for part in part)
+        tokens, layout, learnt = (constrain(part, "batch", "length") for part in part)
         mask, segments = (layout, None) if layout.dtype == bool else (None, layout)
         logps = policy.token_logps(config, params, tokens, mask, segments)
-        return masked_sum(-logps, target_mask[:, 1:] & _follows(layout))[0], {}
+        return masked_sum(-logps, learnt)[0], {}
 
     (loss_sum, _), grads = accumulate(loss_of, state.params, (), rows, tokens.shape[0], micro_rows)
-    count = (target_mask[:, 1:] & _follows(layout)).sum(dtype=jnp.float32)
+    count = learnt.sum(dtype=jnp.float32)
     state, grad_norm = apply_gradients(config, optimizer, state, grads, loss_sum, count)
     return state, {"loss": divide(loss_sum, count), "grad_norm": grad_norm}
-
-
-def _follows(layout: jax.Array) -> jax.Array:
-    """Where the token before is of the same sequence, [B, T - 1] bool."""
-    return (layout[:, 1:] == layout[:, :-1]) & (layout[:, 1:] != 0)
