@@ -87,7 +87,7 @@ def _devices(rows: int) -> int:
 
 
 def _on_own_rows(function: Callable[..., tuple[Any, Any]], rows: tuple[jax.Array, ...], whole: Any) -> tuple[Any, Any]:
-    """function(batch axes, rows, whole) on each device's part of the rows, along their second axis; results are such."""
+    """function(batch axes, rows, whole), which returns such two, on each device's part of the rows' second axis."""
     axes = _batch_axes(rows[0].shape[1])
     if not axes:
         return function(axes, rows, whole)
