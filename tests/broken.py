@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 ROOT = pathlib.Path(__file__).parent.parent
 PATH = {  # the files of a step, and the tests that are about each
+    "krl/base/threshold.py": "solve rollout",
     "krl/tasks/data.py": "tasks",
     "krl/budget/belief.py": "choose rules budget prior published",
     "krl/budget/prior.py": "prior",

@@ -128,3 +128,10 @@ def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
     """Ask the compiler to lay an array out by the rules on the open axes of the mesh."""
     axes = open_axes()
     return jax.lax.with_sharding_constraint(array, partition_spec(logical_axes, axes)) if axes else array
+
+
+def readable(*arrays: Any) -> bool:
+    """Whether this process can look at the values of arrays: none is traced or lies on devices of others too."""
+    return not any(
+        isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True) for array in arrays
+    )

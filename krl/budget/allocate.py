@@ -26,7 +26,7 @@ import numpy as np
 from krl.base.masked import divide
 from krl.budget import published
 from krl.budget.belief import Belief, log_possible, mean, mean_tokens, possible, posterior, reward_variance
-from krl.budget.solve import Counts, Shown, in_proportion, in_rounds, knapsack, pilot_and_rest, price
+from krl.budget.solve import Counts, Shown, check_sum, in_proportion, in_rounds, knapsack, pilot_and_rest, price
 from krl.budget.value import Value, check_bounds, continuous_value, gains_of, log_gains_beta
 from krl.configs.named import find
 
@@ -259,20 +259,21 @@ def allocate(
     if n_min and must_choose(rule):
         raise ValueError(f"the rule {rule!r} chooses which prompts get any; it needs n_min=0, got {n_min}")
     rule = find_rule(rule)
-    check_bounds(n_min, n_max, least=0)
-    more, explored = ({}, explored) if shown is None else ({"shown": shown}, 0)
     prompts = belief.visits.shape[0]
-    if n_min:
-        _check_sum(prompts, budget, n_min, n_max)
-        return _checked(rule, rule(belief, budget, n_min, n_max, **more), prompts)
-    if not 2 <= group <= n_max:
+    check_bounds(n_min, n_max, prompts, least=0)
+    if not n_min and not 2 <= group <= n_max:
         raise ValueError(f"a group must have 2 to n_max={n_max} rollouts, got group={group}")
-    _check_sum(prompts, budget, 0, group * (n_max // group), group)
-
-    def counts_of(budget: jax.Array) -> Counts:
-        return _checked(rule, rule(belief, budget, 0, n_max, group=group, **more), prompts)
-
-    return _choose(counts_of, belief, jnp.asarray(budget, jnp.int32), group, min(explored, prompts))
+    _check_sum(prompts, budget, n_min, n_max, 1 if n_min else group)
+    more = {} if shown is None else {"shown": shown}
+    if n_min:
+        return _checked(rule, rule(belief, budget, n_min, n_max, **more), prompts)
+    budget, explored = jnp.asarray(budget, jnp.int32), 0 if more else min(explored, prompts)
+    kept = kept_groups(prompts, budget // group, explored)
+    counts, info = _checked(rule, rule(belief, budget - group * kept, 0, n_max, group=group, **more), prompts)
+    # A group each for those that the rule gives nothing and that were not sampled for longest.
+    waiting = jnp.where(counts == 0, belief.last_step, np.iinfo(np.int32).max)
+    _, longest = jax.lax.top_k(-waiting, explored)
+    return counts.at[longest].add(jnp.where(jnp.arange(explored) < kept, group, 0)), info
 
 
 def _checked(rule: Rule, given: Any, prompts: int) -> Counts:
@@ -291,17 +292,6 @@ def _checked(rule: Rule, given: Any, prompts: int) -> Counts:
             raise ValueError(f"the rule {name} must return numbers beside the counts, {key!r} is none: {value!r}"[:300])
     counts = jnp.asarray(counts)
     return counts.astype(jnp.int32) if jnp.issubdtype(counts.dtype, jnp.integer) else counts, dict(info)
-
-
-def _choose(
-    counts_of: Callable[[jax.Array], Counts], belief: Belief, budget: jax.Array, group: int, explored: int
-) -> Counts:
-    """Counts of 0 or whole groups, of which `explored` go to prompts that the rule gives nothing."""
-    kept = kept_groups(len(belief.visits), budget // group, explored)
-    counts, info = counts_of(budget - group * kept)
-    waiting = jnp.where(counts == 0, belief.last_step, np.iinfo(np.int32).max)
-    _, longest = jax.lax.top_k(-waiting, explored)
-    return counts.at[longest].add(jnp.where(jnp.arange(explored) < kept, group, 0)), info
 
 
 def kept_groups(prompts: int, groups: jax.Array | int, explored: int) -> jax.Array:
@@ -325,17 +315,13 @@ def rounds_of(rule: str | Rule, prompts: int, budget: int, n_min: int, group: in
     return tuple(end for before, end in itertools.pairwise((0, *ends)) if end > before)  # none that spends nothing
 
 
-def _check_sum(prompts: int, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> None:
+def _check_sum(prompts: int, budget: jax.Array | int, n_min: int, n_max: int, group: int) -> None:
     """Refuse a budget that no counts sum to, where it is known."""
     if isinstance(budget, jax.core.Tracer):
         return
     if isinstance(budget, str) or budget % 1 != 0:  # not a number, and infinity, too
         raise ValueError(f"budget {budget} must be a whole number of rollouts")
-    if not prompts * n_min <= int(budget) <= prompts * n_max:
-        raise ValueError(
-            f"budget {int(budget)} cannot be met: {prompts} prompts take {prompts * n_min} to {prompts * n_max} "
-            "rollouts"
-        )
+    check_sum(int(budget), prompts, prompts * n_min, prompts * (n_max // group * group))
     if int(budget) % group:
         raise ValueError(f"budget {int(budget)} cannot be met: it must be a multiple of group={group}")
 

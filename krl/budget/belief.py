@@ -20,6 +20,7 @@ from flax import struct
 from jax.scipy.special import betaln, logit
 
 from krl.base.masked import divide, segment_differs, segment_sum
+from krl.base.sharding import readable
 
 # The prior's strength alpha + beta stays in this range: below it a single outcome would count as
 # certainty, above it no prompt could ever differ from the average one.
@@ -171,8 +172,12 @@ def mean(belief: Belief) -> jax.Array:
 
 def prior_mean(belief: Belief) -> jax.Array:
     """Expected success rate of each task without its own record, [D] float32 in [0, 1]."""
-    rate = jax.nn.sigmoid(-belief.hopeless) * divide(belief.prior_alpha, belief.prior_alpha + belief.prior_beta)
-    return jnp.broadcast_to(rate, belief.visits.shape)
+    return jnp.broadcast_to(jax.nn.sigmoid(-belief.hopeless) * prior_rate(belief), belief.visits.shape)
+
+
+def prior_rate(belief: Belief) -> jax.Array:
+    """The same of what can be solved, of the shape of the prior."""
+    return divide(belief.prior_alpha, belief.prior_alpha + belief.prior_beta)
 
 
 def reward_variance(belief: Belief) -> jax.Array:
@@ -231,9 +236,10 @@ def observe(
         ValueError: a reward outside [0, 1], a task that is not there or is named twice, or a row of no prompt; not
             inside jit, where values are not known and nothing waits for them, nor in a run of several processes.
     """
-    outcomes = Outcomes(rewards, prompt_index, mask, lengths)
-    _check(belief, task_ids, outcomes)
-    return _add_outcomes(belief, task_ids, outcomes, step)
+    discounts = {"discount": belief.discount, "discount_mixed": belief.discount_mixed}
+    whole = belief.replace(**dict.fromkeys(discounts, jnp.float32(1.0)))
+    arrays = task_ids, rewards, prompt_index, mask, step, lengths
+    return update(whole, *arrays, fit_prior=False, fit_discounts=False).replace(**discounts)
 
 
 class Outcomes(NamedTuple):
@@ -247,8 +253,7 @@ class Outcomes(NamedTuple):
 
 def _check(belief: Belief, task_ids: jax.Array, outcomes: Outcomes) -> None:
     """Refuse outcomes that cannot be, where they are known: not inside jit, nor where other processes have a part."""
-    given = task_ids, outcomes.rewards, outcomes.prompt_index, outcomes.mask
-    if any(isinstance(array, jax.core.Tracer) or not getattr(array, "is_fully_addressable", True) for array in given):
+    if not readable(task_ids, outcomes.rewards, outcomes.prompt_index, outcomes.mask):
         return
     ids, index, mask = np.asarray(task_ids), np.asarray(outcomes.prompt_index), np.asarray(outcomes.mask, bool)
     rewards, index, tasks = np.asarray(outcomes.rewards, np.float32)[mask], index[mask], len(belief.visits)
@@ -263,20 +268,8 @@ def _check(belief: Belief, task_ids: jax.Array, outcomes: Outcomes) -> None:
         raise ValueError(f"prompt_index must be from 0 to {len(ids) - 1}, got {index.min()} to {index.max()}")
 
 
-@jax.jit
-def _add_outcomes(belief: Belief, task_ids: jax.Array, outcomes: Outcomes, step: jax.Array | int) -> Belief:
-    return _observe(belief, take(belief, task_ids, step), task_ids, outcomes, step, (1.0, 1.0))
-
-
-def _observe(
-    belief: Belief,
-    old: Belief,
-    task_ids: jax.Array,
-    outcomes: Outcomes,
-    step: jax.Array | int,
-    discounts: tuple[jax.Array | float, jax.Array | float],
-) -> Belief:
-    """The belief after outcomes of tasks of which `old` was known; discounts after even and after mixed groups."""
+def _observe(belief: Belief, old: Belief, task_ids: jax.Array, outcomes: Outcomes, step: jax.Array | int) -> Belief:
+    """The belief after outcomes of tasks of which `old` was known."""
     num_prompts, (rewards, prompt_index, mask, lengths) = task_ids.shape[0], outcomes
     index = jnp.where(mask, prompt_index, num_prompts)
     rewards = jnp.where(mask, jnp.asarray(rewards, jnp.float32), 0.0)
@@ -285,12 +278,11 @@ def _observe(
     wins, squares, tokens = (segment_sum(x, index, num_prompts) for x in (rewards, rewards**2, lengths))
     count = segment_sum(mask.astype(jnp.float32), index, num_prompts)
     mixed = segment_differs(rewards, index, num_prompts)
-    keep = jnp.where(mixed, discounts[1], discounts[0])
+    keep = jnp.where(mixed, belief.discount_mixed, belief.discount)
     number, solved = count.astype(jnp.int32), segment_sum((rewards >= 0.5).astype(jnp.float32), index, num_prompts) > 0
     # How likely the failures are if the task can be solved, at a rate that may be anything around its prior's mean. A
     # prior that is sure of a higher rate would take all that is rare for hopeless.
-    rate = divide(old.prior_alpha, old.prior_alpha + old.prior_beta)
-    rate = jnp.clip(rate, 1e-6, 1 - 1e-6)
+    rate = jnp.clip(prior_rate(old), 1e-6, 1 - 1e-6)
     failures = 1 - rate + old.recorded
     failed = old.barren + betaln(rate, failures + count) - betaln(rate, failures)
     new = old.replace(
@@ -308,11 +300,16 @@ def _observe(
         barren=jnp.where(solved | (old.barren > 0), SOLVED, failed),
         recent=_shift_in(old.recent, rewards, index, number),
     )
+    return _put(belief, task_ids, count > 0, new)
 
-    def write(whole: jax.Array, after: jax.Array) -> jax.Array:
-        return whole.at[task_ids].set(jnp.where(count > 0, after, whole[task_ids])) if whole.ndim else whole
 
-    return jax.tree.map(write, belief, new)
+def _put(belief: Belief, task_ids: jax.Array, where: jax.Array, new: Belief) -> Belief:
+    """The belief of D tasks with the new one of M of them where [M] says so."""
+
+    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return whole.at[task_ids].set(jnp.where(where, part, whole[task_ids])) if whole.ndim else whole
+
+    return jax.tree.map(put, belief, new)
 
 
 def update(
@@ -359,17 +356,10 @@ def _update(
 ) -> Belief:  # fmt: skip
     old = take(belief, task_ids, step) if known is None else known
     ages, faded = _age(old, step), take(belief, task_ids, step + 1)
-    belief = _observe(belief, old, task_ids, outcomes, step, (belief.discount, belief.discount_mixed))
+    belief = _observe(belief, old, task_ids, outcomes, step)
     if sampled is not None:  # of those without a reward the record fades on from here
         missed = sampled & (belief.last_step[task_ids] != step)
-        faded = faded.replace(last_step=jnp.full_like(faded.last_step, step))
-        belief = jax.tree.map(
-            lambda whole, part: (
-                whole.at[task_ids].set(jnp.where(missed, part, whole[task_ids])) if whole.ndim else whole
-            ),
-            belief,
-            faded,
-        )
+        belief = _put(belief, task_ids, missed, faded.replace(last_step=jnp.full_like(faded.last_step, step)))
     if fit_discounts:
         even, mixed, fade = _next_discounts(old.replace(fade=belief.fade), ages, outcomes)
         belief = belief.replace(discount=even, discount_mixed=mixed, fade=fade)

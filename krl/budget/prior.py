@@ -28,7 +28,7 @@ from flax import struct
 from jax.scipy.special import betaln, logit
 
 from krl.base.masked import divide, segment_sum
-from krl.budget.belief import SOLVED, Belief, fit_hopeless, possible, posterior
+from krl.budget.belief import SOLVED, Belief, fit_hopeless, possible, posterior, prior_rate
 
 MEMORIES = (0.8, 0.95)  # what is left of a source's evidence of a feature after a step whose groups with it are mixed
 SLOW_MEMORY = 0.995  # the same where they are even: without a gradient the policy moves little on such prompts
@@ -156,7 +156,7 @@ def learn_prior(
     outcomes = segment_sum(mask.astype(jnp.float32), index, num_prompts)
     # What a hopeless prompt shows says nothing of the others.
     wins, outcomes = possible(belief) * wins, possible(belief) * outcomes
-    width = _width(prior)
+    width = len(prior.failed)
     solved = (prior.failed < 0) | (_add_up(wins, features, width) > 0)
     failed = jnp.where(solved, -1.0, prior.failed + _add_up(outcomes - wins, features, width))
     alphas, betas = _candidates(prior, belief, features)
@@ -167,7 +167,7 @@ def learn_prior(
     share = divide(strength + 1, strength + outcomes)
     learn = functools.partial(
         prior.source.learn,
-        features=features, centre=_common_mean(belief), wins=share * wins, outcomes=share * outcomes,
+        features=features, centre=prior_rate(belief), wins=share * wins, outcomes=share * outcomes,
     )  # fmt: skip
     memories = jnp.array(CANDIDATES)[:, 0]
     return prior.replace(
@@ -195,8 +195,8 @@ def prior_metrics(prior: Prior, num_prompts: int) -> dict[str, jax.Array]:
 
 def _candidates(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(alpha, beta) of every candidate, [C, S, M] float32."""
-    estimate = functools.partial(prior.source.estimate, features=features, centre=_common_mean(belief))
-    rates, unsure = jax.vmap(estimate)(prior.evidence, _spreads(_width(prior)))
+    estimate = functools.partial(prior.source.estimate, features=features, centre=prior_rate(belief))
+    rates, unsure = jax.vmap(estimate)(prior.evidence, _spreads(len(prior.failed)))
     # Two sources of doubt add up: about what the features say, and about how far the prompt is from that.
     strengths = 1 / (unsure[:, None] + 1 / jnp.array(STRENGTHS)[None, :, None])
     rates = jnp.clip(rates, 1e-6, 1 - 1e-4)[:, None]
@@ -225,19 +225,7 @@ def _spreads(width: int) -> jax.Array:
     return jnp.array(CANDIDATES)[:, 1:] * jnp.where(further, FURTHER_SHARE, 1.0)
 
 
-def _width(prior: Prior) -> int:
-    return prior.evidence[0].shape[1]
-
-
-def _common_mean(belief: Belief) -> jax.Array:
-    return divide(belief.prior_alpha, belief.prior_alpha + belief.prior_beta)
-
-
 # ---------------------------------------------------------------- groups
-
-
-def _start_groups(spread: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros_like(spread), jnp.zeros_like(spread)
 
 
 def _estimate_groups(
@@ -274,17 +262,18 @@ def _kept(memory: jax.Array, features: jax.Array, wins: jax.Array, outcomes: jax
 # ---------------------------------------------------------------- features
 
 
-def _start_features(spread: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return jnp.zeros_like(spread), 1 / spread
-
-
 def _estimate_features(
     evidence: Evidence, spread: jax.Array, features: jax.Array, centre: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """sigmoid(logit(centre) + sum of weights); the variance of that sum, taken over to the rate."""
     weights, precision = evidence
-    rate = jax.nn.sigmoid(logit(centre) + _look_up(weights, features))
+    rate = _rates(weights, features, centre)
     return rate, rate * (1 - rate) * _look_up(1 / precision, features)
+
+
+def _rates(weights: jax.Array, features: jax.Array, centre: jax.Array) -> jax.Array:
+    """The success rates of prompts, [M], whose logits are that of the centre and the weights of their features."""
+    return jax.nn.sigmoid(logit(centre) + _look_up(weights, features))
 
 
 def _learn_features(
@@ -304,7 +293,7 @@ def _learn_features(
     before, precision = evidence
 
     def newton(_: jax.Array, weights: jax.Array) -> jax.Array:
-        rate = jax.nn.sigmoid(logit(centre) + _look_up(weights, features))
+        rate = _rates(weights, features, centre)
         curvature = outcomes * rate * (1 - rate)
         slope = _add_up(wins - outcomes * rate, features, len(weights)) - precision * (weights - before)
         hessian = lambda v: precision * v + _add_up(curvature * _look_up(v, features), features, len(v))  # noqa: E731
@@ -317,7 +306,7 @@ def _learn_features(
         return weights + change * jnp.minimum(1.0, LONGEST_MOVE / jnp.maximum(furthest, 1e-6))
 
     weights = jax.lax.fori_loop(0, NEWTON_STEPS, newton, before)
-    rate = jax.nn.sigmoid(logit(centre) + _look_up(weights, features))
+    rate = _rates(weights, features, centre)
     precision = precision + _add_up(outcomes * rate * (1 - rate), features, len(weights))
     share = _kept(memory, features, wins, outcomes, len(weights))
     kept, fresh = share * precision, (1 - share) / spread
@@ -331,7 +320,7 @@ def _estimate_process(
     evidence: Evidence, spread: jax.Array, features: jax.Array, centre: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """sigmoid(logit(centre) + sum of weights); how sure that is, is left to the strength."""
-    rate = jax.nn.sigmoid(logit(centre) + _look_up(evidence[0], features))
+    rate = _rates(evidence[0], features, centre)
     return rate, jnp.zeros_like(rate)
 
 
@@ -373,9 +362,9 @@ def _add_up(values: jax.Array, features: jax.Array, width: int) -> jax.Array:
 
 
 PRIORS: dict[str, Source] = {
-    "groups": Source(_start_groups, _estimate_groups, _learn_groups),
-    "features": Source(_start_features, _estimate_features, _learn_features),
-    "gaussian_process": Source(_start_features, _estimate_process, _learn_process),
+    "groups": Source(lambda spread: (jnp.zeros_like(spread), jnp.zeros_like(spread)), _estimate_groups, _learn_groups),
+    "features": Source(lambda spread: (jnp.zeros_like(spread), 1 / spread), _estimate_features, _learn_features),
+    "gaussian_process": Source(lambda spread: (jnp.zeros_like(spread), 1 / spread), _estimate_process, _learn_process),
 }
 CANDIDATES = tuple(itertools.product(MEMORIES, SPREADS))
 

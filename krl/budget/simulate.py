@@ -157,21 +157,19 @@ def replay(
     if discounts is not None:
         start = start.replace(discount=jnp.float32(discounts[0]), discount_mixed=jnp.float32(discounts[1]))
     choose = find_rule("knapsack" if rule == "known" else rule)
-    pool: tuple[tuple[str, Any], ...] = (("group", group), ("explored", explored))
     some = beliefs.take(start, jnp.arange(prompts_per_step))
-    rounds = rounds_of(choose, prompts_per_step, budget, n_min, group) if has_rounds(choose) else ()
-    allocate(choose, some, budget, n_min, n_max, **dict(pool))  # refuses what cannot be
+    allocate(choose, some, budget, n_min, n_max, group=group, explored=explored)  # refuses what cannot be
     setting = _Setting(
-        choose, prompts_per_step, budget, n_min, n_max, pool, rounds, prior is None, discounts is None, rule == "known"
-    )
-    shown = _replay_seeds(setting, rates, keys, start)
-    shown = {name: np.asarray(value) for name, value in shown.items()}
+        choose, prompts_per_step, budget, n_min, n_max, group, explored,
+        fit_prior=prior is None, fit_discounts=discounts is None, known=rule == "known",
+    )  # fmt: skip
+    shown = {name: np.asarray(value) for name, value in _replay_seeds(setting, rates, keys, start).items()}
     low, high = shown.pop("fewest").min(), shown.pop("most").max()
-    spent = shown.pop("spent")
-    if low < n_min or high > n_max or (spent != budget).any():
-        wrong = spent[spent != budget][0] if (spent != budget).any() else budget
+    wrong = [spent for spent in shown.pop("spent").flat if spent != budget]
+    if low < n_min or high > n_max or wrong:
         raise ValueError(
-            f"the rule must spend {budget} rollouts, {n_min} to {n_max} each; it spent {wrong}, {low} to {high}"
+            f"the rule must spend {budget} rollouts, {n_min} to {n_max} each; it spent {[*wrong, budget][0]}, "
+            f"{low} to {high}"
         )
     return Replay(**shown)
 
@@ -184,15 +182,11 @@ class _Setting(NamedTuple):
     budget: int
     n_min: int
     n_max: int
-    pool: tuple[tuple[str, Any], ...]  # further arguments of `allocate`
-    rounds: tuple[int, ...]  # what is spent after each; () for a rule without rounds
+    group: int
+    explored: int
     fit_prior: bool
     fit_discounts: bool
     known: bool  # whether the rule is told the rates
-
-    def counts(self, belief: beliefs.Belief, until: int, shown: Shown | None = None) -> jax.Array:
-        """What the rule gives each of M prompts, [M] int32."""
-        return allocate(self.rule, belief, until, self.n_min, self.n_max, **dict(self.pool), shown=shown)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -210,9 +204,7 @@ def _replay_one(setting: _Setting, rates: jax.Array, key: jax.Array, start: beli
         order = jax.random.permutation(jax.random.fold_in(order_key, step // per_pass), num_tasks)
         return jax.lax.dynamic_slice(order, (step % per_pass * prompts_per_step,), (prompts_per_step,))
 
-    def take_step(
-        belief: beliefs.Belief, inputs: tuple[jax.Array, jax.Array]
-    ) -> tuple[beliefs.Belief, dict[str, jax.Array]]:
+    def take_step(belief: beliefs.Belief, inputs: tuple[jax.Array, jax.Array]) -> tuple[beliefs.Belief, Any]:
         step, rate = inputs
         ids = tasks_of(step)
         p = rate[ids]
@@ -222,16 +214,15 @@ def _replay_one(setting: _Setting, rates: jax.Array, key: jax.Array, start: beli
         draws = jax.random.uniform(luck, (prompts_per_step, n_max)) < p[:, None]
         informed = believed
         if setting.known:
-            always = {"barren": jnp.full_like(p, beliefs.SOLVED)}
-            informed = believed.replace(successes=KNOWN * p, failures=KNOWN * (1 - p), **always)
+            always = jnp.full_like(p, beliefs.SOLVED)
+            informed = believed.replace(successes=KNOWN * p, failures=KNOWN * (1 - p), barren=always)
         counts = _in_rounds(setting, informed, draws, step)
         index = jnp.searchsorted(jnp.cumsum(counts), jnp.arange(budget), side="right")
         sample = jnp.arange(budget) - (jnp.cumsum(counts) - counts)[index]
         rewards = draws[index, sample].astype(jnp.float32)
-        everything = jnp.ones(budget, bool)
         shown = _measure(p, believed, counts, rewards, index)
         belief = beliefs.update(
-            belief, ids, rewards, index, everything, step,
+            belief, ids, rewards, index, jnp.ones(budget, bool), step,
             fit_prior=setting.fit_prior, fit_discounts=setting.fit_discounts,
         )  # fmt: skip
         return belief, shown
@@ -245,16 +236,16 @@ def _replay_one(setting: _Setting, rates: jax.Array, key: jax.Array, start: beli
 
 def _in_rounds(setting: _Setting, belief: beliefs.Belief, draws: jax.Array, step: jax.Array) -> jax.Array:
     """The counts [M] of a step whose prompts' outcomes are draws [M, n_max]; a rule with rounds sees those so far."""
-    if not setting.rounds:
-        return setting.counts(belief, setting.budget)
+    rule, _, budget, n_min, n_max, group, explored = setting[:7]
     counts = jnp.zeros(len(draws), jnp.int32)
-    rows, number = jnp.arange(len(draws)), jnp.arange(setting.n_max)
-    for until in setting.rounds:
+    rows, number = jnp.arange(len(draws)), jnp.arange(n_max)
+    for until in rounds_of(rule, len(draws), budget, n_min, group):
         drawn = number < counts[:, None]
         so_far = Shown(counts, *((drawn & kind).sum(axis=1, dtype=jnp.float32) for kind in (draws, ~draws)))
-        counts = setting.counts(belief, until, so_far)
+        shown = so_far if has_rounds(rule) else None
+        counts, _ = allocate(rule, belief, until, n_min, n_max, group=group, explored=explored, shown=shown)
         new = ~drawn & (number < counts[:, None])
-        outcomes = draws.reshape(-1).astype(jnp.float32), jnp.repeat(rows, setting.n_max), new.reshape(-1)
+        outcomes = draws.reshape(-1).astype(jnp.float32), jnp.repeat(rows, n_max), new.reshape(-1)
         belief = beliefs.observe(belief, rows, *outcomes, step)
     return counts
 

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from krl.base.sharding import readable
+from krl.base.threshold import NEVER, largest_threshold, narrow_threshold, ordered_integers
 from krl.budget.value import Bound, check_bounds, log_gain
 
 Counts = tuple[jax.Array, dict[str, Any]]  # counts [M] int32, and what a rule says of them
@@ -92,19 +94,28 @@ def knapsack(
     least, most = _limits(jnp.shape(log_gains), n_min, n_max, mask)
     _check_budget(budget, least, most)
     _check_gains(log_gains, least, most)
-    return _take_largest(jnp.asarray(log_gains, jnp.float32), jnp.asarray(budget, jnp.int32), least, most)
+    budget = jnp.asarray(budget, jnp.int32)
+    return _take_largest(jnp.asarray(log_gains, jnp.float32), jnp.ones_like(least), budget, least, most)[0]
 
 
 @jax.jit
-def _take_largest(log_gains: jax.Array, budget: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:
-    wanted = jnp.clip(budget, least.sum(), most.sum()) - least.sum()
+def _take_largest(
+    log_gains: jax.Array, costs: jax.Array, budget: jax.Array, least: jax.Array, most: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The counts [M] of the largest gains that fit, what is left of the budget, and the largest gain that was left."""
+    fewest = (costs * least).sum()
+    left = jnp.clip(budget, fewest, (costs * most).sum()) - fewest
     allowed = jnp.arange(log_gains.shape[1]) < (most - least)[:, None]
-    keys = jnp.where(allowed, _ordered_integers(log_gains), _NEVER)
-    threshold = _largest_threshold(lambda candidate: (keys >= candidate).sum(dtype=jnp.int32), wanted)
-    surely = keys > threshold
-    tied = allowed & (keys == threshold)
-    taken = surely | (tied & (_running_total(tied.astype(jnp.int32)) <= wanted - surely.sum(dtype=jnp.int32)))
-    return least + taken.sum(axis=1, dtype=jnp.int32)
+    keys = jnp.where(allowed, ordered_integers(log_gains), NEVER)
+    spent = jnp.where(allowed, costs[:, None], 0)
+    # The largest gain down to which the budget is overrun: what is above it fits, and of what is at it the first ones.
+    threshold = largest_threshold(lambda key: jnp.where(keys >= key, spent, 0).sum(dtype=jnp.int32) > left)
+    tied = jnp.where(keys == threshold, spent, 0)
+    left = left - jnp.where(keys > threshold, spent, 0).sum(dtype=jnp.int32)
+    taken = allowed & ((keys > threshold) | ((keys == threshold) & (_running_total(tied) <= left)))
+    left = left - jnp.where(taken, tied, 0).sum(dtype=jnp.int32)
+    next_gain = jnp.where(allowed & ~taken, log_gains, -jnp.inf).max(initial=-jnp.inf)
+    return least + taken.sum(axis=1, dtype=jnp.int32), left, next_gain
 
 
 def knapsack_large(
@@ -143,7 +154,7 @@ def knapsack_large(
     least, most = _limits(jnp.shape(leaves[0]), n_min, n_max, mask)
     _check_budget(budget, least, most)
     for leaf in leaves:
-        if not _unknown(leaf, most) and bool((jnp.isnan(leaf) & (most > 0)).any()):
+        if readable(leaf, most) and bool((jnp.isnan(leaf) & (most > 0)).any()):
             raise ValueError("p holds NaN; every success rate must be a number in [0, 1]")
     p = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), p)
     return _take_largest_by_bisection(p, jnp.asarray(budget, jnp.int32), least, most, gain)
@@ -165,27 +176,20 @@ def _take_largest_by_bisection(
         def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             low, high = state
             middle = low + (high - low) // 2
-            key = _ordered_integers(gain(p, middle.astype(jnp.float32)))
+            key = ordered_integers(gain(p, middle.astype(jnp.float32)))
             searching, enough = low < high, key >= threshold
             low = jnp.where(searching & enough, middle + 1, low)
             return low, jnp.where(searching & ~enough, middle, high)
 
         return jax.lax.while_loop(lambda state: (state[0] < state[1]).any(), halve, (low, high))[0]
 
-    def with_bit(
-        step: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        threshold, low, high = state
-        candidate = jnp.where(step == 0, 0, threshold + jnp.left_shift(jnp.int32(1), 31 - jnp.maximum(step, 1)))
-        reached = reach(candidate, low, high)
-        enough = (reached - least).sum(dtype=jnp.int32) >= wanted
-        return (
-            jnp.where(enough, candidate, threshold),
-            jnp.where(enough, low, reached),
-            jnp.where(enough, reached, high),
-        )
+    def enough(key: jax.Array, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        low, high = bracket
+        reached = reach(key, low, high)
+        holds = (reached - least).sum(dtype=jnp.int32) >= wanted
+        return holds, (jnp.where(holds, low, reached), jnp.where(holds, reached, high))
 
-    threshold, low, high = jax.lax.fori_loop(0, 32, with_bit, (_NEVER, least, most))
+    threshold, (low, high) = narrow_threshold(enough, (least, most))
     # Now low counts the keys above the threshold and high those at it too: what lies between is tied.
     low, high = reach(threshold + 1, low, high), reach(threshold, low, high)
     missing = wanted - (low - least).sum(dtype=jnp.int32)
@@ -285,29 +289,9 @@ def knapsack_cost(
     costs = jnp.where(most > 0, costs, 1).astype(jnp.int32)
     _check_costs(costs, budget, least, most)
     _check_gains(log_gains, least, most)
-    return _take_densest(jnp.asarray(log_gains, jnp.float32), costs, jnp.asarray(budget, jnp.int32), least, most)
-
-
-@jax.jit
-def _take_densest(
-    log_gains: jax.Array, costs: jax.Array, budget: jax.Array, least: jax.Array, most: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    left = budget - (costs * least).sum()
-    allowed = jnp.arange(log_gains.shape[1]) < (most - least)[:, None]
-    density = log_gains - jnp.log(costs.astype(jnp.float32))[:, None]
-    keys = jnp.where(allowed, _ordered_integers(density), _NEVER)
-    tokens = jnp.where(allowed, costs[:, None], 0)
-    # The largest threshold whose rollouts overrun the budget; if there is none, everything fits.
-    threshold = _largest_threshold(lambda candidate: jnp.where(keys >= candidate, tokens, 0).sum(), left + 1)
-    surely = keys > threshold
-    tied = allowed & (keys == threshold)
-    spent = _running_total(jnp.where(tied, tokens, 0))
-    left = left - jnp.where(surely, tokens, 0).sum()
-    taken = surely | (tied & (spent <= left))
-    left = left - jnp.where(tied & (spent <= left), tokens, 0).sum()
-    next_density = jnp.where(allowed & ~taken, density, -jnp.inf).max(initial=-jnp.inf)
-    bound = jnp.where(left > 0, jnp.exp(next_density) * left, 0.0)
-    return least + taken.sum(axis=1, dtype=jnp.int32), bound
+    density = jnp.asarray(log_gains, jnp.float32) - jnp.log(costs.astype(jnp.float32))[:, None]
+    counts, left, next_density = _take_largest(density, costs, jnp.asarray(budget, jnp.int32), least, most)
+    return counts, jnp.where(left > 0, jnp.exp(next_density) * left, 0.0)
 
 
 def max_plus_dp(values: jax.Array, budget: int) -> jax.Array:
@@ -382,30 +366,6 @@ def _max_plus(values: jax.Array, budget: int) -> tuple[jax.Array, jax.Array]:
     return counts, best[budget]
 
 
-_NEVER = np.iinfo(np.int32).min  # below the key of every float, -inf too
-
-
-def _ordered_integers(values: jax.Array) -> jax.Array:
-    """Integers in the order of float32 values: the bit pattern, with negative numbers turned round."""
-    values = jnp.where(values == 0, 0.0, values)  # -0.0 is 0.0
-    bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-    return jnp.where(bits < 0, np.iinfo(np.int32).min - bits - 1, bits)
-
-
-def _largest_threshold(total: Callable[[jax.Array], jax.Array], wanted: jax.Array) -> jax.Array:
-    """The largest integer t with total(t) >= wanted, for a total that falls in t; the lowest if none has.
-
-    Building t bit by bit from the sign down needs 32 totals over the table, and no sort.
-    """
-
-    def with_bit(step: jax.Array, threshold: jax.Array) -> jax.Array:
-        candidate = threshold + jnp.left_shift(jnp.int32(1), 30 - step)
-        return jnp.where(total(candidate) >= wanted, candidate, threshold)
-
-    start = jnp.where(total(jnp.int32(0)) >= wanted, 0, _NEVER).astype(jnp.int32)
-    return jax.lax.fori_loop(0, 31, with_bit, start)
-
-
 def _running_total(table: jax.Array) -> jax.Array:
     """Sums in the order of ties, column by column: the n-th rollout of every prompt before anyone's next."""
     columns = table.sum(axis=0, dtype=jnp.int32)
@@ -418,13 +378,8 @@ def _limits(
     """The fewest and the most rollouts of each prompt, [M] int32, 0 where mask is False."""
     prompts = shape[0]
     n_max = n_min + shape[1] if n_max is None else n_max
-    check_bounds(n_min, n_max, least=0)
-    bounds = []
-    for name, bound in (("n_min", n_min), ("n_max", n_max)):
-        if jnp.ndim(bound) and jnp.shape(bound) != (prompts,):
-            raise ValueError(f"{name} must be one number or have shape [M] = [{prompts}], got {jnp.shape(bound)}")
-        bounds.append(jnp.broadcast_to(jnp.asarray(bound, jnp.int32), (prompts,)))
-    least, most = bounds
+    check_bounds(n_min, n_max, prompts, least=0)
+    least, most = (jnp.broadcast_to(jnp.asarray(bound, jnp.int32), (prompts,)) for bound in (n_min, n_max))
     if len(shape) > 1:
         most = jnp.minimum(most, least + shape[1])  # a table has no gains beyond its width
     if mask is not None:
@@ -432,35 +387,30 @@ def _limits(
     return least, most
 
 
-def _unknown(*arrays: Any) -> bool:
-    """Whether a value is traced, or lies on the devices of other hosts too."""
-    return any(
-        isinstance(array, jax.core.Tracer) or (isinstance(array, jax.Array) and not array.is_fully_addressable)
-        for array in arrays
-    )
-
-
 def _check_budget(budget: jax.Array | int, least: jax.Array, most: jax.Array) -> None:
     """Refuse a budget that no counts sum to, where it is known."""
-    if _unknown(budget, least, most):
+    if not readable(budget, least, most):
         return
-    lowest, highest = int(np.asarray(least, np.int64).sum()), int(np.asarray(most, np.int64).sum())
+    lowest, highest = (int(np.asarray(bound, np.int64).sum()) for bound in (least, most))
     if highest >= 2**31:
         raise ValueError(f"the prompts may take {highest} rollouts in all; n_max must leave that below 2^31")
-    if not lowest <= int(budget) <= highest:
-        raise ValueError(
-            f"budget {int(budget)} cannot be met: {len(least)} prompts take {lowest} to {highest} rollouts"
-        )
+    check_sum(int(budget), len(least), lowest, highest)
+
+
+def check_sum(budget: int, prompts: int, lowest: int, highest: int) -> None:
+    """Refuse a budget that the counts of the prompts cannot sum to."""
+    if not lowest <= budget <= highest:
+        raise ValueError(f"budget {budget} cannot be met: {prompts} prompts take {lowest} to {highest} rollouts")
 
 
 def _check_costs(costs: jax.Array, budget: jax.Array | int, least: jax.Array, most: jax.Array) -> None:
     """Refuse costs and a budget of tokens that make no sense, where they are known."""
-    if _unknown(costs, budget, least, most):
+    if not readable(costs, budget, least, most):
         return
     wide = np.asarray(costs, np.int64)
     if (wide < 1).any():
         raise ValueError("every cost must be a number of tokens above 0")
-    lowest, highest = int(wide @ np.asarray(least, np.int64)), int(wide @ np.asarray(most, np.int64))
+    lowest, highest = (int(wide @ np.asarray(bound, np.int64)) for bound in (least, most))
     if highest >= 2**31:
         raise ValueError(
             f"n_max rollouts of every prompt cost {highest} tokens; all costs together must stay below 2^31"
@@ -471,24 +421,17 @@ def _check_costs(costs: jax.Array, budget: jax.Array | int, least: jax.Array, mo
 
 def _check_gains(log_gains: jax.Array, least: jax.Array, most: jax.Array) -> None:
     """Refuse a table that is not one of falling gains where they may be taken, where it is known."""
-    if _unknown(log_gains, least, most):
+    if not readable(log_gains, least, most):
         return
-    nan, rising = _faults(jnp.asarray(log_gains, jnp.float32), most - least)
-    if bool(nan):
+    room = np.arange(log_gains.shape[1]) < np.asarray(most - least)[:, None]
+    gains = np.where(room, np.asarray(log_gains, np.float32), -np.inf)
+    if np.isnan(gains).any():
         raise ValueError("log_gains holds NaN; every success rate must be a number in [0, 1]")
-    if int(rising) >= 0:
+    rising = np.flatnonzero((gains[:, 1:] > gains[:, :-1]).any(axis=1))
+    if rising.size:
         raise ValueError(
-            f"log_gains rises along row {int(rising)}: its value is not concave; use max_plus_dp on a table of values"
+            f"log_gains rises along row {rising[0]}: its value is not concave; use max_plus_dp on a table of values"
         )
-
-
-@jax.jit
-def _faults(log_gains: jax.Array, room: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(whether there is a NaN, the first row that rises or -1) among the first room_i columns of each row."""
-    log_gains = jnp.where(jnp.arange(log_gains.shape[1]) < room[:, None], log_gains, -jnp.inf)
-    rises = (log_gains[:, 1:] > log_gains[:, :-1]).any(axis=1)
-    first = jnp.where(rises, jnp.arange(len(rises)), len(rises)).min(initial=len(rises))
-    return jnp.isnan(log_gains).any(), jnp.where(first < len(rises), first, -1)
 
 
 def price(log_gains: jax.Array, counts: jax.Array, n_min: Bound) -> jax.Array:

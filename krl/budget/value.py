@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from krl.base.masked import divide
+from krl.base.sharding import readable
 
 Bound = int | np.ndarray | jax.Array  # one number of rollouts for all prompts, or [M] of them
 Value = Callable[[jax.Array, jax.Array], jax.Array]  # (p, n) -> value, broadcasting
@@ -275,27 +276,20 @@ def _rollouts(n_min: Bound, n_max: Bound, columns: int | None, least: int = 1, *
     for name, vector in vectors.items():
         if jnp.ndim(vector) != 1:
             raise ValueError(f"{name} must have shape [M], got {jnp.shape(vector)}")
-    prompts = len(next(iter(vectors.values())))
-    for name, bound in (("n_min", n_min), ("n_max", n_max)):
-        if jnp.ndim(bound) and jnp.shape(bound) != (prompts,):
-            raise ValueError(f"{name} must be one number or have shape [M] = [{prompts}], got {jnp.shape(bound)}")
-    check_bounds(n_min, n_max, least)
+    check_bounds(n_min, n_max, len(next(iter(vectors.values()))), least)
     if columns is None:
         if isinstance(n_min, jax.core.Tracer) or isinstance(n_max, jax.core.Tracer):
             raise ValueError("n_min or n_max is traced, so the width of the table is unknown; name columns")
-        highest, lowest = (
-            np.max(np.asarray(n_max), initial=0),
-            np.min(np.asarray(n_min), initial=np.max(n_max, initial=0)),
-        )
-        columns = int(highest - lowest)
+        highest = np.max(np.asarray(n_max), initial=0)
+        columns = int(highest - np.min(np.asarray(n_min), initial=highest))
     first = jnp.asarray(n_min, jnp.float32).reshape(-1, 1)
     return first + jnp.arange(columns, dtype=jnp.float32)[None, :]
 
 
-def check_bounds(n_min: Bound, n_max: Bound, least: int = 1) -> None:
-    """Refuse bounds that are not least <= n_min <= n_max, where they are known."""
-    for bound in (n_min, n_max):
-        if isinstance(bound, jax.core.Tracer) or (isinstance(bound, jax.Array) and not bound.is_fully_addressable):
-            return
-    if np.any(np.asarray(n_min) < least) or np.any(np.asarray(n_min) > np.asarray(n_max)):
+def check_bounds(n_min: Bound, n_max: Bound, prompts: int, least: int) -> None:
+    """Refuse bounds that are not one number or [M], or, where they are known, not least <= n_min <= n_max."""
+    for name, bound in (("n_min", n_min), ("n_max", n_max)):
+        if jnp.shape(bound) not in ((), (prompts,)):
+            raise ValueError(f"{name} must be one number or have shape [M] = [{prompts}], got {jnp.shape(bound)}")
+    if readable(n_min, n_max) and (np.any(np.asarray(n_min) < least) or np.any(np.asarray(n_min) > np.asarray(n_max))):
         raise ValueError(f"need {least} <= n_min <= n_max, got n_min={n_min}, n_max={n_max}")

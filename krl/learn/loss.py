@@ -75,10 +75,9 @@ def policy_loss(
     if how.surrogate == "gspo":
         log_ratio = _sequence_mean(log_ratio, mask, sequences)
     ratio = jnp.exp(jnp.clip(log_ratio, -_FARTHEST, _FARTHEST))
-    clips = how.clip_low, how.clip_high, how.dual_clip
-    loss = SURROGATES[how.surrogate](ratio, jnp.where(mask, logps, 0.0), advantage, *clips)
+    loss = SURROGATES[how.surrogate](ratio, jnp.where(mask, logps, 0.0), advantage, how)
     active = mask & (advantage != 0)
-    metrics = _ratio_metrics(ratio, advantage, active, *clips)
+    metrics = _ratio_metrics(ratio, advantage, active, how)
     if sampler_logps is not None:
         weight = sampler_weight(jax.lax.stop_gradient(old_logps), sampler_logps, mask)
         loss = loss * jnp.minimum(weight, how.importance_cap)
@@ -125,18 +124,14 @@ def _check(logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, mask: 
             raise ValueError(f"{name} {getattr(how, name)!r} must be one of {sorted(known)}")
 
 
-def _clipped(
-    ratio: jax.Array, logps: jax.Array, advantage: jax.Array, clip_low: float, clip_high: float, dual_clip: float
-) -> jax.Array:
-    clipped_ratio = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+def _clipped(ratio: jax.Array, logps: jax.Array, advantage: jax.Array, how: Loss) -> jax.Array:
+    clipped_ratio = jnp.clip(ratio, 1 - how.clip_low, 1 + how.clip_high)
     loss = jnp.maximum(-ratio * advantage, -clipped_ratio * advantage)
-    return jnp.where(advantage < 0, jnp.minimum(loss, -dual_clip * advantage), loss)
+    return jnp.where(advantage < 0, jnp.minimum(loss, -how.dual_clip * advantage), loss)
 
 
-def _weighted_likelihood(
-    ratio: jax.Array, logps: jax.Array, advantage: jax.Array, clip_low: float, clip_high: float, dual_clip: float
-) -> jax.Array:
-    return -jax.lax.stop_gradient(jnp.minimum(ratio, 1 + clip_high)) * advantage * logps
+def _weighted_likelihood(ratio: jax.Array, logps: jax.Array, advantage: jax.Array, how: Loss) -> jax.Array:
+    return -jax.lax.stop_gradient(jnp.minimum(ratio, 1 + how.clip_high)) * advantage * logps
 
 
 SURROGATES: dict[str, Callable[..., jax.Array]] = {"ppo": _clipped, "gspo": _clipped, "cispo": _weighted_likelihood}
@@ -181,13 +176,13 @@ def _sequence_mean(values: jax.Array, mask: jax.Array, sequences: jax.Array | No
 
 
 def _ratio_metrics(
-    ratio: jax.Array, advantage: jax.Array, active: jax.Array, clip_low: float, clip_high: float, dual_clip: float
+    ratio: jax.Array, advantage: jax.Array, active: jax.Array, how: Loss
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """(sum, count) pairs of the ratios [B, T] where active [B, T], given the advantages; see docs/metrics.md."""
     return {
-        "clip_low_fraction": masked_sum((ratio < 1 - clip_low) & (advantage < 0), active),
-        "clip_high_fraction": masked_sum((ratio > 1 + clip_high) & (advantage > 0), active),
-        "dual_clip_fraction": masked_sum((ratio > dual_clip) & (advantage < 0), active),
+        "clip_low_fraction": masked_sum((ratio < 1 - how.clip_low) & (advantage < 0), active),
+        "clip_high_fraction": masked_sum((ratio > 1 + how.clip_high) & (advantage > 0), active),
+        "dual_clip_fraction": masked_sum((ratio > how.dual_clip) & (advantage < 0), active),
         "ratio_mean": masked_sum(ratio, active),
         "ratio_max": (jnp.where(active, ratio, 0.0).max(initial=0.0), active.sum(dtype=jnp.float32)),
     }

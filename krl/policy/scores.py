@@ -3,12 +3,21 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from krl.base.sharding import RULES, open_axes
+
+
+class Options(NamedTuple):
+    """What is static about scores; `token_scores` says more of each."""
+
+    softcap: float
+    vocab_first: bool
+    entropy: bool
 
 
 def token_scores(
@@ -52,7 +61,7 @@ def token_scores(
         array = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
         return array.reshape(rows, -1, columns, *array.shape[2:]).swapaxes(0, 1)
 
-    options = (softcap, vocab_first, entropy)
+    options = Options(softcap, vocab_first, entropy)
     scores = _scores(cut(hidden), head, cut(targets), jnp.asarray(temperature, jnp.float32), options)
     logps, entropies = (part.swapaxes(0, 1).reshape(rows, -1)[:, :length] for part in scores)
     return logps, entropies
@@ -60,7 +69,7 @@ def token_scores(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _scores(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, options: tuple[float, bool, bool]
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     return _forward(hidden, head, targets, temperature, options)[0]
 
@@ -77,77 +86,55 @@ def _devices(rows: int) -> int:
     return math.prod(mesh.shape[name] for name in _batch_axes(rows))
 
 
-def _on_own_rows(
-    function: Callable[..., tuple[jax.Array, ...]], kinds: str, results: str
-) -> Callable[..., tuple[jax.Array, ...]]:
-    """A function of (batch axes, arguments) on each device's rows: "r" has them along its second axis, "w" is whole."""
-
-    def on_own_rows(*arguments: jax.Array) -> tuple[jax.Array, ...]:
-        rows = next(argument.shape[1] for argument, kind in zip(arguments, kinds, strict=True) if kind == "r")
-        axes = _batch_axes(rows)
-        if not axes:
-            return function(axes, *arguments)
-        specs = {"r": PartitionSpec(None, axes), "w": PartitionSpec()}
-        return jax.shard_map(
-            functools.partial(function, axes), in_specs=tuple(specs[kind] for kind in kinds),
-            out_specs=tuple(specs[kind] for kind in results), axis_names=set(axes), check_vma=False,
-        )(*arguments)  # fmt: skip
-
-    return on_own_rows
+def _on_own_rows(function: Callable[..., tuple[Any, Any]], rows: tuple[jax.Array, ...], whole: Any) -> tuple[Any, Any]:
+    """function(batch axes, rows, whole), which returns such two, on each device's part of the rows' second axis."""
+    axes = _batch_axes(rows[0].shape[1])
+    if not axes:
+        return function(axes, rows, whole)
+    specs = PartitionSpec(None, axes), PartitionSpec()
+    return jax.shard_map(
+        functools.partial(function, axes), in_specs=specs, out_specs=specs, axis_names=set(axes), check_vma=False
+    )(rows, whole)
 
 
 def _forward(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, options: tuple[float, bool, bool]
-) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, ...]]:
-    """Scores [n, B, c] of n chunks, and what the backward pass needs."""
-    local = _on_own_rows(functools.partial(_forward_here, options), "rwrw", "rrr")
-    logps, entropies, normalisers = local(hidden, head, targets, temperature)
-    return (logps, entropies), (hidden, head, targets, temperature, entropies, normalisers)
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, temperature: jax.Array, options: Options
+) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, Any]]:
+    """Scores [n, B, c] of n chunks, and what the backward pass needs: what has rows, and what is whole."""
+    rows, whole = (hidden, targets), (head, temperature)
+    (logps, entropies, normalisers), _ = _on_own_rows(functools.partial(_forward_here, options), rows, whole)
+    return (logps, entropies), ((*rows, entropies, normalisers), whole)
 
 
 def _forward_here(
-    options: tuple[float, bool, bool],
-    _: tuple[str, ...],
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    temperature: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    def one(chunk: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    options: Options, _: tuple[str, ...], rows: tuple[jax.Array, ...], whole: tuple[jax.Array, jax.Array]
+) -> tuple[tuple[jax.Array, ...], tuple[()]]:
+    def one(chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         hidden, targets = chunk
-        logits, _ = _logits(hidden, head, temperature, options)
+        logits, _ = _logits(hidden, *whole, options)
         largest = logits.max(axis=-1, keepdims=True)
         shares = jnp.exp(logits - largest)
         total = shares.sum(axis=-1)
         normaliser = largest[..., 0] + jnp.log(total)
         logps = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - normaliser
-        if not options[2]:
+        if not options.entropy:
             return logps, jnp.zeros_like(logps), normaliser
         return logps, normaliser - (shares * logits).sum(axis=-1) / total, normaliser
 
-    return jax.lax.map(one, (hidden, targets))
+    return jax.lax.map(one, rows), ()
 
 
 def _backward(
-    options: tuple[float, bool, bool], kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array]
+    options: Options, kept: tuple[Any, Any], gradients: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array, None, None]:
-    local = _on_own_rows(functools.partial(_backward_here, options), "rwrwrrrr", "rw")
-    hidden_gradient, head_gradient = local(*kept, *gradients)
-    return hidden_gradient, head_gradient, None, None
+    rows, whole = kept
+    return *_on_own_rows(functools.partial(_backward_here, options), (*rows, *gradients), whole), None, None
 
 
 def _backward_here(
-    options: tuple[float, bool, bool],
-    batch_axes: tuple[str, ...],
-    hidden: jax.Array,
-    head: jax.Array,
-    targets: jax.Array,
-    temperature: jax.Array,
-    entropies: jax.Array,
-    normalisers: jax.Array,
-    *gradients: jax.Array,
+    options: Options, batch_axes: tuple[str, ...], rows: tuple[jax.Array, ...], whole: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    _, vocab_first, entropy = options
+    head, temperature = whole
 
     def one(head_gradient: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         hidden, targets, entropies, normalisers, by_logp, by_entropy = chunk
@@ -155,33 +142,31 @@ def _backward_here(
         logps = logits - normalisers[..., None]
         chosen = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
         weight = by_logp[..., None]
-        if entropy:
+        if options.entropy:
             weight = weight + by_entropy[..., None] * (logps + entropies[..., None])
         gradient = jnp.where(chosen, by_logp[..., None], 0.0) - jnp.exp(logps) * weight
         gradient = (gradient * slope).astype(hidden.dtype)
-        back, outer = ("btv,ve->bte", "btv,bte->ve") if vocab_first else ("btv,ev->bte", "btv,bte->ev")
-        hidden_gradient = jnp.einsum(back, gradient, head)
-        more = jnp.einsum(outer, gradient, hidden, preferred_element_type=jnp.float32)
+        layout = "ve" if options.vocab_first else "ev"
+        hidden_gradient = jnp.einsum(f"btv,{layout}->bte", gradient, head)
+        more = jnp.einsum(f"btv,bte->{layout}", gradient, hidden, preferred_element_type=jnp.float32)
         return head_gradient + more, hidden_gradient
 
-    chunks = (hidden, targets, entropies, normalisers, *gradients)
-    head_gradient, hidden_gradient = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), chunks)
+    head_gradient, hidden_gradient = jax.lax.scan(one, jnp.zeros(head.shape, jnp.float32), rows)
     if batch_axes:
         head_gradient = jax.lax.psum(head_gradient, batch_axes)
     return hidden_gradient, head_gradient.astype(head.dtype)
 
 
 def _logits(
-    hidden: jax.Array, head: jax.Array, temperature: jax.Array, options: tuple[float, bool, bool]
+    hidden: jax.Array, head: jax.Array, temperature: jax.Array, options: Options
 ) -> tuple[jax.Array, jax.Array]:
     """Logits [B, c, V] float32, and their derivative by the product of hidden state and head."""
-    softcap, vocab_first, _ = options
-    equation = "bte,ve->btv" if vocab_first else "bte,ev->btv"
+    equation = "bte,ve->btv" if options.vocab_first else "bte,ev->btv"
     logits = jnp.einsum(equation, hidden, head, preferred_element_type=jnp.float32)
-    if not softcap:
+    if not options.softcap:
         return logits / temperature, 1 / temperature
-    bounded = jnp.tanh(logits / softcap)
-    return softcap * bounded / temperature, (1 - jnp.square(bounded)) / temperature
+    bounded = jnp.tanh(logits / options.softcap)
+    return options.softcap * bounded / temperature, (1 - jnp.square(bounded)) / temperature
 
 
 _scores.defvjp(_forward, _backward)

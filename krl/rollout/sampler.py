@@ -27,6 +27,7 @@ from krl.rollout.serve import (
     Responses,
     Settings,
     State,
+    by_heads,
     cache_columns,
     decode_step,
     drain,
@@ -209,17 +210,16 @@ def _newly_ended(
     order: Array, known: np.ndarray, tokens: jax.Array, lengths: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(rows [n], tokens [n, T], lengths [n]) of what this process's devices have ended; `known` [R'] takes them in."""
-    order, found = np.asarray(order), []
+    order, none = np.asarray(order), np.zeros(0, np.int32)
+    found = [(none, np.zeros((0, tokens.shape[1]), np.int32), none)]  # another process may have all the first copies
     for part, length in zip(tokens.addressable_shards, lengths.addressable_shards, strict=True):
         if part.replica_id == 0:
             length = np.asarray(length.data)
             new = (length > 0) & ~known[part.index[0]]
             known[part.index[0]] |= new
             found.append((order[part.index[0]][new], np.asarray(part.data)[new], length[new]))
-    if not found:  # another process has the first copy of each row
-        return np.zeros(0, np.int32), np.zeros((0, tokens.shape[1]), np.int32), np.zeros(0, np.int32)
-    rows, responses, lengths_of = zip(*found, strict=True)
-    return np.concatenate(rows), np.concatenate(responses), np.concatenate(lengths_of)
+    rows, responses, lengths_of = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return rows, responses, lengths_of
 
 
 def _devices() -> int:
@@ -232,16 +232,15 @@ def _slots_each(options: Options) -> int:
     return -(-options.num_slots // _devices())
 
 
-def _each(function: Callable[..., Any], *kinds: str) -> Callable[..., Any]:
-    """A function of (batch axes, arguments) for every queue: "rows" lie on the queue's devices, "whole" on all."""
+def _each(function: Callable[[tuple[str, ...], Any, Any], State]) -> Callable[[Any, Any], State]:
+    """A function of (batch axes, what is whole on all devices, what lies on those of a queue) for every queue."""
     batch_axes = tuple(name for name in RULES["batch"] if name in jax.sharding.get_abstract_mesh().axis_names)
     if _devices() == 1:
         return functools.partial(function, ())
     rows = PartitionSpec(batch_axes)
-    specs = tuple(rows if kind == "rows" else PartitionSpec() for kind in kinds)
     return jax.shard_map(
-        functools.partial(function, batch_axes), in_specs=specs, out_specs=rows, axis_names=set(batch_axes),
-        check_vma=False
+        functools.partial(function, batch_axes), in_specs=(PartitionSpec(), rows), out_specs=rows,
+        axis_names=set(batch_axes), check_vma=False
     )  # fmt: skip
 
 
@@ -260,7 +259,7 @@ def _begin(config: policy.PolicyConfig, options: Options, params: dict[str, Any]
     def cleared(_: tuple[str, ...], prompts: PromptCache, queue: Queue) -> State:
         return idle(config, options, _slots_each(options), prompts, queue)
 
-    return Work(layers, read, queue, order), _each(cleared, "whole", "rows")(read, queue)
+    return Work(layers, read, queue, order), _each(cleared)(read, queue)
 
 
 def _for_decoding(config: policy.PolicyConfig, params: dict[str, Any]) -> dict[str, Any]:
@@ -284,35 +283,25 @@ def decoding_axes(config: policy.PolicyConfig) -> dict[str, Any]:
 def _serve(
     config: policy.PolicyConfig, options: Options, given: Settings, work: Work, state: State, until: jax.Array | int
 ) -> State:
-    def one(
-        batch_axes: tuple[str, ...],
-        layers: dict[str, Any],
-        given: Settings,
-        prompts: PromptCache,
-        queue: Queue,
-        state: State,
-        until: jax.Array | int,
-    ) -> State:
-        step = functools.partial(decode_step, config, options, layers, given)
-        return serve(step, batch_axes, prompts, queue, state, until)
+    def one(batch_axes: tuple[str, ...], whole: Any, rows: tuple[Queue, State]) -> State:
+        layers, given, prompts, until = whole
+        return serve(functools.partial(decode_step, config, options, layers, given), batch_axes, prompts, *rows, until)
 
-    each = _each(one, "whole", "whole", "whole", "rows", "rows", "whole")
-    return each(work.layers, given, work.prompts, work.queue, state, until)
+    return _each(one)((work.layers, given, work.prompts, until), (work.queue, state))
 
 
 def _drain(
     config: policy.PolicyConfig, options: Options, given: Settings, work: Work, state: State, most: jax.Array | int
 ) -> State:
-    def one(
-        batch_axes: tuple[str, ...], layers: dict[str, Any], given: Settings, state: State, most: jax.Array | int
-    ) -> State:
+    def one(batch_axes: tuple[str, ...], whole: Any, state: State) -> State:
+        layers, given, most = whole
         return drain(functools.partial(decode_step, config, options, layers, given), batch_axes, state, most)
 
-    return _each(one, "whole", "whole", "rows", "whole")(work.layers, given, state, most)
+    return _each(one)((work.layers, given, most), state)
 
 
 def _shrink(num_slots: int, state: State) -> State:
-    return _each(lambda _, state: shrink(state, num_slots), "rows")(state)
+    return _each(lambda batch_axes, whole, state: shrink(state, num_slots))((), state)
 
 
 def _numbered(asked: Asked, num_rollouts: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -386,11 +375,6 @@ def _prefill(config: policy.PolicyConfig, layers: dict[str, Any], prompts: Promp
     at_once = max(PREFILL_TOKENS // max(columns, 1), 1)
     at_once = min(-(-at_once // _devices()) * _devices(), num_prompts)  # equally many for all devices
 
-    def everywhere(cache: policy.Cache) -> policy.Cache:
-        return jax.tree.map(
-            lambda leaf: constrain(leaf, *((None, "kv_heads", None, None) if leaf.ndim == 4 else (None, None))), cache
-        )
-
     def one(number: jax.Array, cache: policy.Cache) -> policy.Cache:
         """Some more prompts; where they do not come out even, the last ones have some of those before in them again."""
         begin = number * at_once
@@ -402,9 +386,9 @@ def _prefill(config: policy.PolicyConfig, layers: dict[str, Any], prompts: Promp
         read = policy.read(config, layers, some(tokens), some(positions), empty, 0)[1]
         # Written where they stay: results that a loop stacks are kept twice while they are gathered and put in order.
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=begin, axis=0)
-        return everywhere(jax.tree.map(put, cache, everywhere(read)))
+        return by_heads(jax.tree.map(put, cache, by_heads(read)))
 
-    cache = everywhere(policy.init_cache(config, num_prompts, cache_columns(columns)))
+    cache = by_heads(policy.init_cache(config, num_prompts, cache_columns(columns)))
     if columns:
         cache = jax.lax.fori_loop(0, -(-num_prompts // at_once), one, cache)
     return PromptCache(cache=cache, last=tokens[:, -1], lengths=mask.sum(axis=1, dtype=jnp.int32))

@@ -156,7 +156,7 @@ def idle(config: policy.PolicyConfig, options: Options, num_slots: int, prompts:
         tokens=jnp.zeros((num_slots, max_new_tokens), jnp.int32),
         logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
         policy_logps=jnp.zeros((num_slots, max_new_tokens), jnp.float32),
-        cache=jax.tree.map(_by_heads, policy.init_cache(config, num_slots, columns)),
+        cache=by_heads(policy.init_cache(config, num_slots, columns)),
     )  # fmt: skip
     responses = Responses(
         tokens=jnp.full((num_rows, max_new_tokens), options.pad_id, jnp.int32),
@@ -178,9 +178,10 @@ def cache_columns(tokens: int) -> int:
     return -(-tokens // TILE) * TILE if tokens >= 8 * TILE else tokens
 
 
-def _by_heads(leaf: jax.Array) -> jax.Array:
-    """Keys or values split along "model" from the start: parts of a step hand them on in this layout."""
-    return constrain(leaf, None, "kv_heads", None, None) if leaf.ndim == 4 else leaf
+def by_heads(cache: policy.Cache) -> policy.Cache:
+    """Keys and values split along "model" from the start: parts of a step hand them on in this layout."""
+    axes = {4: (None, "kv_heads", None, None), 2: (None, None)}
+    return jax.tree.map(lambda leaf: constrain(leaf, *axes[leaf.ndim]), cache)
 
 
 def decode_step(
@@ -203,11 +204,8 @@ def decode_step(
     token, logp, policy_logp = draw_tokens(
         constrain(logits, "batch", None), uniform, temperature=given.temperature, top_k=top_k, top_p=top_p, min_p=min_p
     )
-    count, over, matched = (
-        slots.count + slots.live,
-        jnp.isin(token, jnp.array(options.eos_ids, jnp.int32)),
-        slots.matched,
-    )
+    count, matched = slots.count + slots.live, slots.matched
+    over = jnp.isin(token, jnp.array(options.eos_ids, jnp.int32))
     if given.stop_table is not None:
         matched = given.stop_table[matched, token].astype(jnp.int32)
         over |= matched == len(given.stop_table) - 1  # the last row is of responses that hold a string
@@ -241,17 +239,13 @@ def _hand_out(state: State, chosen: jax.Array, row: jax.Array) -> Responses:
     real = order < slots.count[chosen][:, None]
 
     def written(whole: jax.Array, part: jax.Array) -> jax.Array:
-        return whole.at[row].set(
-            jnp.where(real, jnp.take_along_axis(part[chosen], columns, axis=1), whole[row]), mode="drop"
-        )
+        new = part[chosen]
+        if part.ndim == 2:
+            new = jnp.where(real, jnp.take_along_axis(new, columns, axis=1), whole[row])
+        return whole.at[row].set(new, mode="drop")
 
-    return Responses(
-        tokens=written(responses.tokens, slots.tokens),
-        logps=written(responses.logps, slots.logps),
-        policy_logps=written(responses.policy_logps, slots.policy_logps),
-        lengths=responses.lengths.at[row].set(slots.count[chosen], mode="drop"),
-        finished=responses.finished.at[row].set(slots.ended[chosen], mode="drop"),
-    )
+    done = Responses(slots.tokens, slots.logps, slots.policy_logps, lengths=slots.count, finished=slots.ended)
+    return jax.tree.map(written, responses, done)
 
 
 def _refill(state: State, prompts: PromptCache, queue: Queue, at_once: int) -> State:
@@ -289,9 +283,7 @@ def _refill(state: State, prompts: PromptCache, queue: Queue, at_once: int) -> S
         uniform=put(slots.uniform, random_numbers(queue.keys[jnp.minimum(row, num_rows - 1)], slots.tokens.shape[1])),
         cache=cache,
     )
-    return State(
-        slots=slots, responses=responses, next_row=state.next_row + given.sum(dtype=jnp.int32), step=state.step
-    )
+    return state.replace(slots=slots, responses=responses, next_row=state.next_row + given.sum(dtype=jnp.int32))
 
 
 def shrink(state: State, num_slots: int) -> State:

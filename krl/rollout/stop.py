@@ -182,26 +182,17 @@ def _beginnings(strings: list[bytes]) -> np.ndarray:
     0 is the empty one; -1 says that the text holds a string. A text whose byte does not lengthen its beginning goes on
     as from the next shorter one that it ends with, whose row is made before: the failure links of Aho and Corasick.
     """
-    longer: list[dict[int, int]] = [{}]  # of each beginning: the one with a byte more
-    whole = set()
-    for string in strings:
-        place = 0
-        for byte in string:
-            if byte not in longer[place]:
-                longer[place][byte] = len(longer)
-                longer.append({})
-            place = longer[place][byte]
-        whole.add(place)
-    after = np.zeros((len(longer), 256), int)
-    shorter = [0] * len(longer)
-    order = [0]
-    for place in order:  # which grows, from short ones to long ones
+    beginnings = sorted({string[:size] for string in strings for size in range(len(string) + 1)}, key=len)
+    number = {beginning: place for place, beginning in enumerate(beginnings)}
+    after = np.zeros((len(beginnings), 256), int)
+    shorter = [0] * len(beginnings)  # the longest other beginning that each ends with; -1 where that holds a string
+    for place, beginning in enumerate(beginnings):
         after[place] = after[shorter[place]]
-        for byte, more in longer[place].items():
-            shorter[more] = int(after[place, byte])
-            found = more in whole or shorter[more] < 0
-            after[place, byte] = -1 if found else more
-            order += [] if found else [more]
+        for byte in range(256):
+            more = number.get(beginning + bytes([byte]))
+            if more is not None:
+                shorter[more] = int(after[place, byte])
+                after[place, byte] = -1 if beginnings[more] in strings or shorter[more] < 0 else more
     return after
 
 

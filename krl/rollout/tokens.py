@@ -1,9 +1,9 @@
 """Drawing tokens from logits."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
+
+from krl.base.threshold import largest_threshold, ordered_floats, ordered_integers
 
 LEVELS = 3  # a token is drawn in so many choices: a group of groups of tokens, a group of these, and one of its tokens
 
@@ -92,39 +92,20 @@ def least_logit(logits: jax.Array, *, top_k: int = 0, top_p: float = 1.0, min_p:
     Returns:
         [B, 1] float32.
     """
-    largest, least = logits.max(axis=-1, keepdims=True), logits.min(axis=-1, keepdims=True)
+    largest, keys = logits.max(axis=-1, keepdims=True), ordered_integers(logits)
+    least = keys.min(axis=-1, keepdims=True)
     if 0 < top_k < logits.shape[-1]:
-        least = _largest_where(lambda bound: (logits >= bound).sum(axis=-1, keepdims=True) >= top_k, least, largest)
+        least = largest_threshold(lambda key: (keys >= key).sum(axis=-1, keepdims=True) >= top_k, least.shape)
     if top_p < 1:
-        shares = jnp.where(logits >= least, jnp.exp(logits - largest), 0.0)
-        mass: Callable[[jax.Array], jax.Array]
-        mass = lambda bound: jnp.where(logits >= bound, shares, 0.0).sum(axis=-1, keepdims=True)  # noqa: E731
+        shares = jnp.where(keys >= least, jnp.exp(logits - largest), 0.0)
+
+        def mass(key: jax.Array) -> jax.Array:
+            return jnp.where(keys >= key, shares, 0.0).sum(axis=-1, keepdims=True)
+
         needed = top_p * mass(least)
-        least = _largest_where(lambda bound: mass(bound) >= needed, least, largest)
-    return jnp.maximum(least, largest + jnp.log(min_p)) if min_p else least
-
-
-def _largest_where(holds: Callable[[jax.Array], jax.Array], least: jax.Array, largest: jax.Array) -> jax.Array:
-    """The largest float32 for which something holds that holds at `least` and below every number it holds for.
-
-    By bisection of the numbers' bits, whose order as integers is that of the numbers: 32 passes over the vocabulary
-    and no sort of it.
-    """
-
-    def ordered(bits: jax.Array) -> jax.Array:  # its own inverse
-        return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
-
-    def number(order: jax.Array) -> jax.Array:
-        return jax.lax.bitcast_convert_type(ordered(order), jnp.float32)
-
-    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = (low & high) + ((low ^ high) >> 1)  # their mean without overflow
-        enough = holds(number(middle))
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    low, high = (ordered(jax.lax.bitcast_convert_type(bound, jnp.int32)) for bound in (least, largest))
-    return number(jax.lax.fori_loop(0, 32, halve, (low, high + 1))[0])
+        least = largest_threshold(lambda key: mass(key) >= needed, least.shape)
+    bound = ordered_floats(least)
+    return jnp.maximum(bound, largest + jnp.log(min_p)) if min_p else bound
 
 
 def _choose(masses: jax.Array, uniform: jax.Array) -> jax.Array:
