@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from krl import policy, rollout
 from krl.base.sharding import make_mesh, named_sharding, reshape_mesh, tree_sharding
 from krl.base.types import Prompts
-from krl.plan.hlo import read_cost
 from krl.rollout import sampler, serve
 from krl.rollout.sampler import slot_bytes, slots_in_memory
 from krl.rollout.tokens import LEVELS, draw_tokens, least_logit, random_numbers
@@ -115,18 +114,26 @@ def test_prompts_in_parts_are_the_prompts_at_once(monkeypatch):
 
 
 def test_devices_read_equally_many_prompts(monkeypatch):
-    """At least one each at a time, or most would compute padding: the products of eight prompts are an eighth on each of eight."""
+    """At least one each at a time, or most would compute padding: eight prompts are one turn for eight devices."""
+    rows, read = [], policy.read
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 1)
+    monkeypatch.setattr(
+        policy,
+        "read",
+        lambda config, layers, tokens, *rest: rows.append(len(tokens)) or read(config, layers, tokens, *rest),
+    )
     prompts, options = tiny.prompts((5,) * 8), serve.Options(8, 8, 6, tiny.EOS, 0, (0, 1.0, 0.0))
     asked = sampler.Asked(prompts, jnp.ones(8, jnp.int32), jax.random.key(0), 0, jnp.ones(8))
-    arguments = tiny.CONFIG, options, tiny.params(), asked
 
-    def flops():
-        return read_cost(jax.jit(sampler._begin, static_argnums=(0, 1)).lower(*arguments).compile().as_text()).flops
+    def flops():  # of one turn, as XLA counts loops
+        begin = jax.jit(sampler._begin, static_argnums=(0, 1)).lower(tiny.CONFIG, options, tiny.params(), asked)
+        return begin.compile().cost_analysis()["flops"]
 
     alone = flops()
     with jax.set_mesh(make_mesh((8,), ("data",))):
-        assert flops() == alone / 8 > 0
+        assert flops() == pytest.approx(alone, rel=0.1)
+    assert rows[0] == 1
+    assert rows[-1] == 8
 
 
 def test_unused_columns_of_long_caches_change_nothing(monkeypatch):

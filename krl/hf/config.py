@@ -10,36 +10,38 @@ from krl.policy.model import PolicyConfig, RopeScaling
 # The types that a checkpoint's tensors may have, by their names in safetensors.
 STORED_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-# What a family's config.json leaves out, what its name alone decides, and which fields only it computes.
-_GEMMA: dict[str, Any] = {
-    "activation": "gelu_tanh", "norm_plus_one": True, "post_norms": True, "scale_embedding": True,
+# Fields of config.json that are those of PolicyConfig.
+_FIELDS = {
+    "vocab_size": "vocab_size", "hidden_size": "embed_size", "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "head_dim": "head_size",
+    "intermediate_size": "mlp_size", "hidden_act": "activation", "rms_norm_eps": "norm_epsilon",
+    "rope_theta": "rope_theta", "tie_word_embeddings": "tie_embeddings",
 }  # fmt: skip
+_WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
+_GEMMA_OWN = (*_WINDOWS, "query_pre_attn_scalar", "final_logit_softcapping")
 _GEMMA_FIELDS = {
     "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
     "query_pre_attn_scalar": 256,
 }  # fmt: skip
-FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "llama": ({}, {}),
-    "qwen2": ({}, {"qkv_bias": True}),
-    "qwen3": ({"head_dim": 128}, {"qk_norm": True}),
-    "gemma2": (_GEMMA_FIELDS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, _GEMMA),
-    "gemma3_text": (_GEMMA_FIELDS | {"rope_theta": 1e6, "rope_local_base_freq": 1e4}, _GEMMA | {"qk_norm": True}),
-}
-_WINDOWS = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers")
-_OWN_FIELDS: dict[str, tuple[str, ...]] = {
-    "llama": (),
-    "qwen2": _WINDOWS,
-    "qwen3": _WINDOWS,
-    "gemma2": (*_WINDOWS, "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping"),
-    "gemma3_text": (
-        *_WINDOWS, "sliding_window_pattern", "_sliding_window_pattern", "query_pre_attn_scalar",
-        "final_logit_softcapping", "rope_local_base_freq",
+_GEMMA: dict[str, Any] = {
+    "activation": "gelu_tanh", "norm_plus_one": True, "post_norms": True, "scale_embedding": True,
+}  # fmt: skip
+# What a family's config.json leaves out, what its name alone decides, and which fields only it computes.
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "llama": ({}, {}, ()),
+    "qwen2": ({}, {"qkv_bias": True}, _WINDOWS),
+    "qwen3": ({"head_dim": 128}, {"qk_norm": True}, _WINDOWS),
+    "gemma2": (
+        _GEMMA_FIELDS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        _GEMMA,
+        (*_GEMMA_OWN, "attn_logit_softcapping"),
     ),
-}  # fmt: skip
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-    "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
-}  # fmt: skip
+    "gemma3_text": (
+        _GEMMA_FIELDS | {"rope_theta": 1e6, "rope_local_base_freq": 1e4},
+        _GEMMA | {"qk_norm": True},
+        (*_GEMMA_OWN, "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
+    ),
+}
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
 # Fields that say nothing about the computation of a forward pass.
 _HARMLESS = {
@@ -148,7 +150,7 @@ def read_config(path: str | pathlib.Path, **options: Any) -> PolicyConfig:
         )
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{file}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
-    defaults, decided = FAMILIES[family]
+    defaults, decided, _ = FAMILIES[family]
     try:
         stored = fields.get("dtype") or fields.get("torch_dtype")
         found = _translate({k: v for k, v in (defaults | fields).items() if v is not None}, family)
@@ -162,32 +164,24 @@ def read_config(path: str | pathlib.Path, **options: Any) -> PolicyConfig:
 
 def _translate(fields: dict[str, Any], family: str) -> dict[str, Any]:
     """Fields of PolicyConfig from those of config.json; every field must be used or be known as harmless."""
-    take = fields.pop
-    own = {name: take(name) for name in _OWN_FIELDS[family] if name in fields}
-    heads, layers, embed = take("num_attention_heads"), take("num_hidden_layers"), take("hidden_size")
-    act = take("hidden_activation", None) if family.startswith("gemma") else None
-    act = act or take("hidden_act", "silu")
+    own = {name: fields.pop(name) for name in FAMILIES[family][2] if name in fields}
+    heads, act = fields["num_attention_heads"], fields.get("hidden_act", "silu")
+    if family.startswith("gemma"):  # older files of Gemma repeat it as hidden_act
+        act = fields.pop("hidden_activation", None) or act
     if act not in _ACTIVATIONS:
         raise ValueError(f"activation {act!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
-    fields.pop("hidden_act", None)  # Gemma's older files repeat it
-    found = {
-        "vocab_size": take("vocab_size"),
-        "embed_size": embed,
-        "num_layers": layers,
-        "num_heads": heads,
-        "num_kv_heads": take("num_key_value_heads", heads),
-        "head_size": take("head_dim", embed // heads),
-        "mlp_size": take("intermediate_size"),
-        "norm_epsilon": take("rms_norm_eps", 1e-6),
-        "tie_embeddings": take("tie_word_embeddings", False),
-        "activation": _ACTIVATIONS[act],
-        "attention_softcap": own.get("attn_logit_softcapping", 0.0),
-        "logit_softcap": own.get("final_logit_softcapping", 0.0),
-        **_rotary(fields, own.get("rope_local_base_freq", 0.0)),
-    }
+    absent = {
+        "num_key_value_heads": heads, "head_dim": fields["hidden_size"] // heads, "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4, "tie_word_embeddings": False,
+    }  # fmt: skip
+    fields = absent | fields | {"hidden_act": _ACTIVATIONS[act]}
+    found = {ours: fields.pop(theirs) for theirs, ours in _FIELDS.items()}
+    found |= _rotary(fields, found["rope_theta"], own.get("rope_local_base_freq", 0.0))
+    found["attention_softcap"] = own.get("attn_logit_softcapping", 0.0)
+    found["logit_softcap"] = own.get("final_logit_softcapping", 0.0)
     if "query_pre_attn_scalar" in own:
         found["attention_scale"] = own["query_pre_attn_scalar"] ** -0.5
-    sliding = _sliding(own, family, layers)
+    sliding = _sliding(own, family, found["num_layers"])
     if any(sliding):
         found |= {"window": own["sliding_window"], "sliding": sliding}
     if not fields.pop("is_causal", True):
@@ -218,9 +212,8 @@ def _sliding(own: dict[str, Any], family: str, layers: int) -> tuple[bool, ...]:
     return tuple(own.get("use_sliding_window", False) and layer >= own["max_window_layers"] for layer in range(layers))
 
 
-def _rotary(fields: dict[str, Any], local: float) -> dict[str, Any]:
+def _rotary(fields: dict[str, Any], theta: float, local: float) -> dict[str, Any]:
     """Rotary options; takes the fields of both generations of config.json that hold them."""
-    theta = fields.pop("rope_theta", 1e4)
     values = fields.pop("rope_parameters", None) or fields.pop("rope_scaling", None) or {}
     fields.pop("rope_scaling", None)
     if "full_attention" in values:
@@ -269,19 +262,9 @@ def config_json(config: PolicyConfig, dtype: str | None = None) -> str:
         raise ValueError(f"no family of checkpoints has these options: {odd or 'qkv_bias with qk_norm'}")
     family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
     fields = {
-        "architectures": [_ARCHITECTURES[family]],
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
         "model_type": family,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "intermediate_size": config.mlp_size,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_epsilon,
-        "rope_theta": config.rope_theta,
-        "tie_word_embeddings": config.tie_embeddings,
+        **{theirs: getattr(config, ours) for theirs, ours in _FIELDS.items()},
         "max_position_embeddings": 32768,
         "torch_dtype": dtype or config.stored_dtype,
     }

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -16,6 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -25,7 +27,6 @@ from krl.policy.model import PolicyConfig, init, param_axes
 
 INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
-_KEY = jax.eval_shape(lambda: jax.random.key(0))  # a shape, for shapes of parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +69,15 @@ def _tensors(config: PolicyConfig) -> dict[str, _Tensor]:
     return tensors
 
 
-def _leaf(tree: dict[str, Any], path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
+def abstract_params(config: PolicyConfig, mesh: Mesh) -> dict[str, Any]:
+    """The shapes, dtypes and shardings of a policy's parameters, for a checkpoint to be read into."""
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    shardings = tree_sharding(mesh, param_axes(config), shapes)
+    return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
+
+
+def _first_device() -> Mesh:
+    return Mesh(np.array(jax.devices()[:1]), ("data",))
 
 
 def _shape(tensor: _Tensor, leaf: tuple[int, ...]) -> tuple[int, ...]:
@@ -99,39 +105,36 @@ def load_hf(path: str | pathlib.Path, mesh: Mesh | None = None, **options: Any) 
             that are missing, unexpected or of another shape; the message names them.
     """
     config, files = check_hf(path, **options)
-    shapes = jax.eval_shape(lambda key: init(config, key), _KEY)
-    tensors = _tensors(config)
-    mesh = mesh or Mesh(np.array(jax.devices()[:1]), ("data",))
-    shardings = tree_sharding(mesh, param_axes(config), shapes)
+    tensors, like = _tensors(config), flatten_dict(abstract_params(config, mesh or _first_device()))
+    embedding = tensors["model.embed_tokens.weight"]
     leaves: dict[tuple[str, ...], jax.Array] = {}
+    spare = None
     for file, names in files.items():
         with safetensors.safe_open(file, framework="np") as opened:
             for name in names:
-                if name not in tensors:
-                    continue
-                tensor = tensors[name]
-                shape, sharding = _leaf(shapes, tensor.path).shape, _leaf(shardings, tensor.path)
-                whole = leaves.get(tensor.path)
-                if whole is None:
-                    whole = jax.jit(jnp.zeros, static_argnums=0, out_shardings=sharding)(shape)
-                leaves[tensor.path] = _read(opened.get_slice(name), tensor, whole, sharding)
-    params: dict[str, Any] = {}
-    for keys, leaf in leaves.items():
-        inner = params
-        for key in keys[:-1]:
-            inner = inner.setdefault(key, {})
-        inner[keys[-1]] = leaf
-    spare = next((file for file, names in files.items() if _HEAD in names and _HEAD not in tensors), None)
-    if spare is not None:
-        _check_spare_head(spare, params["embedding"])
-    return config, params
+                if tensor := tensors.get(name):
+                    at = tensor.path
+                    leaves[at] = _read(opened.get_slice(name), tensor, like[at], leaves.get(at))
+                elif name == _HEAD:
+                    spare = file
+    if spare is not None:  # beside an embedding it should equal: one of the two was trained
+        with safetensors.safe_open(spare, framework="np") as opened:
+            head = _read(opened.get_slice(_HEAD), embedding, like[embedding.path], None)
+        if not bool((head == leaves[embedding.path]).all()):
+            raise ValueError(
+                f"{spare} stores a {_HEAD} that is not the embedding, and config.json says tie_word_embeddings; "
+                "set it to false to keep both"
+            )
+    return config, unflatten_dict(leaves)
 
 
-def _read(stored: Any, tensor: _Tensor, whole: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """Put one tensor of an open file, shard by shard, into its parameter."""
-    shape, spec = whole.shape, sharding.spec
+def _read(stored: Any, tensor: _Tensor, like: jax.ShapeDtypeStruct, whole: jax.Array | None) -> jax.Array:
+    """Put one tensor of an open file, shard by shard, into its parameter, of which nothing has been read if None."""
+    if whole is None:
+        whole = jax.jit(jnp.zeros, static_argnums=0, out_shardings=like.sharding)(like.shape)
+    shape, sharding = like.shape, like.sharding
     if tensor.layer is not None:
-        shape, spec = shape[1:], PartitionSpec(*spec[1:])
+        shape, sharding = shape[1:], NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     order = [axis for group in tensor.groups for axis in group]
 
     def shard(index: Any) -> np.ndarray:
@@ -144,35 +147,15 @@ def _read(stored: Any, tensor: _Tensor, whole: jax.Array, sharding: NamedShardin
         sizes = [bounds[axis][1] - bounds[axis][0] for axis in order]
         return stored[tuple(cut)].reshape(sizes).transpose(np.argsort(order))
 
-    piece = jax.make_array_from_callback(shape, NamedSharding(sharding.mesh, spec), shard)
+    piece = jax.make_array_from_callback(shape, sharding, shard)
     return _place(whole, piece, tensor.layer if tensor.layer is not None else -1)
 
 
-def _place_layer(whole: jax.Array, piece: jax.Array, layer: int) -> jax.Array:
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(whole: jax.Array, piece: jax.Array, layer: int) -> jax.Array:
     """The parameter with one layer, or all of it, replaced."""
     piece = piece.astype(whole.dtype)
     return piece if piece.ndim == whole.ndim else jax.lax.dynamic_update_index_in_dim(whole, piece, layer, 0)
-
-
-_place = jax.jit(_place_layer, donate_argnums=0)
-
-
-def _check_spare_head(file: pathlib.Path, embedding: jax.Array) -> None:
-    """Refuse an output head that is stored beside an embedding it should equal: one of the two was trained."""
-    with safetensors.safe_open(file, framework="np") as opened:
-        stored = opened.get_slice(_HEAD)
-
-        def rows(index: Any) -> np.ndarray:
-            return stored[
-                tuple(slice(*each.indices(size)[:2]) for each, size in zip(index, embedding.shape, strict=True))
-            ]
-
-        head = jax.make_array_from_callback(embedding.shape, embedding.sharding, rows)
-    if not bool((head.astype(embedding.dtype) == embedding).all()):
-        raise ValueError(
-            f"{file} stores a {_HEAD} that is not the embedding, and config.json says tie_word_embeddings; "
-            "set it to false to keep both"
-        )
 
 
 def check_hf(path: str | pathlib.Path, **options: Any) -> tuple[PolicyConfig, dict[pathlib.Path, list[str]]]:
@@ -189,7 +172,7 @@ def check_hf(path: str | pathlib.Path, **options: Any) -> tuple[PolicyConfig, di
     """
     config, path = read_config(path, **options), pathlib.Path(path)
     tensors = _tensors(config)
-    shapes = jax.eval_shape(lambda key: init(config, key), _KEY)
+    like = flatten_dict(abstract_params(config, _first_device()))
     files: dict[pathlib.Path, list[str]] = {}
     found, kinds = {}, {}
     for file in _weight_files(path):
@@ -201,7 +184,7 @@ def check_hf(path: str | pathlib.Path, **options: Any) -> tuple[PolicyConfig, di
                     found[name], kinds[name] = tuple(view.get_shape()), view.get_dtype()
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"cannot read {file}: {error}; it may be cut off or a pointer, fetch it again") from None
-    wanted = {name: _shape(tensor, _leaf(shapes, tensor.path).shape) for name, tensor in tensors.items()}
+    wanted = {name: _shape(tensor, like[tensor.path].shape) for name, tensor in tensors.items()}
     spare = {_HEAD} if config.tie_embeddings else set()
     unexpected = [n for n in found if n not in wanted and n not in spare and not n.endswith("rotary_emb.inv_freq")]
     missing = [n for n in wanted if n not in found]
@@ -283,17 +266,17 @@ def save_hf(
     path = pathlib.Path(path).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} is not empty; choose another directory for the checkpoint")
-    sizes = [jax.tree.map(jnp.shape, tree) for tree in (params, jax.eval_shape(lambda k: init(config, k), _KEY))]
-    if sizes[0] != sizes[1]:
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, abstract_params(config, _first_device())):
         raise ValueError("the parameters are not of this config: their names or shapes differ")
     text, itemsize = config_json(config, dtype), np.dtype(stored).itemsize
-    shards = _plan_shards(config, params, itemsize, shard_bytes)
+    leaves = flatten_dict(params)
+    shards = _plan_shards(config, leaves, itemsize, shard_bytes)
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
     try:
         with _appearing_whole(path) as partial:
             for name, shard in zip(names, shards, strict=True):
-                arrays = {n: _write(params, tensor).astype(stored) for n, tensor in shard.items()}
+                arrays = {n: _write(leaves[tensor.path], tensor).astype(stored) for n, tensor in shard.items()}
                 if partial is not None:
                     safetensors.numpy.save_file(arrays, partial / name, metadata={"format": "pt"})
                     (partial / name).chmod(0o644)  # else only its owner may read it
@@ -302,7 +285,7 @@ def save_hf(
                 for file in files:
                     shutil.copy(file, partial / file.name)
                 if len(shards) > 1:
-                    size = sum(leaf.size for leaf in jax.tree.leaves(params)) * itemsize
+                    size = sum(leaf.size for leaf in leaves.values()) * itemsize
                     weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
                     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
                     (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -354,9 +337,7 @@ def export(workdir: str | pathlib.Path, path: str | pathlib.Path, *, dtype: str 
     directory = epath.Path(elsewhere or workdir.absolute()) / "checkpoints"
     if not directory.is_dir():
         raise ValueError(f"{directory.parent} holds no checkpoint yet; let train.py take a few steps")
-    shapes = jax.eval_shape(lambda key: init(config, key), _KEY)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes)
+    like = abstract_params(config, _first_device())
     with ocp.CheckpointManager(directory) as manager:
         step = manager.latest_step()
         if step is None:
@@ -371,13 +352,13 @@ def export(workdir: str | pathlib.Path, path: str | pathlib.Path, *, dtype: str 
 
 
 def _plan_shards(
-    config: PolicyConfig, params: dict[str, Any], itemsize: int, shard_bytes: int
+    config: PolicyConfig, leaves: dict[tuple[str, ...], Any], itemsize: int, shard_bytes: int
 ) -> list[dict[str, _Tensor]]:
     """Tensors in their order, cut into runs of at most shard_bytes."""
     shards: list[dict[str, _Tensor]] = [{}]
     size = 0
     for name, tensor in _tensors(config).items():
-        more = math.prod(_shape(tensor, _leaf(params, tensor.path).shape)) * itemsize
+        more = math.prod(_shape(tensor, leaves[tensor.path].shape)) * itemsize
         if shards[-1] and size + more > shard_bytes:
             shards, size = [*shards, {}], 0
         shards[-1][name] = tensor
@@ -385,9 +366,8 @@ def _plan_shards(
     return shards
 
 
-def _write(params: dict[str, Any], tensor: _Tensor) -> np.ndarray:
-    """One tensor of a checkpoint on the host, contiguous, of the parameter's type."""
-    leaf = _leaf(params, tensor.path)
+def _write(leaf: Any, tensor: _Tensor) -> np.ndarray:
+    """One tensor of a checkpoint on the host, contiguous, of its parameter's type."""
     leaf = leaf if tensor.layer is None else leaf[tensor.layer]
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)

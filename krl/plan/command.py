@@ -21,12 +21,21 @@ from rich.console import Console
 from rich.table import Table
 
 from krl import hf, policy
-from krl.base.sharding import RULES, make_mesh, reshape_mesh
+from krl.base.sharding import batch_devices, make_mesh, reshape_mesh
 from krl.configs.check import check
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
-from krl.plan.hlo import Collective
+from krl.learn.pack import rows_at_once
 from krl.plan.programs import Program, abstract_sampler, compile_rollout, compile_update, gigabytes
-from krl.plan.roofline import ACCELERATORS, Accelerator, Seconds, decode_layouts, seconds
+from krl.plan.roofline import (
+    ACCELERATORS,
+    Accelerator,
+    Seconds,
+    Work,
+    decode_layouts,
+    decode_work,
+    prefill_work,
+    update_work,
+)
 from krl.policy.attention import why_not
 from krl.rollout.sampler import slot_bytes
 from krl.rollout.serve import SHRINK
@@ -40,23 +49,32 @@ KEPT = ("parameters", "optimiser", "parameters of the reference")  # all the tim
 class Plan(NamedTuple):
     """What a step of a config takes of every device of a mesh."""
 
+    config: ConfigDict
+    sizes: policy.PolicyConfig
+    mesh: Mesh  # of the update
+    decoding: Mesh
+    tokens: int  # of every response
     parts: dict[str, float]  # GB of what is there for long, from shapes alone
-    programs: dict[str, Program]  # "prefill", "decode", "shrink", "update", and its "log-probs" if it has any
-    kind: str  # of the devices
-    accelerator: Accelerator | None  # None if nothing is known of that kind
+    programs: dict[str, Program]  # "prefill", "decode", "shrink", "update"
+    accelerator: Accelerator | None  # None if nothing is known of these devices
+    prompts: int  # M
     slots: int  # S
-    advice: tuple[str, ...] = ()  # what fits and what to change
-
-    def seconds(self, name: str) -> Seconds | None:
-        """How long a program takes in a step, at least; None if that is not known."""
-        cost = self.programs[name].cost
-        return seconds(cost, self.accelerator) if cost and self.accelerator else None
+    rows: int  # of a micro-batch, on each device
 
     @property
-    def step_seconds(self) -> float | None:
-        """How long its programs take together, at least; log-probabilities are a part of the update."""
-        times = [self.seconds(name) for name in self.programs if name != "log-probs"]
-        return sum(time.least for time in times if time) if all(times) else None
+    def row(self) -> int:
+        """Tokens of the longest prompt and response."""
+        return self.config.data.max_prompt_tokens + self.config.sample.max_new_tokens
+
+    @property
+    def share(self) -> int:
+        """Rollouts of an update."""
+        return self.config.alloc.budget // self.config.optim.updates_per_step
+
+    @property
+    def seconds(self) -> dict[str, Seconds]:
+        """How long a step's programs take at least; nothing of unknown devices, nor of "shrink", which is short."""
+        return {n: one.seconds(self.accelerator) for n, one in step_work(self).items()} if self.accelerator else {}
 
 
 def main(_):
@@ -66,7 +84,7 @@ def main(_):
 
 
 def plan(config: ConfigDict, topology: str, tokens: int = 0, accelerator: Accelerator | None = None) -> Plan:
-    """Compile the programs of a config, and count what they do in a step.
+    """Compile the programs of a config, and reckon how long they take in a step.
 
     Args:
         config: every key of configs/default.py; policy.path needs a config.json only.
@@ -79,28 +97,55 @@ def plan(config: ConfigDict, topology: str, tokens: int = 0, accelerator: Accele
     """
     check(config, NAMES)
     mesh, tokens = find_mesh(config, topology), tokens or config.sample.max_new_tokens
-    policy_config, layout = find_sizes(config, on_tpu=bool(topology)), reshape_mesh(mesh, tuple(config.mesh.decode))
+    sizes, decoding = find_sizes(config, on_tpu=bool(topology)), reshape_mesh(mesh, tuple(config.mesh.decode))
     optimizer = find_optimizer(config)
     with jax.set_mesh(mesh):
-        learner = abstract_state(policy_config, optimizer, abstract_params(policy_config, mesh))
+        learner = abstract_state(sizes, optimizer, abstract_params(sizes, mesh))
     parts = {"parameters": gigabytes(learner.params), "optimiser": gigabytes(learner.opt_state)}
     if config.loss.kl_coefficient:
         parts["parameters of the reference"] = parts["parameters"]
-    with jax.set_mesh(layout):
-        abstract_params(policy_config, layout)  # refuses a layout that does not divide them
-        sampler = abstract_sampler(config, policy_config, learner.params, layout)
-        programs = compile_rollout(policy_config, sampler, sum(parts.values()), tokens)
+    with jax.set_mesh(decoding):
+        abstract_params(sizes, decoding)  # refuses a layout that does not divide them
+        sampler = abstract_sampler(config, sizes, learner.params, decoding)
+        programs = compile_rollout(sizes, sampler, sum(parts.values()))
     with jax.set_mesh(mesh):
-        programs |= compile_update(config, policy_config, optimizer, learner, mesh, tokens, here=not topology)
+        programs["update"] = compile_update(config, sizes, optimizer, learner, mesh, here=not topology)
     parts |= {
         "parameters for decoding": gigabytes(sampler.work.layers),
         "keys and values of prompts": gigabytes(sampler.work.prompts.cache),
         "keys and values of slots": gigabytes(sampler.state.slots.cache),
     }
-    device = mesh.devices.flat[0]
-    accelerator = accelerator or _look_up(device, here=not topology)
-    found = Plan(parts, programs, device.device_kind, accelerator, sampler.options.num_slots)
-    return found._replace(advice=advise(config, policy_config, layout, found, tokens))
+    found = Plan(
+        config=config, sizes=sizes, mesh=mesh, decoding=decoding, tokens=tokens, parts=parts, programs=programs,
+        accelerator=accelerator or _look_up(mesh.devices.flat[0], here=not topology),
+        prompts=len(sampler.work.prompts.last), slots=sampler.options.num_slots, rows=0,
+    )  # fmt: skip
+    with jax.set_mesh(mesh):
+        rows = rows_at_once(config.optim.micro_tokens, found.row, found.share) // batch_devices(mesh)
+    return found._replace(rows=rows)
+
+
+def step_work(found: Plan) -> dict[str, Work]:
+    """What the programs "prefill", "decode" and "update" ask of each device in a step, by the sizes of a plan."""
+    config, parts, queues = found.config, found.parts, batch_devices(found.decoding)
+    weights, prompts = parts["parameters for decoding"], parts["keys and values of prompts"]
+    steps = math.ceil(math.ceil(config.alloc.budget / queues) / math.ceil(found.slots / queues)) * found.tokens
+    sequence = config.data.max_prompt_tokens + found.tokens
+    packed = found.row // sequence if config.optim.packed else 1  # sequences in a row; all have a gradient
+    at_once = found.rows * batch_devices(found.mesh)
+    batches = math.ceil(math.ceil(found.share / packed) / at_once) * config.optim.updates_per_step
+    return {
+        "prefill": prefill_work(
+            found.sizes, found.decoding, found.prompts, config.data.max_prompt_tokens - 1, weights, prompts
+        ),
+        "decode": decode_work(
+            found.sizes, found.decoding, found.slots, steps, found.row - 1, weights + parts["keys and values of slots"]
+        ),
+        "update": update_work(
+            found.sizes, found.mesh, batches, at_once * found.row, sequence,
+            bool(config.loss.importance_cap) + bool(config.loss.kl_coefficient),
+        ),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- what there is
@@ -151,48 +196,33 @@ def _look_up(device: jax.Device, *, here: bool) -> Accelerator | None:
 # ---------------------------------------------------------------- what to change
 
 
-def advise(
-    config: ConfigDict, policy_config: policy.PolicyConfig, mesh: Mesh, found: Plan, tokens: int
-) -> tuple[str, ...]:
-    """What fits, and which slots, layout of decoding and micro-batches would; nothing of unknown devices.
-
-    Args:
-        config, policy_config: of the run; the policy's sizes.
-        mesh: of decoding.
-        found: the plan, without advice.
-        tokens: of every response.
-    """
+def advise(found: Plan) -> list[str]:
+    """What fits, and which slots, layout of decoding and micro-batches would; nothing of unknown devices."""
     if not found.accelerator:
-        return (f"nothing is known of {found.kind!r}: neither its memory nor its speed",)
+        return [f"nothing is known of {found.mesh.devices.flat[0].device_kind!r}: neither its memory nor its speed"]
     limit = found.accelerator.memory_gb
-    said = []
-    for name in found.programs:
-        held = found.programs[name].held
-        if held > limit:
-            said.append(f"{name} does not fit: it needs {held:.3g} GB of {limit:.3g}")
-    if not said:
-        said.append(
-            f"everything fits: at most {max(one.held for one in found.programs.values()):.3g} GB of {limit:.3g}"
-        )
-    return (
-        *said,
-        *_advise_decoding(config, policy_config, mesh, found, found.accelerator, tokens),
-        *_advise_update(config, found.programs["update"], limit),
-    )
+    held = {name: program.held for name, program in found.programs.items()}
+    said = [f"{name} does not fit: it needs {gb:.3g} GB of {limit:.3g}" for name, gb in held.items() if gb > limit]
+    said = said or [f"everything fits: at most {max(held.values()):.3g} GB of {limit:.3g}"]
+    limits = [f"{name} by {one.limit}" for name, one in found.seconds.items()]
+    return [
+        *said, f"what limits its speed: {', '.join(limits)}", *_advise_decoding(found, found.accelerator),
+        *_advise_update(found, limit),
+    ]  # fmt: skip
 
 
-def _advise_decoding(config, policy_config, mesh, found: Plan, accelerator: Accelerator, tokens: int) -> list[str]:
+def _advise_decoding(found: Plan, accelerator: Accelerator) -> list[str]:
     """Every layout of decoding and what it would take, and the fastest."""
-    split, devices = mesh.shape.get("model", 1), mesh.size
-    sizes = [policy_config.num_heads, policy_config.num_kv_heads, policy_config.mlp_size, policy_config.vocab_size]
-    parts, length = found.parts, config.data.max_prompt_tokens + config.sample.max_new_tokens
-    slot_gb = slot_bytes(policy_config, length) / 1e9
-    known = [found.programs[name] for name in ("prefill", "decode") if found.programs[name].cost]
+    sizes, parts, split, devices = found.sizes, found.parts, found.decoding.shape.get("model", 1), found.decoding.size
+    divided = [devices, sizes.num_heads, sizes.num_kv_heads, sizes.mlp_size, sizes.vocab_size]
+    slot_gb = slot_bytes(sizes, found.row) / 1e9
+    known = [found.programs[name] for name in ("prefill", "decode") if found.programs[name].compiles]
     layouts = decode_layouts(
-        devices=devices, splits=[m for m in range(1, devices + 1) if all(size % m == 0 for size in (devices, *sizes))],
-        accelerator=accelerator, tokens=tokens, num_rollouts=config.alloc.budget, slot_gb=slot_gb, room=1 + 1 / SHRINK,
+        devices=devices, splits=[m for m in range(1, devices + 1) if all(size % m == 0 for size in divided)],
+        accelerator=accelerator, tokens=found.tokens, num_rollouts=found.config.alloc.budget, slot_gb=slot_gb,
         kept_gb=sum(parts.get(name, 0.0) for name in KEPT) + max((one.temporaries for one in known), default=0.0),
         weights_gb=parts["parameters for decoding"] * split, prompts_gb=parts["keys and values of prompts"] * split,
+        room=1 + 1 / SHRINK,
     )  # fmt: skip
     said = []
     for one in layouts:
@@ -210,86 +240,55 @@ def _advise_decoding(config, policy_config, mesh, found: Plan, accelerator: Acce
     ]
 
 
-def _advise_update(config: ConfigDict, update: Program, limit: float) -> list[str]:
+def _advise_update(found: Plan, limit: float) -> list[str]:
     """Which micro-batches fit, if temporaries go by their rows."""
-    row = config.data.max_prompt_tokens + config.sample.max_new_tokens
-    axes = zip(config.mesh.axis_names, config.mesh.shape, strict=True)
-    devices = math.prod(size for name, size in axes if name in RULES["batch"])
-    share = math.ceil(config.alloc.budget / config.optim.updates_per_step / devices)
-    now = min(max(config.optim.micro_tokens // (row * devices), 1), share)
+    update, devices = found.programs["update"], batch_devices(found.mesh)
     if not update.temporaries:
         return []
-    rows = min(int(now * (limit - update.held + update.temporaries) / update.temporaries), share)
+    room = limit - update.held + update.temporaries
+    rows = min(int(found.rows * room / update.temporaries), math.ceil(found.share / devices))
     if rows < 1:
         return ["not even one row a device fits the update: split the policy there too, or take more devices"]
-    if rows == now:
+    if rows == found.rows:
         return []
     return [
-        f"{rows} rows a device instead of {now} in a micro-batch fit: "
-        f"--config.optim.micro_tokens={rows * row * devices}"
+        f"{rows} rows a device instead of {found.rows} in a micro-batch fit: "
+        f"--config.optim.micro_tokens={rows * found.row * devices}"
     ]
 
 
 # ---------------------------------------------------------------- on the screen
 
+_HELD = {
+    "held beside the program, GB": "beside", "arguments, GB": "arguments", "results, GB": "results",
+    "temporaries, GB": "temporaries", "code, GB": "code", "together, GB": "held",
+    "seconds to compile": "compile_seconds",
+}  # fmt: skip
+_WORK = {"TFLOP of products": "tflop", "parameters and caches read, GB": "moved", "sent to other devices, GB": "sent"}
+_SECONDS = {
+    "seconds of computing": "computing", "seconds of memory": "memory", "seconds of network": "network",
+    "seconds at least": "least",
+}  # fmt: skip
+
 
 def show(found: Plan, console: Console) -> None:
-    """Print a plan: parts, programs, collectives and advice."""
+    """Print a plan: parts, programs and advice."""
     parts = Table("what a device holds for long", "GB")
     for name, gb in found.parts.items():
         parts.add_row(name, f"{gb:.3g}")
     parts.add_row("slots, a number", str(found.slots))
     console.print(parts)
-    console.print(_programs(found))
-    console.print(_collectives(found))
-    if found.step_seconds is not None:
-        console.print(f"a step takes at least {found.step_seconds:.3g} s", highlight=False)
-    for line in found.advice:
+    programs = Table("of each device, in a step", *found.programs)
+    for titles, source in ((_HELD, found.programs), (_WORK, step_work(found)), (_SECONDS, found.seconds)):
+        for title, field in titles.items() if source else ():
+            values = [getattr(source.get(name), field, None) for name in found.programs]
+            programs.add_row(title, *("" if value is None else f"{value:.4g}" for value in values))
+    console.print(programs)
+    if found.seconds:
+        together = sum(one.least for one in found.seconds.values())
+        console.print(f"a step takes at least {together:.3g} s", highlight=False)
+    for line in advise(found):
         console.print(line, highlight=False, soft_wrap=True)
-
-
-def _programs(found: Plan) -> Table:
-    table = Table("of each device, in a step", *found.programs)
-    times = {name: found.seconds(name) for name in found.programs}
-    rows: dict[str, list[float | None]] = {
-        "held beside the program, GB": [one.beside for one in found.programs.values()],
-        "arguments, GB": [one.arguments for one in found.programs.values()],
-        "results, GB": [one.results for one in found.programs.values()],
-        "temporaries, GB": [one.temporaries for one in found.programs.values()],
-        "code, GB": [one.code for one in found.programs.values()],
-        "together, GB": [one.held for one in found.programs.values()],
-        "TFLOP of products": [one.cost and one.cost.flops / 1e12 for one in found.programs.values()],
-        "calls of kernels that are not in it": [
-            one.cost and sum(n for _, n in one.cost.kernels) for one in found.programs.values()
-        ],
-        "to and from memory, GB": [one.cost and one.cost.bytes / 1e9 for one in found.programs.values()],
-        "sent to other devices, GB": [one.cost and one.cost.sent / 1e9 for one in found.programs.values()],
-        "seconds of computing": [time and time.computing for time in times.values()],
-        "seconds of memory": [time and time.memory for time in times.values()],
-        "seconds of network": [time and time.network for time in times.values()],
-        "seconds at least": [time and time.least for time in times.values()],
-        "seconds to compile": [one.compile_seconds for one in found.programs.values()],
-    }
-    for title, values in rows.items():
-        if any(value is not None for value in values):
-            table.add_row(title, *("" if value is None else f"{value:.4g}" for value in values))
-    return table
-
-
-def _collectives(found: Plan) -> Table:
-    table = Table("collectives, in a step", "devices", "times", "largest, GB", "sent, GB")
-    for name, program in found.programs.items():
-        together: dict[tuple[str, int], list[Collective]] = {}
-        for one in program.cost.collectives if program.cost else ():
-            together.setdefault((one.kind, one.group), []).append(one)
-        for (kind, group), ones in together.items():
-            numbers = (
-                sum(one.times for one in ones),
-                max(one.size for one in ones) / 1e9,
-                sum(one.sent for one in ones) / 1e9,
-            )
-            table.add_row(f"{name}: {kind}", str(group), *(f"{number:.4g}" for number in numbers))
-    return table
 
 
 def run_command() -> None:

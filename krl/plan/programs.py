@@ -1,4 +1,4 @@
-"""The programs of a step, compiled from shapes alone: what they hold, compute, move and send on every device."""
+"""The programs of a step, compiled from shapes alone: what they hold on every device."""
 
 import functools
 import math
@@ -14,10 +14,8 @@ from ml_collections import ConfigDict
 from krl import policy
 from krl.base.sharding import batch_devices, named_sharding
 from krl.base.types import Prompts, Rollouts, TrainState
-from krl.learn.pack import rows_at_once
-from krl.plan.hlo import Cost, read_cost
 from krl.rollout.sampler import PROGRAMS, Asked, Work, decoding_axes
-from krl.rollout.serve import REFILL, Options, Settings, State, drains
+from krl.rollout.serve import Options, Settings, State, drains
 from krl.run.compiled import for_this_backend
 from krl.run.setup import find_learning, find_rule, find_slots, prompts_of_a_step
 from krl.run.update import policy_update
@@ -31,7 +29,7 @@ class Program(NamedTuple):
     results: float  # GB, without those that take the place of arguments
     temporaries: float  # GB; all that it needs if it does not compile
     code: float  # GB
-    cost: Cost | None  # of a step, None if it does not compile, for want of memory
+    compiles: bool  # False for want of memory
     compile_seconds: float
 
     @property
@@ -69,8 +67,10 @@ def abstract_sampler(config: ConfigDict, policy_config: policy.PolicyConfig, par
         )
 
     sizes, prompts = config.sample, _prompts(config, mesh)
+    rollouts = config.alloc.budget
     options = Options(
-        num_rollouts=config.alloc.budget, num_slots=_slots(config, policy_config, mesh), pad_id=0, eos_ids=(0,),
+        num_rollouts=rollouts, num_slots=min(find_slots(config, policy_config, mesh) or rollouts, rollouts),
+        pad_id=0, eos_ids=(0,),
         max_new_tokens=sizes.max_new_tokens, limits=(sizes.top_k, sizes.top_p, sizes.min_p),
     )  # fmt: skip
     counts, expected = (_array(mesh, prompts.task_ids.shape, dtype) for dtype in (jnp.int32, jnp.float32))
@@ -87,26 +87,19 @@ def abstract_sampler(config: ConfigDict, policy_config: policy.PolicyConfig, par
     return Sampler(options, inputs, given, work, by_heads(state, "batch"), batch_devices(mesh))
 
 
-def compile_rollout(
-    policy_config: policy.PolicyConfig, sampler: Sampler, kept: float, tokens: int
-) -> dict[str, Program]:
+def compile_rollout(policy_config: policy.PolicyConfig, sampler: Sampler, kept: float) -> dict[str, Program]:
     """The sampler's programs; to be called inside `jax.set_mesh` of the mesh of decoding.
 
     Args:
         policy_config, sampler: the policy's sizes; from `abstract_sampler`.
         kept: GB of parameters, optimiser and reference.
-        tokens: of every response.
     """
     options, work, state = sampler.options, sampler.work, sampler.state
-    slots, rows = (len(array) // sampler.queues for array in (state.slots.row, work.order))
-    refills = math.ceil(rows / max(slots // REFILL, 1))
-    # The last rollouts to get a slot are decoded by "drain": it takes the same steps, so they are counted here.
-    steps = math.ceil(rows / slots) * tokens
-    alive, decode = kept + gigabytes((work, state)), (policy_config, options, sampler.given, work, state, 0)
+    alive, slots = kept + gigabytes((work, state)), len(state.slots.row) // sampler.queues
     return {
-        "prefill": _compile(PROGRAMS["begin"], kept, (), policy_config, options, *sampler.inputs),
-        "decode": _compile(PROGRAMS["serve"], alive, (refills, steps / refills), *decode),
-        "shrink": _compile(PROGRAMS["shrink"], alive, (), drains(slots)[0], state),
+        "prefill": _compile(PROGRAMS["begin"], kept, policy_config, options, *sampler.inputs),
+        "decode": _compile(PROGRAMS["serve"], alive, policy_config, options, sampler.given, work, state, 0),
+        "shrink": _compile(PROGRAMS["shrink"], alive, drains(slots)[0], state),
     }
 
 
@@ -114,45 +107,27 @@ def compile_rollout(
 
 
 def compile_update(
-    config: ConfigDict, policy_config: policy.PolicyConfig, optimizer: Any, learner: TrainState, mesh: Mesh,
-    tokens: int, *, here: bool
-) -> dict[str, Program]:  # fmt: skip
-    """`policy_update` on a step's rollouts, and the log-probabilities in it apart; inside `jax.set_mesh(mesh)`.
+    config: ConfigDict, policy_config: policy.PolicyConfig, optimizer: Any, learner: TrainState, mesh: Mesh, *,
+    here: bool
+) -> Program:  # fmt: skip
+    """`policy_update` on a step's rollouts; to be called inside `jax.set_mesh(mesh)`.
 
     Args:
         config, policy_config, optimizer: of the run; the policy's sizes.
         learner: the training state, abstract.
         mesh: of the update.
-        tokens: of every response; all rollouts have a gradient.
         here: whether the devices are this process's own.
     """
-    optim, loss, rollouts = config.optim, config.loss, config.alloc.budget
     options = find_learning(config)
     if here:
         update = for_this_backend(policy_update, policy_config, optimizer, **options)
     else:
         update = jax.jit(functools.partial(policy_update, policy_config, optimizer, **options), donate_argnums=0)
-    row, sequence = (config.data.max_prompt_tokens + length for length in (config.sample.max_new_tokens, tokens))
-    share = rollouts // optim.updates_per_step
-    micro_rows = rows_at_once(optim.micro_tokens, row, share)
-    batches = math.ceil(math.ceil(share / (row // sequence if optim.packed else 1)) / micro_rows)
-    reference = learner.params if loss.kl_coefficient else None
-    kept = gigabytes(learner) + gigabytes(reference)
-    programs = {
-        "update": _compile(
-            update, kept, (batches,), learner, _prompts(config, mesh), _rollouts(config, mesh),
-            _array(mesh, (rollouts,), jnp.float32), jax.eval_shape(jax.random.key, 0), reference=reference,
-        )
-    }  # fmt: skip
-    passes = bool(loss.importance_cap) + bool(loss.kl_coefficient)
-    if passes:
-        tokens_of = functools.partial(_array, mesh, (micro_rows, row))
-        layout = {"segments": tokens_of(jnp.int32, "batch")} if optim.packed else {"mask": tokens_of(bool, "batch")}
-        score = functools.partial(policy.token_logps, policy_config)
-        one = _compile(jax.jit(score), kept, (), learner.params, tokens_of(jnp.int32, "batch"), **layout)
-        times = passes * batches * optim.updates_per_step
-        programs["log-probs"] = one._replace(cost=one.cost and one.cost.times(times))
-    return programs
+    reference = learner.params if config.loss.kl_coefficient else None
+    return _compile(
+        update, gigabytes(learner) + gigabytes(reference), learner, _prompts(config, mesh), _rollouts(config, mesh),
+        _array(mesh, (config.alloc.budget,), jnp.float32), jax.eval_shape(jax.random.key, 0), reference=reference,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------- shapes and programs
@@ -180,17 +155,13 @@ def _rollouts(config: ConfigDict, mesh: Mesh) -> Rollouts:
     )  # fmt: skip
 
 
-def _slots(config: ConfigDict, policy_config: policy.PolicyConfig, mesh: Mesh) -> int:
-    return min(find_slots(config, policy_config, mesh) or config.alloc.budget, config.alloc.budget)
-
-
 def gigabytes(tree: Any) -> float:
     """GB a device holds of a tree of abstract arrays."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves) / 1e9
 
 
-def _compile(jitted: Any, alive: float, trips: tuple[float, ...], *arguments: Any, **named: Any) -> Program:
+def _compile(jitted: Any, alive: float, *arguments: Any, **named: Any) -> Program:
     """Compile a program that runs while `alive` GB are in memory, its own arguments among them."""
     began, lowered = time.perf_counter(), jitted.lower(*arguments, **named)
     try:
@@ -201,12 +172,12 @@ def _compile(jitted: Any, alive: float, trips: tuple[float, ...], *arguments: An
             raise
         number, unit = used[1] or used[3], used[2] or used[4]
         needed = float(number) * {"M": 2**20, "G": 2**30}[unit] / 1e9
-        return Program(0, 0, 0, needed, 0, None, time.perf_counter() - began)
+        return Program(0, 0, 0, needed, 0, False, time.perf_counter() - began)
     found = compiled.memory_analysis()
     given = found.argument_size_in_bytes / 1e9
     return Program(
         beside=max(alive - given, 0), arguments=given, temporaries=found.temp_size_in_bytes / 1e9,
         results=(found.output_size_in_bytes - found.alias_size_in_bytes) / 1e9,
         code=found.generated_code_size_in_bytes / 1e9,
-        cost=read_cost(compiled.as_text(), trips), compile_seconds=time.perf_counter() - began,
+        compiles=True, compile_seconds=time.perf_counter() - began,
     )  # fmt: skip

@@ -14,11 +14,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from krl import hf, policy
-from krl.base.sharding import tree_sharding
 from krl.base.types import Tokenizer
 from krl.configs.check import FREE_KEYS, flatten
 from krl.hf.tokenizer import check_vocabulary, train_sentencepiece
-from krl.hf.weights import check_hf
+from krl.hf.weights import abstract_params, check_hf
 from krl.rollout import Ends
 from krl.rollout.stop import describe_ends, missing_end
 from krl.run.processes import say
@@ -84,13 +83,6 @@ def sized_policy(config: ConfigDict, vocab_size: int) -> policy.PolicyConfig:
 def computed_by(config: ConfigDict) -> dict[str, Any]:
     """The options of a decoder that are about its computation and not its checkpoint."""
     return {name: config.policy[name] for name in ("dtype", "unroll", "remat", "attention")}
-
-
-def abstract_params(policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh) -> dict:
-    """The shapes, dtypes and shardings of a policy's parameters, for a checkpoint to be read into."""
-    shapes = jax.eval_shape(lambda: policy.init(policy_config, jax.random.key(0)))
-    shardings = tree_sharding(mesh, policy.param_axes(policy_config), shapes)
-    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)
 
 
 def say_ends(config: ConfigDict, ends: Ends, prompts: EncodedTasks) -> None:
