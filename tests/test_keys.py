@@ -35,7 +35,6 @@ from krl.run import data as run_data
 from krl.run import learner as learner_module
 from krl.run import optimizer as run_optimizer
 from krl.run import setup
-from krl.run import start as run_start
 from krl.run.checkpoint import Checkpoints
 from krl.run.guard import find_spike
 from krl.run.metrics import PhaseClock, read_rows
@@ -584,7 +583,7 @@ def take_steps(config, parts: setup.Setup, plain: Seen | None = None) -> Seen:
     features, num_features = run_data.find_features(config, parts.train)
     mesh = setup.make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
     if mesh != parts.mesh:
-        parts = dataclasses.replace(parts, mesh=mesh, params=run_start.abstract_params(parts.policy_config, mesh))
+        parts = dataclasses.replace(parts, mesh=mesh, params=policy.abstract_params(parts.policy_config, mesh))
     if config.verify.workers:
         parts = dataclasses.replace(parts, verifiers=run_data.make_verifiers(config))
     optimizer = optimizer_of(json.dumps({f"optim.{key}": value for key, value in config.optim.items()}))

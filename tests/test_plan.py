@@ -11,8 +11,8 @@ from krl.configs import arithmetic
 from krl.plan.command import advise, find_sizes, plan, show, step_work
 from krl.plan.programs import _prompts, abstract_sampler
 from krl.plan.roofline import Accelerator, decode_layouts, update_work
+from krl.policy.model import abstract_params
 from krl.rollout.sampler import PROGRAMS
-from krl.run.start import abstract_params
 
 GROUPS, SPLIT, SLOTS, PROMPTS, ROLLOUTS = 4, 2, 16, 8, 64
 TOKENS = 5  # of every response; the longest has 7

@@ -31,6 +31,7 @@ from krl.eval.estimates import table
 from krl.eval.resume import evaluate_set
 from krl.eval.sample import first_reward
 from krl.hf.tokenizer import load_tokenizer
+from krl.policy.model import abstract_params
 from krl.rewards.functions import parse_rewards
 from krl.rewards.pool import VerifierPool
 from krl.rewards.verify import answer_key
@@ -41,7 +42,7 @@ from krl.run.metrics import progress
 from krl.run.processes import first_before_others, is_first, place_whole, say
 from krl.run.scoring import FaultWatch
 from krl.run.setup import NAMES, find_slots, name_own
-from krl.run.start import abstract_params, find_policy, fingerprint, say_ends
+from krl.run.start import find_policy, fingerprint, say_ends
 from krl.tasks import SOURCES, EncodedTasks, TaskSet, load_named
 from krl.tasks.files import named_file
 

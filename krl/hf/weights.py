@@ -21,9 +21,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from krl.base.sharding import tree_sharding
 from krl.hf.config import STORED_TYPES, config_json, read_config, what_else
-from krl.policy.model import PolicyConfig, init, param_axes
+from krl.policy.model import PolicyConfig, abstract_params
 
 INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
@@ -67,13 +66,6 @@ def _tensors(config: PolicyConfig) -> dict[str, _Tensor]:
     if not config.tie_embeddings:
         tensors[_HEAD] = _Tensor(("head",), None, ((1,), (0,)))
     return tensors
-
-
-def abstract_params(config: PolicyConfig, mesh: Mesh) -> dict[str, Any]:
-    """The shapes, dtypes and shardings of a policy's parameters, for a checkpoint to be read into."""
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    shardings = tree_sharding(mesh, param_axes(config), shapes)
-    return jax.tree.map(lambda s, at: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=at), shapes, shardings)
 
 
 def _first_device() -> Mesh:

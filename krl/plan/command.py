@@ -37,11 +37,12 @@ from krl.plan.roofline import (
     update_work,
 )
 from krl.policy.attention import why_not
+from krl.policy.model import abstract_params
 from krl.rollout.sampler import slot_bytes
 from krl.rollout.serve import SHRINK
 from krl.run.optimizer import abstract_state
 from krl.run.setup import NAMES, find_optimizer
-from krl.run.start import abstract_params, computed_by, sized_policy
+from krl.run.start import computed_by, sized_policy
 
 KEPT = ("parameters", "optimiser", "parameters of the reference")  # all the time; the other parts while decoding
 

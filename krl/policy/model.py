@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import struct
+from jax.sharding import Mesh
 
-from krl.base.sharding import constrain
+from krl.base.sharding import constrain, tree_sharding
 from krl.policy.attention import KERNELS, attend_cached, attend_rows
 from krl.policy.scores import token_scores
 
@@ -129,6 +130,13 @@ def init(config: PolicyConfig, key: jax.Array) -> dict[str, Any]:
 def param_axes(config: PolicyConfig) -> dict[str, Any]:
     """The logical axis names of every parameter: the tree of `init` with PartitionSpec leaves, not to be changed."""
     return nn.get_partition_spec(jax.eval_shape(lambda: _init_boxed(config, jax.random.key(0))))
+
+
+def abstract_params(config: PolicyConfig, mesh: Mesh) -> dict[str, Any]:
+    """The shapes, dtypes and shardings of the parameters, for a checkpoint to be read into."""
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    shardings = tree_sharding(mesh, param_axes(config), shapes)
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings)
 
 
 @functools.partial(jax.jit, static_argnames="config")

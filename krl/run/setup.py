@@ -30,6 +30,7 @@ from krl.configs.check import FREE_KEYS, Names, flatten
 from krl.configs.named import find, name_of
 from krl.hf.config import config_json
 from krl.hf.tokenizer import load_tokenizer
+from krl.policy.model import abstract_params
 from krl.rewards.pool import VerifierPool
 from krl.rewards.verify import REWARDS
 from krl.rollout import Ends, find_ends, slots_in_memory
@@ -38,7 +39,7 @@ from krl.run.data import encode, find_features, load_task_sets, make_verifiers
 from krl.run.optimizer import make_optimizer
 from krl.run.processes import is_first
 from krl.run.sft import Pairs
-from krl.run.start import GIVEN, abstract_params, check_given, find_pairs, find_policy, find_tokenizer, sft_cache
+from krl.run.start import GIVEN, check_given, find_pairs, find_policy, find_tokenizer, sft_cache
 from krl.tasks import SOURCES, TEMPLATES, EncodedTasks, step_task_ids
 
 NAMES = Names(

@@ -17,7 +17,7 @@ from krl import hf, policy
 from krl.base.types import Tokenizer
 from krl.configs.check import FREE_KEYS, flatten
 from krl.hf.tokenizer import check_vocabulary, train_sentencepiece
-from krl.hf.weights import abstract_params, check_hf
+from krl.hf.weights import check_hf
 from krl.rollout import Ends
 from krl.rollout.stop import describe_ends, missing_end
 from krl.run.processes import say
