@@ -36,7 +36,8 @@ def write_run(path, rule="uniform", *, rollouts=100, accuracies=(0.1, 0.2), effe
                 "effective_ratio_prompts": effective / 2, "seconds/step": 1.0,
             }  # fmt: skip
             log.write(step, row if price is None else row | {"price": price})
-            log.write_groups(step, {"counts": counts, "belief": [0.5, 0.1], "task_ids": [0, 1], "successes": [1, 1]})
+            groups = {"counts": counts, "scored": counts, "belief": [0.5, 0.1], "task_ids": [0, 1], "successes": [1, 1]}
+            log.write_groups(step, {name: np.array(values) for name, values in groups.items()})
     return path
 
 

@@ -134,7 +134,7 @@ def events(directory: pathlib.Path) -> list[Event]:
 def test_tensorboard_has_scalars_histograms_and_texts(tmp_path):
     with MetricsLog(tmp_path, first_step=0, texts_every=3) as log:
         log.write(3, {"loss": 0.5})
-        log.write_groups(3, {"counts": np.array([2, 4]), "successes": np.array([1, 4]), "belief": np.array([0.1, 0.2])})
+        log.write_groups(3, {"counts": np.array([2, 4]), "scored": np.array([2, 4]), "successes": np.array([1, 4]), "belief": np.array([0.1, 0.2])})  # fmt: skip
         log.write_rollouts(3, table_of())
         log.write_rollouts(4, table_of(4))
     values = {
@@ -151,9 +151,10 @@ def test_tensorboard_has_scalars_histograms_and_texts(tmp_path):
 def test_a_number_that_is_not_finite_is_not_written_and_nothing_is_said_of_it(tmp_path, caplog):
     with MetricsLog(tmp_path, first_step=0) as log:
         log.write(1, {"mismatch": float("nan"), "loss": float("inf"), "reward_mean": 0.5})
-        log.write_groups(1, {"counts": np.array([2, 4]), "scored": np.array([0, 2]), "successes": np.array([0, 1])})
+        log.write_groups(1, {"counts": np.array([2, 4]), "scored": np.array([0, 2]), "successes": np.array([0, 1]), "belief": np.array([0.1, np.nan])})  # fmt: skip
     tags = {value.tag: value for event in events(tmp_path / "tensorboard") for value in event.summary.value}
-    assert set(tags) == {"reward_mean", "counts", "success_rate"}
+    assert set(tags) == {"reward_mean", "counts", "belief", "success_rate"}
+    assert tags["belief"].histo.num == 1
     assert (tags["success_rate"].histo.num, tags["success_rate"].histo.sum) == (1, 0.5)
     assert not caplog.records
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "mismatch": None, "loss": None, "reward_mean": 0.5}  # fmt: skip
@@ -237,5 +238,5 @@ def test_a_run_that_failed_is_not_shown_as_finished(tmp_path, monkeypatch):
     assert found() == "FAILED"
     with MetricsLog(tmp_path, first_step=0, writers=[mlflow(uri, tmp_path, {})]) as log:
         assert found() == "RUNNING"
-        log.write_groups(1, {"counts": np.array([2, 4]), "belief": np.array([np.nan, np.nan])})
+        log.write_groups(1, {"counts": np.array([2, 4]), "scored": np.zeros(2), "successes": np.zeros(2), "belief": np.array([np.nan, np.nan])})  # fmt: skip
     assert found() == "FINISHED"

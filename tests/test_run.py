@@ -537,7 +537,7 @@ def test_a_continued_log_drops_later_rows_and_broken_ones(tmp_path):
     with MetricsLog(tmp_path, first_step=0) as log:
         for step in (1, 2, 3):
             log.write(step, {"loss": 1.0 if step < 3 else float("nan")})
-            log.write_groups(step, {"counts": np.array([step])})
+            log.write_groups(step, dict.fromkeys(("counts", "scored", "successes", "belief"), np.array([step])))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')
     assert read_rows(tmp_path / "metrics.jsonl")[-1] == {"step": 3, "loss": None}

@@ -14,11 +14,14 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-from etils import epath
+from etils import epath, epy
 
 from krl.base.types import Tokenizer
 from krl.hf.tokenizer import save_end_ids
 from krl.run.processes import any_process, is_first, say, to_host
+
+with epy.lazy_imports():  # Orbax takes most of a second, for which help and refusals need not wait
+    import orbax.checkpoint as ocp
 
 _ABOUT = "about"  # the item of a checkpoint that is no tree of arrays
 _PAUSES = (1.0, 5.0, 25.0)  # seconds before a place that did not answer is asked again
@@ -33,13 +36,11 @@ _NO_ANSWER = re.compile(
 )
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The numbered checkpoints of one directory; use it as a context so that writes finish."""
 
     def __init__(self, directory: epath.PathLike, *, keep: int):
         """Open or create a directory, which may be in object storage, that keeps its newest `keep` checkpoints."""
-        import orbax.checkpoint as ocp  # takes most of a second, for which help and refusals need not wait
-
         local = "://" not in str(directory)
         self.directory = epath.Path(directory).absolute() if local else epath.Path(directory)
         # Processes wait for each other by name, and two directories may be written at a time.
@@ -51,9 +52,6 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except (OSError, ImportError) as error:  # object storage needs packages of its own
             raise ValueError(f"cannot write checkpoints to {directory}: {error}; choose another directory") from None
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self._finish()
@@ -72,8 +70,6 @@ class Checkpoints:
         Raises:
             ValueError: this one or the one before, whose writing ends meanwhile, found no space on the disk.
         """
-        import orbax.checkpoint as ocp
-
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         if about:
             arguments[_ABOUT] = ocp.args.JsonSave(about)
@@ -100,8 +96,6 @@ class Checkpoints:
 
     def about_newest(self) -> dict:
         """What was saved about the newest checkpoint; {} if nothing was, or there is none."""
-        import orbax.checkpoint as ocp
-
         self._finish()
         step = self.latest_step()
         if step is None or not (self.directory / str(step) / _ABOUT).exists():
@@ -124,8 +118,6 @@ class Checkpoints:
             ValueError: no checkpoint can be read, or its arrays are not those of `like`; or what a checkpoint is kept
                 in does not answer, and then nothing is moved. The message names the directory.
         """
-        import orbax.checkpoint as ocp
-
         self._finish()
         abstract, problems = jax.tree.map(ocp.utils.to_shape_dtype_struct, like), {}
         arguments = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
@@ -152,8 +144,6 @@ class Checkpoints:
 
         A place that does not answer says nothing of the checkpoint: it is asked again, by all processes.
         """
-        import orbax.checkpoint as ocp
-
         for pause in (*_PAUSES, None):
             problem, found, unreachable = "another process could not", {}, False
             try:

@@ -12,17 +12,6 @@ _CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_DOT
 
 
 @functools.lru_cache(KEPT)
-def shared_jit(function: Callable, *arguments: Any, **options: Any) -> Callable:
-    """A function with some arguments bound, compiled once for all runs of this process that bind the same.
-
-    Args:
-        function: defined at the top of a file.
-        arguments, options: hashable; what is left are arrays.
-    """
-    return jax.jit(functools.partial(function, *arguments, **options))
-
-
-@functools.lru_cache(KEPT)
 def for_this_backend(update: Callable, *arguments: Any, **options: Any) -> Callable:
     """An update compiled with what is fastest where it runs; donates its state.
 

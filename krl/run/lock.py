@@ -23,7 +23,6 @@ from krl.run.checkpoint import make_workdir
 from krl.run.processes import any_process, is_first, say
 
 BEAT_SECONDS = 5.0  # between two signs of life
-_NAME = "running"
 
 
 @contextlib.contextmanager
@@ -37,7 +36,7 @@ def hold_workdir(workdir: pathlib.Path) -> Iterator[None]:
         ValueError: another run lives in the directory, of which nothing was changed then; or it cannot be written.
     """
     with contextlib.ExitStack() as held:
-        holder = _try_to_hold(workdir / _NAME, held, lambda: make_workdir(workdir))
+        holder = _try_to_hold(workdir / "running", held, lambda: make_workdir(workdir))
         if holder:
             raise ValueError(f"{workdir} is in use by {holder}; stop that run or choose another --workdir")
         yield
@@ -73,7 +72,8 @@ def wait_for(place: pathlib.Path, what: str, should_stop: Callable[[], bool]) ->
 
 def _try_to_hold(place: pathlib.Path, held: contextlib.ExitStack, prepare: Callable[[], None] = lambda: None) -> str:
     """Hold the lock until the end of a context, unless a process that lives does: then that process, in words."""
-    me = _name_of_this_process()
+    # Process, its birth, where that number means it, a number of this lock, and the host.
+    me = "_".join([str(os.getpid()), _born(os.getpid()), _place(), uuid.uuid4().hex[:8], socket.gethostname()])
     fresh = place.with_name(f"{place.name}.{me}")
     held.callback(shutil.rmtree, fresh, ignore_errors=True)
     while True:
@@ -129,12 +129,6 @@ def _beats(mine: pathlib.Path) -> Iterator[None]:
         mine.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # another process may hold it already
             mine.parent.rmdir()
-
-
-def _name_of_this_process() -> str:
-    """What a lock is called: process, its birth, where that number means it, a number of this lock, and the host."""
-    process = os.getpid()
-    return "_".join([str(process), _born(process), _place(), uuid.uuid4().hex[:8], socket.gethostname()])
 
 
 def _names(place: pathlib.Path) -> list[str]:

@@ -12,14 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from krl.base.masked import divide, masked_sum, segment_sum
 from krl.base.types import Rollouts
@@ -58,7 +58,6 @@ def step_metrics(
     wins = segment_sum(jnp.where(scored, rewards, 0.0), index, num_prompts)
     mixed = mixed_groups(rewards, rollouts.prompt_index, scored, num_prompts)
     mixed |= segment_sum((advantages != 0).astype(jnp.float32), index, num_prompts) > 0  # beyond float32's digits
-    real = rollouts.mask.sum(dtype=jnp.float32)
     tokens = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
     share = lambda which: divide((which & served).sum(dtype=jnp.float32), jnp.float32(served.sum()))  # noqa: E731
     return {
@@ -77,7 +76,7 @@ def step_metrics(
         "response_length_max": jnp.where(rollouts.mask, rollouts.lengths, 0).max(),
         "truncation_rate": divide(*masked_sum(~rollouts.finished, rollouts.mask)),
         "entropy": divide(*masked_sum(-rollouts.logps, tokens & rollouts.mask[:, None])),
-        "rollouts": real,
+        "rollouts": rollouts.mask.sum(dtype=jnp.float32),
     }
 
 
@@ -148,17 +147,15 @@ class PhaseClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time the statements inside; they must wait for their own results."""
-        began, watchdog = time.perf_counter(), None
-        if self._stuck_seconds:
-            watchdog = threading.Timer(self._stuck_seconds, self._give_up, (name,))
-            watchdog.daemon = True
-            watchdog.start()
-        try:
-            with jax.profiler.TraceAnnotation(name):
-                yield
-        finally:
-            if watchdog:
-                watchdog.cancel()
+        began = time.perf_counter()
+        with ExitStack() as inside:
+            if self._stuck_seconds:
+                watchdog = threading.Timer(self._stuck_seconds, self._give_up, (name,))
+                watchdog.daemon = True
+                watchdog.start()
+                inside.callback(watchdog.cancel)
+            inside.enter_context(jax.profiler.TraceAnnotation(name))
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def _give_up(self, name: str) -> None:
@@ -172,15 +169,10 @@ class PhaseClock:
 
 def memory_used() -> dict[str, float]:
     """The most memory that this process has had until now, GB: of the host, and of a device where the backend tells."""
-    used = {
-        "memory/host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        * (1 if sys.platform == "darwin" else 1024)
-        / 1e9
-    }
-    stats = [stats for stats in (device.memory_stats() for device in jax.local_devices()) if stats]
-    if stats:
-        used["memory/device_gb"] = max(each["peak_bytes_in_use"] for each in stats) / 1e9
-    return used
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    used = {"memory/host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}
+    peaks = [stats["peak_bytes_in_use"] for device in jax.local_devices() if (stats := device.memory_stats())]
+    return used | ({"memory/device_gb": max(peaks) / 1e9} if peaks else {})
 
 
 def over_processes(every: dict[str, list[float]]) -> dict[str, float]:
@@ -207,22 +199,15 @@ def profile(directory: pathlib.Path, *, begin: int, steps: int) -> Iterator[Call
         begin: steps taken before the first one that is recorded.
         steps: how many are; 0 for none.
     """
-    running = False
+    with ExitStack() as recording:
 
-    def before(step: int) -> None:
-        nonlocal running
-        if running and step >= begin + steps:
-            jax.profiler.stop_trace()
-            running = False
-        if steps and step == begin:
-            jax.profiler.start_trace(directory, create_perfetto_trace=True)
-            running = True
+        def before(step: int) -> None:
+            if step >= begin + steps:
+                recording.close()
+            elif step == begin:
+                recording.enter_context(jax.profiler.trace(directory, create_perfetto_trace=True))
 
-    try:
         yield before
-    finally:
-        if running:
-            jax.profiler.stop_trace()
 
 
 def keep_compilations() -> None:
@@ -244,7 +229,7 @@ def keep_compilations() -> None:
     jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(home) / "krl" / "compiled" / kind))
 
 
-class MetricsLog:
+class MetricsLog(AbstractContextManager):
     """The .jsonl files of a work directory (metrics, groups, evaluations, processes), rollouts/ and TensorBoard events.
 
     A run that continues from step s drops the rows of later steps, which it will write again. One that has
@@ -285,9 +270,6 @@ class MetricsLog:
                 self._writers.append(self._open.enter_context(writer))
             self._open = self._open.pop_all()
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *exception):
         self._open.__exit__(*exception)
 
@@ -304,12 +286,10 @@ class MetricsLog:
 
     def write_groups(self, step: int, groups: dict[str, np.ndarray]) -> None:
         """Add a row with an [M] list for each quantity of the step's groups; the writers get histograms."""
-        known: dict[str, np.ndarray] = {name: np.asarray(values) for name, values in groups.items()}
-        self._append("groups", {"step": step, **{name: values.tolist() for name, values in known.items()}})
-        bars: dict[str, np.ndarray] = {name: known[name] for name in ("counts", "belief") if name in known}
-        if "successes" in known and "counts" in known:
-            scored = known.get("scored", known["counts"])
-            bars["success_rate"] = known["successes"][scored > 0] / scored[scored > 0]
+        self._append("groups", {"step": step, **{name: values.tolist() for name, values in groups.items()}})
+        scored = groups["scored"] > 0
+        rates = groups["successes"][scored] / groups["scored"][scored]
+        bars = {"counts": groups["counts"], "belief": groups["belief"], "success_rate": rates}
         finite = {name: values[np.isfinite(values)] for name, values in bars.items()}
         self._show(step, histograms={name: values for name, values in finite.items() if values.size})
 
@@ -349,14 +329,10 @@ class MetricsLog:
 
 def read_rows(path: pathlib.Path) -> list[dict]:
     """The whole rows of a JSON-lines file; [] if it is missing. A row cut off by a crash is left out."""
-    if not path.exists():
-        return []
     rows = []
-    for line in path.read_text().splitlines():
-        try:
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return rows
 
 
@@ -391,28 +367,22 @@ def progress(total: int, first: int, label: str) -> Iterator:
     """
     if not is_first():
         yield lambda step, text: None
-        return
-    if sys.stdout.isatty():
+    elif sys.stdout.isatty():
         console = Console()
-        columns: tuple[ProgressColumn, ...] = (
-            MofNCompleteColumn(),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        )
-        if console.width >= 120:  # what a narrow terminal has no room for
-            columns = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=20), *columns)
-        with Progress(*columns, console=console) as bar:
+        # The first two are what a narrow terminal has no room for.
+        wide = (TextColumn("[bold]{task.description}"), BarColumn(bar_width=20)) if console.width >= 120 else ()
+        columns = (MofNCompleteColumn(), TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        with Progress(*wide, *columns, console=console) as bar:
             task = bar.add_task(label, total=total, completed=first, text="")
             yield lambda step, text: bar.update(task, completed=step, text=text)
-        return
-    began = time.perf_counter()
+    else:
+        began = time.perf_counter()
 
-    def line(step: int, text: str) -> None:
-        each = (time.perf_counter() - began) / max(step - first, 1)
-        print(f"{label} {step}/{total}  eta {format_seconds(each * (total - step))}  {text}", flush=True)
+        def line(step: int, text: str) -> None:
+            each = (time.perf_counter() - began) / max(step - first, 1)
+            print(f"{label} {step}/{total}  eta {format_seconds(each * (total - step))}  {text}", flush=True)
 
-    yield line
+        yield line
 
 
 def format_seconds(seconds: float) -> str:

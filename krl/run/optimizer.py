@@ -12,7 +12,7 @@ from krl import policy
 from krl.base.masked import divide
 from krl.base.sharding import constrain, named_sharding
 from krl.base.types import TrainState
-from krl.run.compiled import KEPT, shared_jit
+from krl.run.compiled import KEPT
 
 
 @functools.lru_cache(KEPT)
@@ -79,9 +79,10 @@ def _wait(inner: optax.GradientTransformationExtraArgs, enough: int) -> optax.Gr
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def init_state(config: policy.PolicyConfig, optimizer: optax.GradientTransformation, params: dict) -> TrainState:
     """A training state whose optimiser moments lie on the mesh as their parameters do."""
-    return shared_jit(_start, config, optimizer)(params)
+    return lay_out(config, optimizer, TrainState(params=params, opt_state=optimizer.init(params)))
 
 
 def abstract_state(config: policy.PolicyConfig, optimizer: optax.GradientTransformation, params: dict) -> TrainState:
@@ -91,17 +92,13 @@ def abstract_state(config: policy.PolicyConfig, optimizer: optax.GradientTransfo
         config, optimizer: as for `init_state`.
         params: a tree of jax.ShapeDtypeStruct with shardings.
     """
-    shapes = jax.eval_shape(functools.partial(_start, config, optimizer), params)
+    shapes = jax.eval_shape(functools.partial(init_state, config, optimizer), params)
     whole = named_sharding(jax.tree.leaves(params)[0].sharding.mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer, lambda leaf, param: leaf.update(sharding=param.sharding), shapes.opt_state, params,
         transform_non_params=lambda leaf: leaf.update(sharding=whole),
     )  # fmt: skip
     return TrainState(params=params, opt_state=opt_state)
-
-
-def _start(config: policy.PolicyConfig, optimizer: optax.GradientTransformation, params: dict) -> TrainState:
-    return lay_out(config, optimizer, TrainState(params=params, opt_state=optimizer.init(params)))
 
 
 def lay_out(config: policy.PolicyConfig, optimizer: optax.GradientTransformation, state: TrainState) -> TrainState:

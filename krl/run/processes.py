@@ -6,7 +6,6 @@ logs.
 """
 
 import contextlib
-import hashlib
 import os
 import socket
 import sys
@@ -14,7 +13,7 @@ import threading
 import time
 import traceback
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -197,43 +196,30 @@ def first_before_others(name: str) -> Iterator[None]:
 
 def place_whole(mesh: Mesh, tree):
     """Host arrays, the same in every process, on every device of the mesh."""
-    everywhere = named_sharding(mesh)
-    if jax.process_count() == 1:
-        return jax.device_put(tree, everywhere)
-
-    def place(leaf):
-        leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, everywhere, lambda index: leaf[index])
-
-    return jax.tree.map(place, tree)
+    return jax.make_array_from_process_local_data(named_sharding(mesh), jax.tree.map(np.asarray, tree))
 
 
 def to_host(tree: Any) -> Any:
     """Arrays of all devices as whole host arrays, in every process."""
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def sum_over_processes(values: np.ndarray) -> np.ndarray:
-    """The sum of an array that every process has one of, of equal shapes."""
+    """The sum of an array that every process has one of, of equal shapes, in numbers of 32 or 64 bits."""
     if jax.process_count() == 1:
         return values
-    if values.dtype.itemsize == 8:  # JAX would round it to 32 bits: the halves of each number travel
-        halves = multihost_utils.process_allgather(np.ascontiguousarray(values).reshape(-1).view(np.uint32))
-        return np.asarray(halves).view(values.dtype).sum(axis=0).reshape(values.shape)
-    return multihost_utils.process_allgather(values).sum(axis=0, dtype=values.dtype)
+    words = np.ascontiguousarray(values).reshape(-1).view(np.uint32)  # JAX would round a number of 64 bits
+    every = np.asarray(multihost_utils.process_allgather(words)).view(values.dtype)
+    return every.sum(axis=0, dtype=values.dtype).reshape(values.shape)
 
 
 def first_text(text: str) -> str:
     """The text of the first process that has one, at most 1,000 bytes; "" if none has. All ask at the same point."""
     if jax.process_count() == 1:
         return text
-    said = np.zeros(1000, np.uint8)
-    data = np.frombuffer(text.encode("utf-8", "replace")[: said.size], np.uint8)
-    said[: data.size] = data
-    every = [bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in multihost_utils.process_allgather(said)]
-    return next((each for each in every if each), "")
+    mine = np.frombuffer(text.encode("utf-8", "replace")[:1000].ljust(1000, b"\0"), np.uint8)
+    every = [bytes(row).rstrip(b"\0").decode("utf-8", "ignore") for row in multihost_utils.process_allgather(mine)]
+    return next(filter(None, every), "")
 
 
 def gather(values: dict[str, float]) -> dict[str, list[float]]:
@@ -250,18 +236,7 @@ def check_agreement(*arrays: jax.Array | np.ndarray) -> None:
     Raises:
         RuntimeError: they differ; the message says which.
     """
-    if jax.process_count() == 1:
-        return
-    digest = hashlib.blake2b(digest_size=8)
-    for array in arrays:
-        digest.update(np.asarray(array).tobytes())
-    found = multihost_utils.process_allgather(np.frombuffer(digest.digest(), np.uint32))
-    odd = np.flatnonzero((found != found[0]).any(axis=1))
-    if len(odd):
-        raise RuntimeError(
-            f"counts, rewards or belief of processes {odd.tolist()} differ from those of process 0; "
-            "do they run the same code, data and versions? The last checkpoint is whole"
-        )
+    _compare("counts, rewards or belief", arrays, "; do they run the same code, data and versions?")
 
 
 def check_copies(tree: Any) -> None:
@@ -273,19 +248,25 @@ def check_copies(tree: Any) -> None:
     Raises:
         RuntimeError: they differ; the message says which.
     """
+    shards = [leaf.addressable_shards[0] for leaf in jax.tree.leaves(tree)]
+    part = zlib.crc32(repr([shard.index for shard in shards]).encode())
+    why = ", which holds the same part of them: does a device compute wrongly?"
+    _compare("parameters", [shard.data for shard in shards], why, part)
+
+
+def _compare(what: str, arrays: Sequence[jax.Array | np.ndarray], why: str, part: int = 0) -> None:
+    """End the run if processes that have the same part of arrays have other bits of it."""
     if jax.process_count() == 1:
         return
-    shards = [leaf.addressable_shards[0] for leaf in jax.tree.leaves(tree)]
-    place = zlib.crc32(repr([shard.index for shard in shards]).encode())
-    digests = [zlib.crc32(np.asarray(shard.data).tobytes()) for shard in shards]
-    found = multihost_utils.process_allgather(np.array([place, *digests], np.uint32))
-    for place in np.unique(found[:, 0]):
-        (same,) = np.nonzero(found[:, 0] == place)
+    digests = [zlib.crc32(np.asarray(array).tobytes()) for array in arrays]
+    found = multihost_utils.process_allgather(np.array([part, *digests], np.uint32))
+    for part in np.unique(found[:, 0]):
+        (same,) = np.nonzero(found[:, 0] == part)
         odd = same[(found[same] != found[same[0]]).any(axis=1)]
         if len(odd):
             raise RuntimeError(
-                f"parameters of processes {odd.tolist()} differ from those of process {same[0]}, which holds the same "
-                "part of them: does a device compute wrongly? The last checkpoint is whole"
+                f"{what} of processes {odd.tolist()} differ from those of process {same[0]}{why} "
+                "The last checkpoint is whole"
             )
 
 

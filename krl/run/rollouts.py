@@ -7,6 +7,7 @@ kept from then on, then every fourth, and so on: what is left is spread over the
 """
 
 import json
+import math
 import pathlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,16 +73,9 @@ def describe_rollouts(
     """
     within = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
     log_probs = jnp.where(within, rollouts.logps, 0.0).sum(axis=1)
-    known = (
-        rollouts.prompt_index,
-        rollouts.sample_index,
-        rollouts.lengths,
-        rollouts.finished,
-        rewards,
-        advantages,
-        log_probs,
-    )
-    prompts, samples, lengths, finished, rewards, advantages, log_probs = to_host(known)
+    slots = rollouts.prompt_index, rollouts.sample_index, rollouts.lengths, rollouts.finished
+    prompts, samples, lengths, finished = to_host(slots)
+    rewards, advantages, log_probs = to_host((rewards, advantages, log_probs))
     groups = {name: np.asarray(values) for name, values in groups.items()}
     own = np.flatnonzero([text is not None for text in texts])
     order = own[np.lexsort((samples[own], prompts[own]))]
@@ -148,10 +142,8 @@ def write_step(directory: pathlib.Path, step: int, table: pa.Table, most_gb: flo
 def _make_room(directory: pathlib.Path, most: float) -> int:
     """Delete steps until the others take at most so many bytes; returns the power of two whose multiples stay, or 0."""
     steps = logged_steps(directory)
-    every = int(min(np.diff(steps), default=1))
-    every &= -every  # a gap may also be from a time without a log: what is kept are multiples
-    while any(step % every for step in steps):
-        every //= 2
+    every = math.gcd(*steps) if len(steps) > 1 else 1
+    every &= -every  # the power of two in it; a gap may also be from a time without a log
     while (left := logged_steps(directory)) and sum(path.stat().st_size for path in directory.glob(_NAMES)) > most:
         every *= 2
         drop_steps(directory, [step for step in left if step % every])
@@ -182,12 +174,9 @@ def read_rollouts(directory: pathlib.Path, steps: Iterable[int] | None = None) -
 
 def count_reasons(directory: pathlib.Path) -> Counter[str]:
     """Why rollouts of the logged steps have no reward, and how many each reason left out."""
-    reasons: Counter[str] = Counter()
-    for path in sorted(directory.glob(_NAMES)):
-        with parquet.ParquetFile(path) as file:
-            if "reason" in file.schema_arrow.names:  # not in those of an older version
-                reasons.update(reason for reason in file.read(["reason"])["reason"].to_pylist() if reason)
-    return reasons
+    files = sorted(directory.glob(_NAMES))
+    columns = (parquet.read_table(path, columns=["reason"], schema=SCHEMA)["reason"] for path in files)
+    return Counter(reason for column in columns for reason in column.to_pylist() if reason)
 
 
 def _paths(directory: pathlib.Path, step: int) -> list[pathlib.Path]:
@@ -199,12 +188,9 @@ def show_rollouts(table: pa.Table, most: int = 4) -> str:
     rows = table.sort_by([("count", "descending"), ("prompt_id", "ascending"), ("reward", "descending")]).to_pylist()
     rows = [row for row in rows if row["prompt_id"] == rows[0]["prompt_id"]]
     shown = rows if len(rows) <= most else [*rows[: most // 2], *rows[-(most - most // 2) :]]
-    return "\n\n".join(
-        [
-            _quoted(f"{rows[0]['prompt']}\n\nanswer: {rows[0]['answer']}   rollouts: {rows[0]['count']}"),
-            *(_quoted(f"{_worth(row)}, {row['length']} tokens\n\n{row['response']}") for row in shown),
-        ]
-    )
+    asked = f"{rows[0]['prompt']}\n\nanswer: {rows[0]['answer']}   rollouts: {rows[0]['count']}"
+    answered = [f"{_worth(row)}, {row['length']} tokens\n\n{row['response']}" for row in shown]
+    return "\n\n".join(map(_quoted, [asked, *answered]))
 
 
 def _worth(row: Mapping) -> str:

@@ -64,12 +64,10 @@ def wandb(project: str, workdir: pathlib.Path, config: Mapping) -> Iterator[Writ
     try:
         opened = library.init(id=_identity(workdir), resume="allow", settings=quiet, **options)
     except library.Error as error:
-        raise ValueError(
-            f"config.log.wandb={project!r}: {_one_line(error)} (WANDB_MODE=offline needs no key)"
-        ) from None
-    opened.define_metric(
-        "*", step_metric="step"
-    )  # W&B's own count would leave out what is taken again after a rollback
+        reason = f"{_one_line(error)} (WANDB_MODE=offline needs no key)"
+        raise ValueError(f"config.log.wandb={project!r}: {reason}") from None
+    # W&B's own count would leave out what is taken again after a rollback.
+    opened.define_metric("*", step_metric="step")
 
     def write(step, scalars, histograms, texts):
         shown = {name: library.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()}
@@ -106,12 +104,11 @@ def mlflow(uri: str, workdir: pathlib.Path, config: Mapping) -> Iterator[Writer]
 
     def write(step, scalars, histograms, texts):
         nonlocal works
-        now, finite = int(1000 * time.time()), {k: v for k, v in scalars.items() if math.isfinite(v)}
+        now, metric = int(1000 * time.time()), library.entities.Metric
+        batch = [metric(name, float(value), now, step) for name, value in scalars.items() if math.isfinite(value)]
         try:  # a server that is gone must not end the run
             if works:
-                client.log_batch(
-                    run, [library.entities.Metric(name, float(v), now, step) for name, v in finite.items()]
-                )
+                client.log_batch(run, batch)
         except refused as error:
             works = False
             say(f"krl: MLflow gets nothing from step {step} on: {_one_line(error)}")
