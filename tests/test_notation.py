@@ -8,7 +8,7 @@ import time
 import pytest
 
 from krl.base import answers
-from krl.rewards import algebra, notation, units, verify
+from krl.rewards import algebra, notation, parts, units, verify
 from krl.rewards.notation import normal_form
 from krl.rewards.verify import extract_answer, math_reward
 
@@ -465,7 +465,7 @@ PIECES = [
     "\u00b2", "\u00b9\u2044", "1\u2044", "\u00bd", "\u221a", "3\u0305", "\u2081", "\uff11", "x=", "10^", "1e", "US$",
     "\\dot1", "1)", "1}", "1\\,",
 ]  # fmt: skip
-MODULES = (answers, units, notation, verify, algebra)
+MODULES = (answers, units, notation, parts, verify, algebra)
 
 
 def patterns():

@@ -1,7 +1,7 @@
 """Gold answers, and where the final answer of a response stands."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 Answer = str | Sequence[str]  # the gold answer, or several of which any is accepted
 
@@ -69,13 +69,19 @@ def _after_thinking(text: str) -> str:
     return text[: unclosed.start()] if unclosed else text
 
 
+def _from_last(pattern: re.Pattern[str], text: str) -> Iterator[tuple[re.Match[str], str]]:
+    """The places of a pattern from the last to the first, each with the text between it and the next one."""
+    end = len(text)
+    for match in reversed(list(pattern.finditer(text))):
+        yield match, text[match.end() : end]
+        end = match.start()
+
+
 def _tagged(text: str) -> str | None:
     """The answer in the last tags that are not empty."""
-    end = len(text)
-    for match in reversed(list(_TAG.finditer(text))):
-        if not match[1] and (inside := text[match.end() : end].strip()):
+    for match, rest in _from_last(_TAG, text):
+        if not match[1] and (inside := rest.strip()):
             return _marked(inside) or inside
-        end = match.start()
     return None
 
 
@@ -102,25 +108,17 @@ def _last_boxed(text: str) -> str | None:
 
 
 def _last_mark(text: str) -> str | None:
-    end = len(text)
-    for match in reversed(list(_MARK.finditer(text))):
-        found = (match[1] and _line(text, match.end(), end)) or _displayed_or_sentence(text, match.end(), end)
-        if found:
+    for match, rest in _from_last(_MARK, text):
+        line = rest.partition("\n")[0].strip(" *\t\r") if match[1] else ""
+        if found := line or _displayed_or_sentence(rest):
             return found
-        end = match.start()
     return None
 
 
-def _line(text: str, begin: int, end: int) -> str:
-    line_end = text.find("\n", begin, end)
-    return text[begin : end if line_end < 0 else line_end].strip(" *\t\r")
-
-
-def _displayed_or_sentence(text: str, begin: int, end: int) -> str:
-    decoration = _DECORATION.match(text, begin, end)
-    begin = decoration.end() if decoration else begin
-    if display := _DISPLAY.match(text, begin, end):
+def _displayed_or_sentence(text: str) -> str:
+    text = _DECORATION.sub("", text, count=1)
+    if display := _DISPLAY.match(text):
         right = {"$$": "$$", "\\[": "\\]"}.get(display[0], f"\\end{{{display[1]}}}")
-        return text[display.end() : end].partition(right)[0].strip()
-    sentence = _SENTENCE.match(text, begin, end)
+        return text[display.end() :].partition(right)[0].strip()
+    sentence = _SENTENCE.match(text)
     return sentence[1].strip(" *_\t") if sentence else ""

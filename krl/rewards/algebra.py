@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -22,6 +22,8 @@ from math_verify.errors import TimeoutException
 from math_verify.utils import timeout
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
+
+from krl.rewards.parts import depths, paired
 
 # Forms beyond these are equal to nothing; `krl.rewards.verify` has compared them as text before it asks here.
 MAX_DEPTH = 10
@@ -70,30 +72,24 @@ def same(gold: str, given: str) -> bool:
     Args:
         gold, given: LaTeX as `krl.rewards.notation` normalises it, at most its MAX_CHARACTERS long.
     """
-    if not (_tame(gold) and _tame(given)):
-        return False
-    seconds = _seconds()
-    try:
-        parsed = _parsed(gold, seconds), _parsed(given, seconds)
-        return all(parsed) and bool(timeout(timeout_seconds=seconds)(_equal)(parsed[0][0], parsed[1][0]))
-    except (Exception, TimeoutException):  # both libraries raise anything on odd input
-        return False
+    return bool(_asked(_equal, gold, given))
 
 
 def constant(form: str) -> Fraction | None:
     """The real number that a normal form writes, exactly or to 80 digits; None for anything else."""
-    if not _tame(form):
+    return _asked(_value, form)
+
+
+def _asked(question: Callable[..., Any], *forms: str) -> Any:
+    """What a function says of what forms are, within the limit of time; None where sympy may not or cannot say."""
+    if not all(map(_tame, forms)):
         return None
-    seconds = _seconds()
+    seconds = SYMBOLIC_SECONDS if threading.current_thread() is threading.main_thread() else None
     try:
-        parsed = _parsed(form, seconds)
-        return timeout(timeout_seconds=seconds)(_value)(parsed[0]) if parsed else None
-    except (Exception, TimeoutException):
+        parsed = [_parsed(form, seconds) for form in forms]
+        return timeout(timeout_seconds=seconds)(question)(*(found[0] for found in parsed)) if all(parsed) else None
+    except (Exception, TimeoutException):  # both libraries raise anything on odd input
         return None
-
-
-def _seconds() -> int | None:
-    return SYMBOLIC_SECONDS if threading.current_thread() is threading.main_thread() else None
 
 
 def _product(self: Any, factors: Sequence[Any], position: int = 0) -> Any:
@@ -159,19 +155,8 @@ def _equal(gold: Any, given: Any) -> bool:
     if isinstance(gold, Relational) and isinstance(given, Relational):
         return _same_relations(gold, given)
     if isinstance(gold, And) and isinstance(given, And):
-        return _paired(gold.args, given.args)
+        return paired(gold.args, given.args, _equal)
     return _same_sets(_as_set(gold), _as_set(given))
-
-
-def _paired(gold: Iterable[Any], given: Iterable[Any]) -> bool:
-    """Whether each part of one has an equal part of its own in the other."""
-    left = list(given)
-    for part in gold:
-        partner = next((i for i, other in enumerate(left) if _equal(part, other)), None)
-        if partner is None:
-            return False
-        left.pop(partner)
-    return not left
 
 
 def _as_set(parsed: Any) -> Any:
@@ -180,19 +165,20 @@ def _as_set(parsed: Any) -> Any:
         return sympy.Intersection(*map(_as_set, parsed.args))
     if not isinstance(parsed, Relational):
         return parsed
-    relation = _exact(parsed)
-    if isinstance(relation, sympy.StrictLessThan | sympy.LessThan):
-        relation = relation.reversed  # the larger side first
+    relation = _larger_first(parsed)
     strict = isinstance(relation, sympy.StrictGreaterThan)
-    if (strict or isinstance(relation, sympy.GreaterThan)) and {relation.lhs.is_Symbol, relation.rhs.is_Symbol} == {
-        True,
-        False,
-    }:
+    if (strict or isinstance(relation, sympy.GreaterThan)) and relation.lhs.is_Symbol != relation.rhs.is_Symbol:
         bound = relation.rhs if relation.lhs.is_Symbol else relation.lhs
         if bound.is_number:  # at once: the general way takes a hundred times as long
             ends = (bound, sympy.oo) if relation.lhs.is_Symbol else (-sympy.oo, bound)
             return sympy.Interval(*ends, left_open=strict, right_open=strict)
     return relation.as_set()
+
+
+def _larger_first(relation: Relational) -> Any:
+    """A relation, exact, with > for < and >= for <=; a truth value where sympy has decided it: 0 = 0."""
+    relation = _exact(relation)
+    return relation.reversed if isinstance(relation, sympy.StrictLessThan | sympy.LessThan) else relation
 
 
 def _same_sets(gold: Any, given: Any) -> bool:
@@ -205,7 +191,7 @@ def _same_sets(gold: Any, given: Any) -> bool:
         gold, given = (x if isinstance(x, sympy.Set) else sympy.FiniteSet(x) for x in (gold, given))
     for kind in (sympy.FiniteSet, sympy.Union):
         if isinstance(gold, kind) and isinstance(given, kind):
-            return _paired(gold.args, given.args)
+            return paired(gold.args, given.args, _equal)
     sets = isinstance(gold, sympy.Set) and isinstance(given, sympy.Set)
     return sets and _exact(gold).symmetric_difference(_exact(given)) == sympy.S.EmptySet
 
@@ -213,33 +199,23 @@ def _same_sets(gold: Any, given: Any) -> bool:
 def _same_relations(gold: Relational, given: Relational) -> bool:
     """Equality of two equations or two inequalities: one side's difference is a multiple of the other's, or else
     both have the same solutions."""
-    kinds, sides = [], []
-    for relation in (_exact(gold), _exact(given)):
-        if not isinstance(relation, Relational):  # sympy has decided it: 0 = 0
-            return False
-        flipped = isinstance(relation, sympy.StrictLessThan | sympy.LessThan)
-        kinds.append(type(relation.reversed if flipped else relation))
-        sides.append(relation.rhs - relation.lhs if flipped else relation.lhs - relation.rhs)
-    first, second = sides
-    if kinds[0] is not kinds[1] or first.free_symbols != second.free_symbols:
+    relations = _larger_first(gold), _larger_first(given)
+    if not all(isinstance(relation, Relational) for relation in relations):
+        return False
+    kind, other = map(type, relations)
+    sides = first, second = [relation.lhs - relation.rhs for relation in relations]
+    if kind is not other or first.free_symbols != second.free_symbols:
         return False
     p, q, *_ = _points(first.free_symbols)
     crossed = first.subs(p) * second.subs(q) - first.subs(q) * second.subs(p)
     multiple = first.subs(p) / second.subs(p)
-    symmetric = kinds[0] in (sympy.Eq, sympy.Ne)
     if _is_zero(crossed) and _same_values(first, multiple * second):
-        return symmetric or bool(sympy.N(multiple, 20) > 0)
-    if symmetric:
-        solutions = next(
-            (pair for symbol in sorted(first.free_symbols, key=str) if all(pair := [_roots(x, symbol) for x in sides])),
-            None,
-        )
-        return kinds[0] is sympy.Eq and solutions is not None and _paired(*solutions)
-    return len(first.free_symbols) == 1 and _same_sets(_as_set(gold), _as_set(given))
-
-
-def _roots(expression: sympy.Expr, symbol: sympy.Symbol) -> list[Any]:
-    return sympy.solve(expression, symbol)
+        return kind in (sympy.Eq, sympy.Ne) or bool(sympy.N(multiple, 20) > 0)
+    if kind is sympy.Eq:
+        solved = ([sympy.solve(side, x) for side in sides] for x in sorted(first.free_symbols, key=str))
+        solutions = next(filter(all, solved), None)
+        return solutions is not None and paired(*solutions, _equal)
+    return kind is not sympy.Ne and len(first.free_symbols) == 1 and _same_sets(_as_set(gold), _as_set(given))
 
 
 def _same_values(gold: sympy.Expr, given: sympy.Expr) -> bool:
@@ -282,10 +258,13 @@ def _points(symbols: Iterable[sympy.Symbol]) -> list[dict[sympy.Symbol, sympy.Ex
 
 def _is_real(expression: sympy.Expr, point: dict[sympy.Symbol, sympy.Expr]) -> bool | None:
     """Whether an expression is a real number at a point; None where it has no value."""
-    value = expression.evalf(15, subs=point)
-    if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
-        return None
-    return _zero_to_its_digits(value.as_real_imag()[1])
+    parts = _real_and_imaginary(expression.evalf(15, subs=point))
+    return _zero_to_its_digits(parts[1]) if parts else None
+
+
+def _real_and_imaginary(value: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr] | None:
+    """The parts of a finite number; None for anything else."""
+    return value.as_real_imag() if value.is_number and not value.has(sympy.nan, sympy.zoo, sympy.oo) else None
 
 
 def _is_zero(expression: sympy.Expr, point: dict[sympy.Symbol, sympy.Expr] | None = None) -> bool | None:
@@ -295,10 +274,8 @@ def _is_zero(expression: sympy.Expr, point: dict[sympy.Symbol, sympy.Expr] | Non
     digits = _digits(expression, point)
     if digits > MAX_DIGITS:
         return False
-    value = expression.evalf(2, subs=point, maxn=digits)
-    if not value.is_number or value.has(sympy.nan, sympy.zoo, sympy.oo):
-        return None
-    return all(_zero_to_its_digits(part) for part in value.as_real_imag())
+    parts = _real_and_imaginary(expression.evalf(2, subs=point, maxn=digits))
+    return all(map(_zero_to_its_digits, parts)) if parts else None
 
 
 def _zero_to_its_digits(value: sympy.Expr) -> bool:
@@ -326,11 +303,9 @@ def _digits(expression: sympy.Expr, point: dict[sympy.Symbol, sympy.Expr] | None
 
 def _tame(form: str) -> bool:
     """Whether sympy may see a text: shallow, no numbers of very many digits, no long expansions, no integrals."""
-    depth = deepest = 0
-    for letter in form:
-        depth += (letter in "([{") - (letter in ")]}")
-        deepest = max(deepest, abs(depth))
-    if deepest > MAX_DEPTH or any(odd.search(form) for odd in (_TOWER, _ENDLESS, _SIGNS, _TWO_POINTS)):
+    if any(abs(depth) > MAX_DEPTH for depth in depths(form)) or any(
+        odd.search(form) for odd in (_TOWER, _ENDLESS, _SIGNS, _TWO_POINTS)
+    ):
         return False
     letters = len(_LETTER.findall(_COMMAND.sub("", form)))
     if letters > (MAX_LETTERS if "!" not in form else MAX_LETTERS // 4):

@@ -75,16 +75,12 @@ def load_rewards(text: str | Callable[..., object]) -> tuple[Part, ...]:
             response and an answer; in one line.
     """
     if callable(text):
-        return (Part(name_of(text), 1.0, *_form(name_of(text), text)),)
-    parts = []
-    for name, weight in parse_rewards(text).items():
-        function = find_reward(name)
-        parts.append(Part(name, weight, *_form(name, function)))
-    return tuple(parts)
+        return (_part(name_of(text), 1.0, text),)
+    return tuple(_part(name, weight, find_reward(name)) for name, weight in parse_rewards(text).items())
 
 
-def _form(name: str, function: Callable[..., object]) -> tuple[Callable[..., object], bool]:
-    """A function as `Part` has it, and whether it wants the row; refuses one whose signature is of another form."""
+def _part(name: str, weight: float, function: Callable[..., object]) -> Part:
+    """A function as `Part` has it; refuses one whose signature is of another form."""
     if _never_returns_a_number(function):
         raise ValueError(f"reward {name!r} must return a number; an async function or a generator returns none")
     try:
@@ -92,20 +88,20 @@ def _form(name: str, function: Callable[..., object]) -> tuple[Callable[..., obj
         if any(each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD) for each in own.parameters.values()):
             signature = inspect.signature(function)  # a wrapper that passes on what it gets, to the function it wraps
     except (TypeError, ValueError):  # some that are written in C have none
-        return function, False
-    parameters = signature.parameters.values()
-    positional = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    takes_row = "row" in positional[3:] or "row" in [each.name for each in parameters if each.kind is each.KEYWORD_ONLY]
+        return Part(name, weight, function, takes_row=False)
+    kinds = {each.name: each.kind for each in signature.parameters.values()}
+    by_place = [each for each, kind in kinds.items() if kind in (kind.POSITIONAL_ONLY, kind.POSITIONAL_OR_KEYWORD)]
+    takes_row = "row" in by_place[3:] or kinds.get("row") is inspect.Parameter.KEYWORD_ONLY
     error = _misfit(own, signature, **({"row": {}} if takes_row else {}))
-    if error and positional[3:4] == ["row"] and not _misfit(own, signature, {}):
-        return lambda prompt, response, answer, row: function(prompt, response, answer, row), True
+    if error and by_place[3:4] == ["row"] and not _misfit(own, signature, {}):
+        return Part(name, weight, lambda prompt, response, answer, row: function(prompt, response, answer, row), True)
     if error:
         raise ValueError(
             f"reward {name!r}: its parameters are {one_line(str(signature))}, and {error} when it is called with a "
             "prompt, a response and an answer; write it as (prompt, response, answer) or (prompt, response, answer, "
             "row)"
         )
-    return function, takes_row
+    return Part(name, weight, function, takes_row)
 
 
 def _misfit(own: inspect.Signature, signature: inspect.Signature, *more: Row, **row: Row) -> str:
@@ -134,17 +130,18 @@ def rewards_and_reason(parts: Sequence[Part], item: Item) -> tuple[list[float], 
     Raises:
         MemoryError: a function raised it; what else it left behind is unknown.
     """
-    values, reasons = [], []
+    values, reason = [], ""
     for name, _, function, takes_row in parts:
         # A copy, as a worker process has one: what a function does to its row is not for the next to see.
-        row: dict[str, Any] = {"row": copy.deepcopy(dict(item[3])) if len(item) > 3 else {}} if takes_row else {}
+        row = {"row": copy.deepcopy(dict(*item[3:]))} if takes_row else {}
         value = reward_or_error(function, *item[:3], **row)
         if isinstance(value, str):
-            reasons.append(value if len(parts) == 1 else f"{name}: {value}")
-        values.append(math.nan if isinstance(value, str) else value)
-    if not reasons and not math.isfinite(weighted([part.weight for part in parts], values)):
-        reasons.append("the sum of its rewards is no finite number")
-    return values, next(iter(reasons), "")
+            reason = reason or (value if len(parts) == 1 else f"{name}: {value}")
+            value = math.nan
+        values.append(value)
+    if not reason and not math.isfinite(weighted([part.weight for part in parts], values)):
+        reason = "the sum of its rewards is no finite number"
+    return values, reason
 
 
 def weighted(weights: Sequence[float], values: Sequence[Any]) -> Any:

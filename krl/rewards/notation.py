@@ -3,12 +3,26 @@
 import functools
 import re
 import unicodedata
+from collections.abc import Callable
 from fractions import Fraction
 
 from krl.rewards.units import FUNCTIONS, UPRIGHT, remove_units
 
 # Longer texts are compared as text only. The longest answers of MATH and OlympiadBench have 250 characters.
 MAX_CHARACTERS = 400
+
+_New = str | Callable[[re.Match[str]], str]
+
+
+def _rewrites(*pairs: tuple[str, _New]) -> tuple[tuple[re.Pattern[str], _New], ...]:
+    return tuple((re.compile(pattern), new) for pattern, new in pairs)
+
+
+def _rewrite(text: str, rewrites: tuple[tuple[re.Pattern[str], _New], ...]) -> str:
+    for pattern, new in rewrites:
+        text = pattern.sub(new, text)
+    return text
+
 
 # ---------------------------------------------------------------- characters
 
@@ -24,68 +38,43 @@ _SYMBOLS = {
     "\u2126": r"\Omega ", "\u00b5": r"\mu ", "\u3002": ".", "\u3001": ",", "\u2609": r"\odot ",
     "\u20ac": "", "\u00a3": "", "\u00a5": "", "\u20b9": "", "\u20a9": "", "\u20bd": "", "\u00a2": "",  # currencies
     "\u221b": r"\sqrt[3]", "\u221c": r"\sqrt[4]", "\u221a": r"\sqrt",
+    "\u0393": r"\Gamma ", "\u0394": r"\Delta ", "\u0398": r"\Theta ", "\u039b": r"\Lambda ", "\u03a0": r"\Pi ",
+    "\u03a3": r"\Sigma ", "\u03a6": r"\Phi ", "\u03a8": r"\Psi ", "\u03a9": r"\Omega ",
+    "\u03d5": r"\phi ", "\u03f5": r"\epsilon ",
 }  # fmt: skip
 _GREEK = [
     "alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu", "nu", "xi",
     "o", "pi", "rho", "varsigma", "sigma", "tau", "upsilon", "phi", "chi", "psi", "omega",
 ]  # fmt: skip
-_CAPITAL = {"\u0393": "Gamma", "\u0394": "Delta", "\u0398": "Theta", "\u039b": "Lambda", "\u03a0": "Pi",
-            "\u03a3": "Sigma", "\u03a6": "Phi", "\u03a8": "Psi", "\u03a9": "Omega"}  # fmt: skip
 _UNICODE = str.maketrans(
     {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}  # full-width ASCII
     | {chr(0x3B1 + i): f"\\{name} " for i, name in enumerate(_GREEK)}
-    | {letter: f"\\{name} " for letter, name in _CAPITAL.items()}
-    | {"\u03d5": r"\phi ", "\u03f5": r"\epsilon "}
     | _SYMBOLS
 )
 _RAISED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b\u207f"
 _LOWERED = "\u2080\u2081\u2082\u2083\u2084\u2085\u2086\u2087\u2088\u2089\u208a\u208b\u2099"
-_TO_LINE = str.maketrans(_RAISED + _LOWERED, "0123456789+-n" * 2)
-_RAISED_FRACTION = re.compile(rf"(?<![{_RAISED[:10]}])([{_RAISED[:10]}]++)\u2044([{_LOWERED[:10]}]++)")
-_RAISED_RUN = re.compile(rf"[{_RAISED}]+")
-_LOWERED_RUN = re.compile(rf"[{_LOWERED}]+")
-_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
-_SLASHED = re.compile(r"(?<!\d)(\d++)\u2044(\d+)")
-_OVERLINED = re.compile("(?:[0-9]\u0305)+")
-_ROOT_OF_NUMBER = re.compile("([\u221a\u221b\u221c]) ?(\\d++(?:\\.\\d++)?|[a-zA-Z])")
 
 
-def _from_unicode(text: str) -> str:
-    text = _RAISED_FRACTION.sub(lambda m: _fraction(*(part.translate(_TO_LINE) for part in m.groups())), text)
-    text = _RAISED_RUN.sub(lambda m: f"^{{{m[0].translate(_TO_LINE)}}}", text)
-    text = _LOWERED_RUN.sub(lambda m: f"_{{{m[0].translate(_TO_LINE)}}}", text)
-    text = _VULGAR.sub(lambda m: _fraction(*_as_ratio(m[0])), text)
-    text = _SLASHED.sub(r"\\frac{\1}{\2}", text)
-    text = _OVERLINED.sub(lambda m: "\\overline{" + m[0].replace("\u0305", "") + "}", text)
-    text = _ROOT_OF_NUMBER.sub(r"\1{\2}", text)
-    return text.translate(_UNICODE)
+def _on_line(text: str) -> str:
+    """Raised, lowered and vulgar characters as Unicode has them on the line: 12 and 1\u20442."""
+    return unicodedata.normalize("NFKC", text)
 
 
-def _fraction(above: int | str, below: int | str) -> str:
-    return f"\\frac{{{above}}}{{{below}}}"
-
-
-def _as_ratio(fraction: str) -> tuple[int, int]:
-    return Fraction(unicodedata.numeric(fraction)).limit_denominator(10).as_integer_ratio()
-
+_CHARACTERS = _rewrites(
+    (
+        rf"(?<![{_RAISED[:10]}])[{_RAISED[:10]}]++\u2044[{_LOWERED[:10]}]++|(?<!\d)\d++\u2044\d++"
+        r"|[\u00bc-\u00be\u2150-\u215e]",
+        lambda m: "\\frac{" + _on_line(m[0]).replace("\u2044", "}{") + "}",
+    ),
+    (rf"[{_RAISED}]+", lambda m: f"^{{{_on_line(m[0])}}}"),
+    (rf"[{_LOWERED}]+", lambda m: f"_{{{_on_line(m[0])}}}"),
+    (r"(?:[0-9]\u0305)+", lambda m: "\\overline{" + m[0].replace("\u0305", "") + "}"),
+    (r"([\u221a\u221b\u221c]) ?(\d++(?:\.\d++)?|[a-zA-Z])", r"\1{\2}"),
+)
 
 # ---------------------------------------------------------------- numbers
 
-
-_DOTS = r"(?:\\[lc]?dots(?![a-zA-Z])|\.\.\.)"
-_REPEATING = re.compile(
-    r"(?<![\d.])(\d*+)\.(\d*+)(?:\\(?:overline|bar)\s?(?:\{(\d+)\}|(\d))|\((\d++)\)"
-    r"|\\dot\s?\{?(\d)\}?(?:(\d*+)\\dot\s?\{?(\d)\}?)?)"
-)
-_IN_WORDS = re.compile(rf"(?<![\d.])(\d*+\.)(\d) ?({UPRIGHT}\{{ ?)?(?:repeating|recurring)(?![a-zA-Z])(?(3) ?\}})")
-_GOING_ON = re.compile(rf"(?<![\d.])(\d*+)\.(\d++) ?{_DOTS}")
-_PRIMES = re.compile(r"\^ ?(?:\{ ?((?:\\prime ?)++)\}|(\\prime)(?![a-zA-Z]))")
-_DEGREES_AND_MINUTES = re.compile(
-    r"(?<![\d.])(\d++)\s?\^\s?\{?\s?\\circ\s?\}?\s?(\d++(?:\.\d++)?)\s?'(?!')(?:\s?(\d++(?:\.\d++)?)\s?(?:''|\"))?"
-)
-_UNDERSCORES = re.compile(r"(?<![\w.])\d{1,3}(?:_\d{3})++(?![\w{])")
 _TIMES_OF_TEN = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-_NUMBER_WORD = re.compile(rf"(?<=[\d}}]) ?({UPRIGHT}\{{ ?)?({'|'.join(_TIMES_OF_TEN)})(?![a-zA-Z])")
 
 
 def _repeating(match: re.Match[str]) -> str:
@@ -108,97 +97,116 @@ def _going_on(match: re.Match[str]) -> str:
 
 def _sum_of_digits(whole: str, begin: str, block: str) -> str:
     """The fraction that a decimal with a repeating block of digits is."""
-    shift = 10 ** len(begin)
-    value = Fraction(int(whole + begin + block or 0) - int(whole + begin or 0), shift * (10 ** len(block) - 1))
-    return _fraction(*value.as_integer_ratio())
+    repeated_once = int(whole + begin + block or 0) - int(whole + begin or 0)
+    return _fraction(Fraction(repeated_once, 10 ** len(begin) * (10 ** len(block) - 1)))
 
 
 def _degrees(match: re.Match[str]) -> str:
-    value = Fraction(match[1]) + Fraction(match[2]) / 60 + Fraction(match[3] or 0) / 3600
-    return _fraction(*value.as_integer_ratio())
+    return _fraction(Fraction(match[1]) + Fraction(match[2]) / 60 + Fraction(match[3] or 0) / 3600)
+
+
+def _fraction(value: Fraction) -> str:
+    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 # ---------------------------------------------------------------- normal form
 
 _ROOT = r"(?<![a-zA-Z])\\?sqrt ?(\[\d\])?\(([^()]*)\)"
 # In this order, on texts with single spaces. All take linear time: of two ways to match one text, the first is final.
-_BEFORE_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (r"(?<=\d)(?:\{,\}| ?, ?\\! ?)(?=\d{3}(?!\d))", ""),  # 10{,}080 and 10,\!080
-        (r"(?<=\d)'(?=\d{3}(?!\d))", ""),
-        (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])|\\(?:display|text)style(?![a-zA-Z])", " "),
-        (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
-        (r"(?<![a-zA-Z$])(?:US|CA|AU|NZ|HK)\\?\$(?= ?[-+\d.\\])", ""),
-        (r"(?<![a-zA-Z])(?:USD|EUR|GBP|JPY|INR|CNY|RMB|CAD|AUD|CHF|Rs\.?) ?(?=[-+\d.\\])", ""),
-        (r"\\(?:pounds|euro|yen|textdollar|texteuro|textsterling)(?![a-zA-Z])", ""),
-        (r"(?<!\\)\$ ?, ?\$", ", "),
-        (r"\\?\$|\\[()](?![a-zA-Z])", ""),
-        (r"\\(?:SI|qty) ?\{([^{}]*)\} ?\{[^{}]*\}", r"\1"),
-        (r"\\textcolor ?\{\w*+\} ?\{([^{}]*)\}", r"{\1}"),
-        (r"\\color ?\{\w*+\}", ""),
-        (r"\\(?:boldsymbol|bm) ?\{([^{}]*)\}", r"{\1}"),
-        (r"\{\\rm ([^{}\\]*)\}|\\(?:rm|bf|it)(?![a-zA-Z]) ?([^{}\\]*)$", r"\\text{\1\2}"),
-        (r"\{\} ?(?=\^)", ""),
-        (rf"{UPRIGHT}\{{ ?\}}", ""),
-        (rf"{UPRIGHT}\{{ ?({FUNCTIONS}) ?\}}", r"\\\1 "),
-        (r"(?<![\s.,;:\\])[\s.,;:]++$", ""),
-        (rf"(?<=\d) ?(?:{UPRIGHT}\{{ ?(?:a\.? ?m|A\.?M)\.? ?\}}|(?:a\.m|A\.?M)\b\.?)", " am"),
-        (rf"(?<=\d) ?(?:{UPRIGHT}\{{ ?(?:p\.? ?m|P\.?M)\.? ?\}}|(?:p\.m|P\.?M)\b\.?)", " pm"),
-        (r"\\not ?=", r"\\neq "),
-        (r"\\not ?\\in(?![a-zA-Z])", r"\\notin "),
-        (r"^ ?(?:\\approx(?![a-zA-Z])|=)", ""),
-        (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-        (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-        (r"<=|\\leqslant|\\le(?![a-zA-Z])", r"\\leq "),
-        (r">=|\\geqslant|\\ge(?![a-zA-Z])", r"\\geq "),
-        (r"\\lbrace(?![a-zA-Z])", r"\\{"),
-        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-        (r"\\(?:colon(?![a-zA-Z])|mathbin ?\{:\})", ":"),
-        (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
-        (r"\\varnothing(?![a-zA-Z])|\\\{ ?\\\}|^\{ ?\}$", r"\\emptyset "),
-        (r" ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-zA-Z])) ?(?:[CF]\b)?|\\degrees?(?![a-zA-Z])", ""),
-        (r"(?<![\w.^}])(\d++(?:\.\d++)?) ?(?:''?|\")(?=$|[,)])", r"\1"),  # 5'' are inches, or seconds of an arc
-        (rf"(?:\\%|%|{UPRIGHT}\{{ ?(?:percent|%|\\%) ?\}}|\bpercent\b)", "%"),
-        (rf"[,;]? ?(?:{UPRIGHT}\{{ ?,? ?(?:and|or) ?\}}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])) ?", ", "),
-    )
+_BEFORE_UNITS = _rewrites(
+    (r"^\\[\[(]|\\[\])]$", ""),
+    (r"\^ ?(?:\{ ?((?:\\prime ?)++)\}|(\\prime)(?![a-zA-Z]))", lambda m: "'" * m[0].count("p")),
+    (rf"(?<![\d.])(\d*+\.)(\d) ?({UPRIGHT}\{{ ?)?(?:repeating|recurring)(?![a-zA-Z])(?(3) ?\}})", r"\1(\2)"),
+    (
+        r"(?<![\d.])(\d*+)\.(\d*+)(?:\\(?:overline|bar)\s?(?:\{(\d+)\}|(\d))|\((\d++)\)"
+        r"|\\dot\s?\{?(\d)\}?(?:(\d*+)\\dot\s?\{?(\d)\}?)?)",
+        _repeating,
+    ),
+    (r"(?<![\d.])(\d*+)\.(\d++) ?(?:\\[lc]?dots(?![a-zA-Z])|\.\.\.)", _going_on),
+    (
+        r"(?<![\d.])(\d++)\s?\^\s?\{?\s?\\circ\s?\}?\s?(\d++(?:\.\d++)?)\s?'(?!')"
+        r"(?:\s?(\d++(?:\.\d++)?)\s?(?:''|\"))?",
+        _degrees,
+    ),
+    (r"(?<![\w.])\d{1,3}(?:_\d{3})++(?![\w{])", lambda m: m[0].replace("_", "")),
+    (
+        rf"(?<=[\d}}]) ?({UPRIGHT}\{{ ?)?({'|'.join(_TIMES_OF_TEN)})(?![a-zA-Z])",
+        lambda m: rf"\times10^{{{_TIMES_OF_TEN[m[2]]}}} {m[1] or ''}",
+    ),
+    (r"(?<=\d)(?:\{,\}| ?, ?\\! ?)(?=\d{3}(?!\d))", ""),  # 10{,}080 and 10,\!080
+    (r"(?<=\d)'(?=\d{3}(?!\d))", ""),
+    (r"(?<!\\)\\[,;:! ]|~|\\q?quad(?![a-zA-Z])|\\(?:display|text)style(?![a-zA-Z])", " "),
+    (r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])\.?", ""),
+    (r"(?<![a-zA-Z$])(?:US|CA|AU|NZ|HK)\\?\$(?= ?[-+\d.\\])", ""),
+    (r"(?<![a-zA-Z])(?:USD|EUR|GBP|JPY|INR|CNY|RMB|CAD|AUD|CHF|Rs\.?) ?(?=[-+\d.\\])", ""),
+    (r"\\(?:pounds|euro|yen|textdollar|texteuro|textsterling)(?![a-zA-Z])", ""),
+    (r"(?<!\\)\$ ?, ?\$", ", "),
+    (r"\\?\$|\\[()](?![a-zA-Z])", ""),
+    (r"\\(?:SI|qty) ?\{([^{}]*)\} ?\{[^{}]*\}", r"\1"),
+    (r"\\textcolor ?\{\w*+\} ?\{([^{}]*)\}", r"{\1}"),
+    (r"\\color ?\{\w*+\}", ""),
+    (r"\\(?:boldsymbol|bm) ?\{([^{}]*)\}", r"{\1}"),
+    (r"\{\\rm ([^{}\\]*)\}|\\(?:rm|bf|it)(?![a-zA-Z]) ?([^{}\\]*)$", r"\\text{\1\2}"),
+    (r"\{\} ?(?=\^)", ""),
+    (rf"{UPRIGHT}\{{ ?\}}", ""),
+    (rf"{UPRIGHT}\{{ ?({FUNCTIONS}) ?\}}", r"\\\1 "),
+    (r"(?<![\s.,;:\\])[\s.,;:]++$", ""),
+    (rf"(?<=\d) ?(?:{UPRIGHT}\{{ ?(?:a\.? ?m|A\.?M)\.? ?\}}|(?:a\.m|A\.?M)\b\.?)", " am"),
+    (rf"(?<=\d) ?(?:{UPRIGHT}\{{ ?(?:p\.? ?m|P\.?M)\.? ?\}}|(?:p\.m|P\.?M)\b\.?)", " pm"),
+    (r"\\not ?=", r"\\neq "),
+    (r"\\not ?\\in(?![a-zA-Z])", r"\\notin "),
+    (r"^ ?(?:\\approx(?![a-zA-Z])|=)", ""),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\{([^{}]*)\\over(?![a-zA-Z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (r"<=|\\leqslant|\\le(?![a-zA-Z])", r"\\leq "),
+    (r">=|\\geqslant|\\ge(?![a-zA-Z])", r"\\geq "),
+    (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+    (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+    (r"\\(?:colon(?![a-zA-Z])|mathbin ?\{:\})", ":"),
+    (r"\\mathbb ([A-Z])", r"\\mathbb{\1}"),
+    (r"\\varnothing(?![a-zA-Z])|\\\{ ?\\\}|^\{ ?\}$", r"\\emptyset "),
+    (r" ?\^ ?(?:\{ ?\\circ ?\}|\\circ(?![a-zA-Z])) ?(?:[CF]\b)?|\\degrees?(?![a-zA-Z])", ""),
+    (r"(?<![\w.^}])(\d++(?:\.\d++)?) ?(?:''?|\")(?=$|[,)])", r"\1"),  # 5'' are inches, or seconds of an arc
+    (rf"(?:\\%|%|{UPRIGHT}\{{ ?(?:percent|%|\\%) ?\}}|\bpercent\b)", "%"),
+    (rf"[,;]? ?(?:{UPRIGHT}\{{ ?,? ?(?:and|or) ?\}}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])) ?", ", "),
 )
-_AFTER_UNITS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), new)
-    for pattern, new in (
-        (rf"{UPRIGHT}\{{([^{{}}]*)\}}", r"\1"),
-        (r"(?<=\d) *+([ap])\.? ?m\b\.?", r"\1m"),
-        (_ROOT, r"\\sqrt\1{\2}"),
-        (r"(?<![a-zA-Z\\])sqrt ?(\d++(?:\.\d++)?|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
-        (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
-        (r"(?<![a-zA-Z\\])(?:infinity|inf)(?![a-zA-Z])", r"\\infty "),
-        (r"(?<=[)\]}]) ?(?:U|\\bigcup(?![a-zA-Z])) ?(?=[(\[{\\])", r"\\cup "),
-        (r"(?<=\d) ?x ?(?=10 ?\^)", r"\\times "),
-        (r"\{ ?10 ?\} ?\^", "10^"),
-        (r"\^ ?\( ?([-+]? ?\d++) ?\)", r"^{\1}"),
-        (r"(?<=\d) (?=\d{3}(?!\d))", ""),  # 1 234 567
-        (r"(?<=\d) (\d++)/(\d++)$", r"\\frac{\1}{\2}"),  # the mixed number 1 4/5
-        (r"\^ ?([-+]) ?(\d++|[a-zA-Z])(?![\w.^(\\{!])", r"^{\1\2}"),
-        (r"\\frac ?(\d) ?(?=[\d{])", r"\\frac{\1}"),
-        (rf"\\frac ?(\\(?:{'|'.join(_GREEK)})(?![a-zA-Z])|[a-zA-Z]) ?(?=[\d{{])", r"\\frac{\1}"),
-        (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
-        (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
-        (r"(?<![\d.])\.(?=\d)", "0."),
-        (r"(\\[a-zA-Z]++) (?=[a-zA-Z])", "\\1\0"),  # the space that ends a command stays
-        (r"(?<=\d) (?=\d)", "\0"),  # 1 2 is not 12
-        (r"(?:, ?){2,}", ", "),
-        (r" ?, (?=\d)", ",\0"),  # 5, 100 is not 5100
-        (r"\s++", ""),
-        ("\0", " "),
-        (r"\*\*", "^"),
-        (r"([_^])([0-9a-zA-Z])(?![0-9a-zA-Z])", r"\1{\2}"),
-        (r"(?:^|(?<=[(\[{,;=]))\+(?=[\w\\(.])", ""),
-    )
+_AFTER_UNITS = _rewrites(
+    (rf"{UPRIGHT}\{{([^{{}}]*)\}}", r"\1"),
+    (r"(?<=\d) *+([ap])\.? ?m\b\.?", r"\1m"),
+    (_ROOT, r"\\sqrt\1{\2}"),
+    (r"(?<![a-zA-Z\\])sqrt ?(\d++(?:\.\d++)?|[a-zA-Z](?![a-zA-Z]))", r"\\sqrt{\1}"),
+    (r"(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
+    (r"(?<![a-zA-Z\\])(?:infinity|inf)(?![a-zA-Z])", r"\\infty "),
+    (r"(?<=[)\]}]) ?(?:U|\\bigcup(?![a-zA-Z])) ?(?=[(\[{\\])", r"\\cup "),
+    (r"(?<=\d) ?x ?(?=10 ?\^)", r"\\times "),
+    (r"\{ ?10 ?\} ?\^", "10^"),
+    (r"\^ ?\( ?([-+]? ?\d++) ?\)", r"^{\1}"),
+    (r"(?<=\d) (?=\d{3}(?!\d))", ""),  # 1 234 567
+    (r"(?<=\d) (\d++)/(\d++)$", r"\\frac{\1}{\2}"),  # the mixed number 1 4/5
+    (r"\^ ?([-+]) ?(\d++|[a-zA-Z])(?![\w.^(\\{!])", r"^{\1\2}"),
+    (r"\\frac ?(\d) ?(?=[\d{])", r"\\frac{\1}"),
+    (rf"\\frac ?(\\(?:{'|'.join(_GREEK)})(?![a-zA-Z])|[a-zA-Z]) ?(?=[\d{{])", r"\\frac{\1}"),
+    (r"(\\frac ?\{[^{}]*\}) ?(\d)", r"\1{\2}"),
+    (r"\\sqrt ?(\d)", r"\\sqrt{\1}"),
+    (r"(?<![\d.])\.(?=\d)", "0."),
+    (r"(\\[a-zA-Z]++) (?=[a-zA-Z])", "\\1\0"),  # the space that ends a command stays
+    (r"(?<=\d) (?=\d)", "\0"),  # 1 2 is not 12
+    (r"(?:, ?){2,}", ", "),
+    (r" ?, (?=\d)", ",\0"),  # 5, 100 is not 5100
+    (r"\s++", ""),
+    ("\0", " "),
+    (r"\*\*", "^"),
+    (r"([_^])([0-9a-zA-Z])(?![0-9a-zA-Z])", r"\1{\2}"),
+    (r"(?:^|(?<=[(\[{,;=]))\+(?=[\w\\(.])", ""),
+    (r"^[ ,;:]++|(?<![ .,;:])[ .,;:]++$", ""),
+    (r"^(?:[a-zA-Z]=)?-?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?(?:~[^,]*)?$", lambda m: m[0].replace(",", "")),
+    (", ", ","),
+    (r"^\{([^{}\\]*,[^{}]*)\}$", r"\\{\1\\}"),
+    (
+        r"([\[\]])([^\[\](),;]+[,;][^\[\](),;]+)([\[\]])",
+        lambda m: ("(" if m[1] == "]" else "[") + m[2] + (")" if m[3] == "[" else "]"),
+    ),
 )
-_DISPLAY = re.compile(r"^\\[\[(]|\\[\])]$")
-_INTERVAL = re.compile(r"([\[\]])([^\[\](),;]+[,;][^\[\](),;]+)([\[\]])")
-_THOUSANDS = re.compile(r"(?:[a-zA-Z]=)?-?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?(?:~[^,]*)?")
-_BRACED = re.compile(r"\{([^{}\\]*,[^{}]*)\}")
 
 
 @functools.lru_cache(maxsize=8192)
@@ -210,20 +218,6 @@ def normal_form(text: str) -> str:
     text = text.strip()
     if len(text) > MAX_CHARACTERS:
         return text
-    text = " ".join(_from_unicode(text).split()).strip("*` ")
-    text = _DISPLAY.sub("", text)
-    text = _PRIMES.sub(lambda match: "'" * match[0].count("p"), text)
-    text = _IN_WORDS.sub(r"\1(\2)", text)
-    for pattern, number in ((_REPEATING, _repeating), (_GOING_ON, _going_on), (_DEGREES_AND_MINUTES, _degrees)):
-        text = pattern.sub(number, text)
-    text = _UNDERSCORES.sub(lambda match: match[0].replace("_", ""), text)
-    text = _NUMBER_WORD.sub(lambda m: rf"\times10^{{{_TIMES_OF_TEN[m[2]]}}} {m[1] or ''}", text)
-    for pattern, new in _BEFORE_UNITS:
-        text = pattern.sub(new, text)
-    text = remove_units(" ".join(text.split()))
-    for pattern, new in _AFTER_UNITS:
-        text = pattern.sub(new, text)
-    text = text.lstrip(" ,;:").rstrip(" .,;:")
-    text = text.replace(",", "") if _THOUSANDS.fullmatch(text) else text.replace(", ", ",")
-    text = _BRACED.sub(r"\\{\1\\}", text) if _BRACED.fullmatch(text) else text
-    return _INTERVAL.sub(lambda m: ("(" if m[1] == "]" else "[") + m[2] + (")" if m[3] == "[" else "]"), text)
+    text = " ".join(_rewrite(text, _CHARACTERS).translate(_UNICODE).split()).strip("*` ")
+    text = remove_units(" ".join(_rewrite(text, _BEFORE_UNITS).split()))
+    return _rewrite(text, _AFTER_UNITS)

@@ -10,10 +10,12 @@ with the reason.
 import collections
 import contextlib
 import dataclasses
+import math
 import os
 import pickle
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,36 +52,36 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass
 class _Worker:
-    """A process, its pipes and what it is doing."""
+    """A process, the socket to it and what it is doing."""
 
     process: subprocess.Popen[bytes]
-    requests: int  # the file descriptor to write to
-    replies: int  # the file descriptor to read from
-    started: float
+    channel: socket.socket  # this end of what is its standard input and output
+    deadline: float  # of its start, then of its item; infinite while it is idle
     ready: bool = False
     wants_rows: bool = False  # whether a reward takes the row of the data
     row: int | None = None  # of the item it works on
-    deadline: float = 0.0  # of that item
     done: int = 0  # items answered
     unsent: bytes = b""
     received: bytes = b""
 
     def send(self, message: tuple[object, ...]) -> None:
-        """Queue a message and write what the pipe takes now."""
+        """Queue a message and write what the socket takes now."""
         self.unsent += pickle.dumps(message)
         self.flush()
 
     def flush(self) -> None:
-        with contextlib.suppress(BlockingIOError, BrokenPipeError):
+        with contextlib.suppress(BlockingIOError, ConnectionError):
             while self.unsent:
-                self.unsent = self.unsent[os.write(self.requests, self.unsent) :]
+                self.unsent = self.unsent[self.channel.send(self.unsent) :]
 
     def receive(self) -> list[str] | None:
-        """The whole lines that came, or None at the end of the pipe."""
+        """The whole lines that came, or None at the end of the stream."""
         try:
-            data = os.read(self.replies, 65536)
+            data = self.channel.recv(65536)
         except BlockingIOError:
             return []
+        except ConnectionError:  # it ended with something unread
+            return None
         *lines, self.received = (self.received + data).split(b"\n")
         return [line.decode("utf-8", "replace") for line in lines] if data else None
 
@@ -89,8 +91,7 @@ class _Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(timeout=2)
-        os.close(self.requests)
-        os.close(self.replies)
+        self.channel.close()
 
 
 @dataclasses.dataclass
@@ -100,8 +101,9 @@ class _Batch:
     items: list[Item] = dataclasses.field(default_factory=list)
     waiting: collections.deque[int] = dataclasses.field(default_factory=collections.deque)  # items not yet begun
     rewards: list[list[float]] = dataclasses.field(default_factory=list)  # each part's; NaN where there is none (yet)
-    faults: list[str] = dataclasses.field(default_factory=list)  # of FAULTS; "" for an item that did not fail
-    reasons: list[str] = dataclasses.field(default_factory=list)  # why it failed, in one line
+    failures: list[tuple[str, str]] = dataclasses.field(
+        default_factory=list
+    )  # of FAULTS, and why, in one line; or "", ""
 
 
 class VerifierPool:
@@ -166,13 +168,13 @@ class VerifierPool:
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
         told = {name: os.environ[name] for name in (*KEPT, *environment) if name in os.environ}
         self._environment = told | ENVIRONMENT | {"PYTHONPATH": paths}
+        self._size = workers
         self._workers: list[_Worker] = []
-        self._owed: list[float] = []  # when to start again the workers that died before they were ready
+        self._pause_ends = 0.0  # after one died before it was ready
         self._batch = _Batch()
         self._closed = False
         try:
-            for _ in range(workers):
-                self._start()
+            self._start_missing()
             if workers:
                 self._await_first(text)
         except BaseException:
@@ -214,16 +216,14 @@ class VerifierPool:
         if self._closed:
             raise ValueError("the verifier pool is closed; score inside its with block")
         self._give_up()
-        self._batch = _Batch()
 
     def add(self, items: Sequence[Item]) -> None:
         """Add items to the batch; idle workers begin with them at once."""
         batch = self._batch
         batch.waiting.extend(range(len(batch.items), len(batch.items) + len(items)))
         batch.items.extend(items)
-        batch.rewards.extend([[np.nan] * len(self._weights) for _ in items])
-        batch.faults.extend([""] * len(items))
-        batch.reasons.extend([""] * len(items))
+        batch.rewards.extend([[np.nan] * len(self._weights)] * len(items))
+        batch.failures.extend([("", "")] * len(items))
         if self._parts is None:
             self._hand_out()
 
@@ -239,7 +239,7 @@ class VerifierPool:
                 self._score_here(self._parts, self._batch.waiting.popleft())
             else:
                 self._hand_out()
-                self._wait(time.monotonic() + look_seconds)
+                self._wait(look_seconds)
                 self._look_after()
 
     def finish(self) -> tuple[np.ndarray, dict[str, int]]:
@@ -257,26 +257,22 @@ class VerifierPool:
         finally:  # also when the caller is interrupted: no later batch may get this one's answers
             self._give_up()
         rewards = np.array(batch.rewards, np.float64).reshape(len(batch.items), len(self._weights))
-        self.last_faults, self.last_reasons = batch.faults, batch.reasons
-        scored = np.array(batch.faults, str) == ""
+        self.last_faults, self.last_reasons = ([failure[k] for failure in batch.failures] for k in (0, 1))
+        scored = np.array(self.last_faults, str) == ""
         self.last_rewards = weighted(self._weights, list(np.where(scored[:, None], rewards, 0.0).T))
         self.last_parts = rewards[:, : len(self.names)]
-        every = [row for row, reason in enumerate(batch.reasons) if reason]
-        if every:  # rather one whose first reward failed, which alone evaluations go by
-            failed = min(every, key=lambda row: np.isfinite(rewards[row, 0]))
+        if not scored.all():  # rather one whose first reward failed, which alone evaluations go by
+            failed = min(np.flatnonzero(~scored), key=lambda row: np.isfinite(rewards[row, 0]))
             prompt, response = (repr(one_line(text, 80)) for text in batch.items[failed][:2])
-            self.last_failure = f"{batch.reasons[failed]} (prompt {prompt}, response {response})"
-        return as_float32(self.last_rewards), {kind: batch.faults.count(kind) for kind in FAULTS}
+            self.last_failure = f"{self.last_reasons[failed]} (prompt {prompt}, response {response})"
+        return as_float32(self.last_rewards), {kind: self.last_faults.count(kind) for kind in FAULTS}
 
     def _give_up(self) -> None:
         """Leave the batch as it is; what was not done has timed out."""
         batch, unfinished = self._batch, self._busy()
+        reason = f"it was not done {self._batch_seconds:g} s after the last response (verify.batch_seconds)"
         for row in [*(worker.row for worker in unfinished if worker.row is not None), *batch.waiting]:
-            self._fail(
-                row,
-                "timeouts",
-                f"it was not done {self._batch_seconds:g} s after the last response (verify.batch_seconds)",
-            )
+            batch.failures[row] = "timeouts", reason
         for worker in unfinished:
             self._replace(worker)
         self._batch = _Batch()
@@ -290,81 +286,69 @@ class VerifierPool:
     def _record(self, row: int, values: list[float], reason: str) -> None:
         self._batch.rewards[row] = values
         if reason:
-            self._fail(row, "errors", reason)
+            self._batch.failures[row] = "errors", reason
             self.last_error = reason
-
-    def _fail(self, row: int, kind: str, reason: str) -> None:
-        self._batch.faults[row], self._batch.reasons[row] = kind, reason
 
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.row is not None]
 
-    def _start(self) -> None:
-        # -P: the worker finds modules where this process does, not also in the current directory.
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-c", "from krl.rewards.worker import main; main()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=self._environment, start_new_session=True,
-        )  # fmt: skip
-        assert process.stdin
-        assert process.stdout
-        worker = _Worker(process, os.dup(process.stdin.fileno()), os.dup(process.stdout.fileno()), time.monotonic())
-        process.stdin.close()
-        process.stdout.close()
-        os.set_blocking(worker.requests, False)
-        os.set_blocking(worker.replies, False)
-        self._workers.append(worker)
-        worker.send(self._first_message)
+    def _start_missing(self) -> None:
+        while len(self._workers) < self._size and time.monotonic() >= self._pause_ends:
+            ours, theirs = socket.socketpair()
+            ours.setblocking(False)
+            # -P: the worker finds modules where this process does, not also in the current directory.
+            command = [sys.executable, "-P", "-c", "from krl.rewards.worker import main; main()"]
+            with theirs:
+                process = subprocess.Popen(
+                    command, stdin=theirs, stdout=theirs, env=self._environment, start_new_session=True
+                )
+            self._workers.append(_Worker(process, ours, time.monotonic() + START_SECONDS))
+            self._workers[-1].send(self._first_message)
 
     def _replace(self, worker: _Worker) -> None:
         self._workers.remove(worker)
         worker.kill()
-        if worker.ready:
-            self._start()
-        else:
-            self._owed.append(time.monotonic() + RESTART_PAUSE_SECONDS)
+        if not worker.ready:
+            self._pause_ends = time.monotonic() + RESTART_PAUSE_SECONDS
+        self._start_missing()
 
     def _await_first(self, reward: str) -> None:
         """Until one worker is ready; the others follow while that one works."""
         while not any(worker.ready for worker in self._workers):
-            self._wait(time.monotonic() + TICK_SECONDS)
+            self._wait(TICK_SECONDS)
             for worker in self._workers:
                 lines = worker.receive()
                 for line in lines or []:
                     if line.startswith("refused "):
                         raise ValueError(line.removeprefix("refused "))
-                    self._note_ready(worker, line)
-                if lines is None or time.monotonic() > worker.started + START_SECONDS:
+                    self._take(worker, line)
+                if lines is None or time.monotonic() > worker.deadline:
                     raise ValueError(
                         f"reward {reward!r}: a worker ended or hung while it imported the function; "
                         f"see its messages, and whether {self._first_message[1]} GiB are enough for the import"
                     )
 
     def _hand_out(self) -> None:
-        """Start what is owed, and give each idle worker an item."""
-        batch, now = self._batch, time.monotonic()
-        due = [moment for moment in self._owed if moment <= now]
-        self._owed = [moment for moment in self._owed if moment > now]
-        for _ in due:
-            self._start()
+        """Give each idle worker an item."""
+        self._start_missing()
+        batch = self._batch
         for worker in list(self._workers):
             if batch.waiting and worker.ready and worker.row is None:
                 if worker.process.poll() is not None:  # it died while idle, which costs no item
                     self._replace(worker)
                     continue
-                worker.row, worker.deadline = batch.waiting.popleft(), now + self._item_seconds
+                worker.row, worker.deadline = batch.waiting.popleft(), time.monotonic() + self._item_seconds
                 item = batch.items[worker.row]
                 worker.send((worker.row, item if worker.wants_rows else item[:3]))
 
-    def _wait(self, end: float) -> None:
-        """Sleep until a worker says something or a deadline may have passed."""
-        now = time.monotonic()
-        moment = min([end, now + TICK_SECONDS, *(worker.deadline for worker in self._busy())])
+    def _wait(self, seconds: float) -> None:
+        """Sleep until a worker says something or a deadline may have passed, no longer than this or a tick."""
+        moment = min([time.monotonic() + min(seconds, TICK_SECONDS), *(worker.deadline for worker in self._workers)])
         with selectors.DefaultSelector() as selector:
             for worker in self._workers:
-                selector.register(worker.replies, selectors.EVENT_READ)
-                if worker.unsent:
-                    selector.register(worker.requests, selectors.EVENT_WRITE)
-            selector.select(max(0.0, moment - now))
+                writes = selectors.EVENT_WRITE if worker.unsent else 0
+                selector.register(worker.channel, selectors.EVENT_READ | writes)
+            selector.select(max(0.0, moment - time.monotonic()))
 
     def _look_after(self) -> None:
         """Take the answers that came; replace workers that died, are late or have done enough."""
@@ -373,22 +357,18 @@ class VerifierPool:
             lines = worker.receive()
             for line in lines or []:
                 self._take(worker, line)
-            now = time.monotonic()
-            if lines is None or worker.process.poll() is not None:
-                if worker.row is not None:
-                    self._fail(worker.row, "crashes", self._how_it_died(worker))
-                self._replace(worker)
-            elif worker.row is not None and now > worker.deadline:
-                self._fail(
-                    worker.row, "timeouts", f"it took longer than {self._item_seconds:g} s (verify.item_seconds)"
-                )
-                self._replace(worker)
-            elif worker.done >= self._items_per_worker or (not worker.ready and now > worker.started + START_SECONDS):
+            died, late = lines is None or worker.process.poll() is not None, time.monotonic() > worker.deadline
+            if worker.row is not None and died:
+                self._batch.failures[worker.row] = "crashes", self._how_it_died(worker)
+            elif worker.row is not None and late:
+                reason = f"it took longer than {self._item_seconds:g} s (verify.item_seconds)"
+                self._batch.failures[worker.row] = "timeouts", reason
+            if died or late or worker.done >= self._items_per_worker:
                 self._replace(worker)
 
     def _how_it_died(self, worker: _Worker) -> str:
         """Why a worker's item has no reward, in words."""
-        with contextlib.suppress(subprocess.TimeoutExpired):  # its pipe may close a moment before it ends
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its socket may close a moment before it ends
             worker.process.wait(timeout=0.2)
         code = worker.process.returncode
         if code == OUT_OF_MEMORY:
@@ -397,14 +377,11 @@ class VerifierPool:
             return "its process closed the pipe to this one"
         return f"its process was killed by signal {-code}" if code < 0 else f"its process ended with exit code {code}"
 
-    def _note_ready(self, worker: _Worker, line: str) -> None:
-        worker.ready = worker.ready or line in ("ready", "ready row")
-        worker.wants_rows = worker.wants_rows or line == "ready row"
-
     def _take(self, worker: _Worker, line: str) -> None:
         """One line of a worker; what it should not say is no answer, and the item's deadline sees to it."""
-        if worker.row is None:
-            self._note_ready(worker, line)
+        if worker.row is None and line in ("ready", "ready row"):
+            worker.ready, worker.deadline = True, math.inf
+            worker.wants_rows |= line == "ready row"
         number, _, said = line.partition(" ")
         if worker.row is None or number != str(worker.row):
             return
@@ -413,4 +390,4 @@ class VerifierPool:
             values = [float(each) for each in numbers.split()]
             if len(values) == len(self._weights) and (reason or np.isfinite(values).all()):
                 self._record(worker.row, values, reason)
-                worker.row, worker.done = None, worker.done + 1
+                worker.row, worker.deadline, worker.done = None, math.inf, worker.done + 1

@@ -78,12 +78,11 @@ def remove_units(text: str) -> str:
         if begin < position:
             continue
         end, kind = _unit(text, begin)
-        if kind and _NEXT.match(text, end):
-            kept += [text[position:begin], "" if kind == "sure" else "~" + text[begin:end].strip(" ~")]
-            position = end
-        else:
-            kept.append(text[position : max(position, end)])
-            position = max(position, end)
+        kind = kind if _NEXT.match(text, end) else ""
+        kept.append(text[position : begin if kind else end])
+        if kind == "maybe":
+            kept.append("~" + text[begin:end].strip(" ~"))
+        position = end
     return "".join([*kept, text[position:]])
 
 
@@ -100,19 +99,16 @@ def _unit(text: str, begin: int) -> tuple[int, str]:
                 break
             depth += 1 if token[0] == "(" else -1
         if kind == "word":
-            glued = position == begin
-            kind = _kind_of_word(token["word"], glued, after_bracket=text[begin - 1], within=bool(kinds))
-            if _NO_NAME.fullmatch(token["word"]) or (_RAISED.fullmatch(token["word"]) and not _LENGTH.fullmatch(name)):
-                kind = "other"
+            kind = _kind_of_word(token["word"], name, position == begin, text[begin - 1], within=bool(kinds))
         elif kind == "upright":
             kind = "sure" if _names_a_unit(token[3] or "", name) else "other"
         elif kind == "power" and token[0] in "23" and not after_symbol:  # m2, but not \text{ times }2 and \cdot2
             kind = "other"
+        elif kind in ("fraction", "symbol"):
+            kind = "sure"
         if names := _NAME.findall(token["word"] or token[3] or ""):
             name = names[-1]
         after_symbol = bool(names) and token[0].endswith((name, name + "}")) and _is_symbol(name)
-        if kind in ("fraction", "symbol"):
-            kind = "sure"
         if kind == "other" or (kind in ("power", "between") and not kinds and token[0] not in ("/", "per")):
             break
         kinds |= {kind} & {"sure", "maybe"}
@@ -125,7 +121,9 @@ def _unit(text: str, begin: int) -> tuple[int, str]:
     return position, "sure" if "sure" in kinds else "maybe"
 
 
-def _kind_of_word(word: str, glued: bool, after_bracket: str, within: bool) -> str:
+def _kind_of_word(word: str, before: str, glued: bool, after_bracket: str, within: bool) -> str:
+    if _is_no_name(word, before):
+        return "other"
     if _SURE.fullmatch(word) or (len(word) > 3 and not glued and (within or after_bracket != ")")):
         return "sure"
     if glued and after_bracket == "}" and len(word) > 1:  # the mg of \frac{1}{2}mg
@@ -133,6 +131,11 @@ def _kind_of_word(word: str, glued: bool, after_bracket: str, within: bool) -> s
     if _MAYBE.fullmatch(word):
         return "maybe" if len(word) == 1 or glued else "sure"
     return "small" if within and _SMALL_WORDS.fullmatch(word) else "other"
+
+
+def _is_no_name(word: str, before: str) -> bool:
+    """Whether a word changes what a number is worth, as sqrt and dozen do, and squared behind what is no length."""
+    return bool(_NO_NAME.fullmatch(word) or (_RAISED.fullmatch(word) and not _LENGTH.fullmatch(before)))
 
 
 def _is_symbol(name: str) -> bool:
@@ -143,11 +146,10 @@ def _names_a_unit(upright: str, before: str = "") -> bool:
     """Whether upright letters are a unit, or any words behind a value, and not a number or a formula."""
     rest = _NOT_LETTERS.sub(" ", upright)
     names = _NAME.findall(rest)
-    if not _PLAIN.fullmatch(rest) or _NO_UNIT.fullmatch(upright.strip()) or any(map(_NO_NAME.fullmatch, names)):
-        return False
-    if any(
-        _RAISED.fullmatch(name) and not _LENGTH.fullmatch(last)
-        for last, name in zip([before, *names], names, strict=False)
+    if (
+        not _PLAIN.fullmatch(rest)
+        or _NO_UNIT.fullmatch(upright.strip())
+        or any(map(_is_no_name, names, [before, *names]))
     ):
         return False
     return (bool(names) or rest != upright) and (any(len(name) > 1 for name in names) or _LETTERS.issuperset(names))

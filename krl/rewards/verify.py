@@ -27,10 +27,12 @@ import functools
 import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 from krl.base.answers import Answer, extract_answer
 from krl.configs.named import find
 from krl.rewards.notation import MAX_CHARACTERS, normal_form
+from krl.rewards.parts import brackets, list_parts, paired
 from krl.rewards.units import UPRIGHT
 
 Reward = Callable[[str, str, Answer], float]
@@ -117,57 +119,17 @@ def answer_key(text: str, *, last_number: bool = False) -> str | None:
     return _key(normal_form(given))
 
 
-def _golds(answer: Answer) -> list[str]:
-    several = isinstance(answer, Sequence) and not isinstance(answer, str)
-    return [str(gold) for gold in answer] if several else [str(answer)]
-
-
-# ---------------------------------------------------------------- parts and keys
-
-
-_PM, _MP = re.compile(r"\\pm ?"), re.compile(r"\\mp ?")
-
-
-def _split(text: str, separators: str) -> list[str]:
-    """The parts between separators that stand outside all brackets."""
-    parts, depth, begin = [], 0, 0
-    for position, letter in enumerate(text):
-        depth += (letter in "([{") - (letter in ")]}")
-        if depth == 0 and letter in separators:
-            parts.append(text[begin:position])
-            begin = position + 1
-    return [part for part in [*parts, text[begin:]] if part]
-
-
-def _list_parts(text: str) -> list[str]:
-    """The members of a list; one for what is none. A \\pm b has the two members a+b and a-b."""
-    parts = _split(text, ",;")
-    if any(r"\pm" in part and not _brackets(part) for part in parts):
-        upper = [_MP.sub("-", _PM.sub("+", part)) for part in parts]
-        lower = [_MP.sub("+", _PM.sub("-", part)) for part in parts]
-        parts = list(dict.fromkeys(part.removeprefix("+") for pair in zip(upper, lower, strict=True) for part in pair))
-    return parts
-
-
-def _brackets(text: str) -> tuple[str, str, str] | None:
-    """The opening bracket, inside and closing bracket of a text that one pair encloses."""
-    left, right = (2 if text.startswith("\\{") else 1), (2 if text.endswith("\\}") else 1)
-    if len(text) <= left + right or text[left - 1] not in "([{" or text[-1] not in ")]}":
-        return None
-    depth = 0
-    for position, letter in enumerate(text):
-        depth += (letter in "([{") - (letter in ")]}")
-        if depth == 0 and position >= left:
-            return (text[:left], text[left:-right], text[-right:]) if position == len(text) - 1 else None
-    return None
-
-
 def _key(form: str) -> str:
-    parts = _list_parts(form)
+    parts = list_parts(form)
     if len(parts) > 1:
         return ",".join(sorted(map(_key, parts)))
     number = _number(_without_unit(form, gold=True))
     return form if number is None else str(number)
+
+
+def _golds(answer: Answer) -> list[str]:
+    several = isinstance(answer, Sequence) and not isinstance(answer, str)
+    return [str(gold) for gold in answer] if several else [str(answer)]
 
 
 # ---------------------------------------------------------------- equality
@@ -202,34 +164,27 @@ _CHOICE_AGAIN = re.compile(
 _LOWER_UNIT = re.compile(r"[a-z]{1,2}")
 
 _DECIMAL = r"(?:\d++(?:\.\d*+)?|\.\d++)"
-_PLAIN = re.compile(rf"([-+]?{_DECIMAL})(?:/(\d++))?")
-_FRACTION = re.compile(rf"(?<!\d)([-+]?)(\d*+)\\frac\{{([-+]?{_DECIMAL})\}}\{{([-+]?{_DECIMAL})\}}")
-_SCIENTIFIC = re.compile(
-    rf"(?<![\d.])([-+]?)({_DECIMAL})(?:(?:\\times|\\cdot|\*)10\^\{{?([-+]?\d{{1,3}})\}}?|[eE]([-+]?\d{{1,3}}))"
+_EXPONENT = r"([-+]?\d{1,3})"
+_NUMBER = re.compile(
+    rf"([-+]?)(?:(?:({_DECIMAL})(?:\\times|\\cdot|\*))?10\^\{{?{_EXPONENT}\}}?"
+    rf"|({_DECIMAL})(?:/(\d++)|[eE]{_EXPONENT})?"
+    rf"|(\d*+)\\frac\{{([-+]?{_DECIMAL})\}}\{{([-+]?{_DECIMAL})\}})"
 )
-_TEN_TO = re.compile(r"^([-+]?)10\^")
 _BASED = re.compile(r"(?<![0-9A-F])(-?[0-9][0-9A-F]*+)_\{?(\d++)\}?")
 
 
 @functools.lru_cache(maxsize=8192)
 def _number(form: str) -> Fraction | None:
     """The exact number a normal form writes, or None."""
-    if not form[-1:] or form[-1] not in "0123456789.}":
+    match = _NUMBER.fullmatch(form)
+    if match is None:
         return None
-    if match := _PLAIN.fullmatch(form):
-        above, below = Fraction(match[1]), Fraction(match[2] or 1)
-        return above / below if below else None
-    if match := _FRACTION.fullmatch(form):
-        sign, whole = match[1], int(match[2] or 0)
-        above, below = Fraction(match[3]), Fraction(match[4])
-        if not below or (whole and above < 0):
-            return None
-        return (-1 if sign == "-" else 1) * (whole + above / below)
-    power = _TEN_TO.sub(r"\g<1>1\\times10^", form)
-    if match := _SCIENTIFIC.fullmatch(power):
-        sign, digits, exponent, plain_exponent = match.groups()
-        return (-1 if sign == "-" else 1) * Fraction(digits) * Fraction(10) ** int(exponent or plain_exponent)
-    return None
+    sign, factor, power, decimal, divisor, exponent, whole, above, below = match.groups()
+    numerator, denominator = Fraction(above or decimal or factor or 1), Fraction(below or divisor or 1)
+    if not denominator or (int(whole or 0) and numerator < 0):
+        return None
+    value = (int(whole or 0) + numerator / denominator) * Fraction(10) ** int(power or exponent or 0)
+    return -value if sign == "-" else value
 
 
 def _same_text(gold: str, given: str) -> bool:
@@ -297,7 +252,10 @@ def _same(gold: str, given: str) -> bool:
         return gold.replace(" ", "").casefold() == given.replace(" ", "").casefold()
     ratios = _same_ratios(gold.split(":"), given.split(":"))
     parts = _same_parts(gold, given) if ratios is None else ratios
-    return _same_symbolic(gold, given) or _is_rounded(gold, given) if parts is None else parts
+    if parts is not None:
+        return parts
+    short = max(len(gold), len(given)) <= MAX_CHARACTERS
+    return (short and _algebra().same(gold, given)) or _is_rounded(gold, given)
 
 
 def _same_but_for_units(gold: str, given: str) -> bool:
@@ -323,17 +281,15 @@ def _without_unit(form: str, gold: bool = False) -> str:
 
 def _same_ratios(gold: list[str], given: list[str]) -> bool | None:
     """Equality of a:b or a:b:c; None where algebra may compare what a ratio of two is worth."""
-    if len(gold) == len(given) == 1:
-        return None
-    numbers = [[_number(part) for part in parts] for parts in (gold, given)]
+    if len(gold) != len(given) or len(gold) == 1:
+        return None if max(len(gold), len(given)) <= 2 else False
     times = all(len(part) == 2 for part in gold[1:] + given[1:])
-    if len(gold) != len(given):
-        return None if max(len(gold), len(given)) == 2 else False
-    if times or None in numbers[0] + numbers[1]:
-        return (
-            numbers[0] == numbers[1] if times and None not in numbers[0] else None if len(gold) == 2 else gold == given
-        )
-    return all(a * numbers[1][0] == b * numbers[0][0] for a, b in zip(*numbers, strict=True))
+    expected, numbers = ([_number(part) for part in parts] for parts in (gold, given))
+    if times and None not in expected:
+        return expected == numbers
+    if times or None in expected + numbers:
+        return None if len(gold) == 2 else gold == given
+    return all(a * numbers[0] == b * expected[0] for a, b in zip(expected, numbers, strict=True))
 
 
 def _same_percent(gold: str, given: str) -> bool:
@@ -358,14 +314,12 @@ def _rounds_to(exact: Fraction, decimal: Fraction) -> bool:
 
 def _is_rounded(gold: str, given: str) -> bool:
     """Whether one form is a decimal that the constant of the other, which is no number in digits, rounds to."""
-    numbers = _number(gold), _number(given)
-    if (numbers[0] is None) == (numbers[1] is None) or "." not in (given if numbers[0] is None else gold):
-        return False
-    from krl.rewards.algebra import constant
-
-    exact = constant(gold if numbers[0] is None else given)
-    decimal = numbers[1] if numbers[0] is None else numbers[0]
-    return exact is not None and decimal is not None and _rounds_to(exact, decimal)
+    for form, decimal in ((gold, given), (given, gold)):
+        number = _number(decimal)
+        if number is not None and "." in decimal and _number(form) is None:
+            exact = _algebra().constant(form)
+            return exact is not None and _rounds_to(exact, number)
+    return False
 
 
 def _same_parts(gold: str, given: str) -> bool | None:
@@ -374,20 +328,18 @@ def _same_parts(gold: str, given: str) -> bool | None:
         return _same_in_any_order(*([part.strip() for part in text.split(r"\cup")] for text in (gold, given)))
     matrices = _MATRIX.fullmatch(gold), _MATRIX.fullmatch(given)
     if matrices[0] and matrices[1]:
-        rows = [[_split_row(row) for row in match[2].split(r"\\") if row] for match in matrices if match]
-        if [len(row) for row in rows[0]] != [len(row) for row in rows[1]]:
-            return False
-        return all(all(map(_same, *pair)) for pair in zip(*rows, strict=True))
-    lists = _list_parts(gold), _list_parts(given)
+        rows = [[_cells(row) for row in match[2].split(r"\\") if row] for match in matrices if match]
+        return len(rows[0]) == len(rows[1]) and all(map(_same_in_order, *rows))
+    lists = list_parts(gold), list_parts(given)
     if max(map(len, lists)) > 1:
         return _same_lists(gold, given, *lists)
-    pairs = _brackets(gold), _brackets(given)
+    pairs = brackets(gold), brackets(given)
     if pairs[0] and pairs[1] and (("," in pairs[0][1]) or ("," in pairs[1][1])):
-        inside = _list_parts(pairs[0][1]), _list_parts(pairs[1][1])
+        inside = list_parts(pairs[0][1]), list_parts(pairs[1][1])
         if "\\{" in (pairs[0][0], pairs[1][0]):
             return pairs[0][0] == pairs[1][0] and _same_in_any_order(*inside)
         same_brackets = pairs[0][::2] == pairs[1][::2] or len(inside[0]) > 2
-        return same_brackets and len(inside[0]) == len(inside[1]) and all(map(_same, *inside))
+        return same_brackets and _same_in_order(*inside)
     if r"\approx" in gold or r"\approx" in given:
         exact = _not_approximated(gold), _not_approximated(given)
         return exact[0] is not None and exact[1] is not None and _same(exact[0], exact[1])
@@ -425,39 +377,36 @@ def _is_constant(form: str) -> bool:
 
 def _constant(form: str) -> Fraction | None:
     number = _number(form)
-    if number is not None or not _is_constant(form):
-        return number
-    from krl.rewards.algebra import constant
-
-    return constant(form)
+    return _algebra().constant(form) if number is None and _is_constant(form) else number
 
 
-def _same_symbolic(gold: str, given: str) -> bool:
-    """Whether algebra finds two normal forms equal; it is not asked about long ones."""
-    if max(len(gold), len(given)) > MAX_CHARACTERS:
-        return False
-    from krl.rewards.algebra import same  # sympy is slow to import, and most answers do without
+def _algebra() -> Any:
+    from krl.rewards import algebra  # sympy is slow to import, and most answers do without
 
-    return same(gold, given)
+    return algebra
 
 
-def _split_row(row: str) -> list[str]:
-    return [cell.strip() for cell in row.split("&")]
-
-
-def _same_lists(gold: str, given: str, gold_parts: list[str], given_parts: list[str]) -> bool | None:
-    """A list against a list, or against a set or tuple; None where one side may still be a list in disguise."""
+def _same_lists(gold: str, given: str, gold_parts: list[str], given_parts: list[str]) -> bool:
+    """Equality of a list and a list, or of a list and a set or tuple."""
     if len(gold_parts) > 1 and len(given_parts) > 1:
         return _same_in_any_order(gold_parts, given_parts)
     gold, given = _NAME_IN.sub("", gold), _NAME_IN.sub("", given)
-    if len(gold_parts) > 1 and (pair := _brackets(given)):
-        return _same_in_any_order(gold_parts, _list_parts(pair[1]))
-    if len(given_parts) > 1 and (pair := _brackets(gold)):
-        inside = _list_parts(pair[1])
+    if len(gold_parts) > 1 and (pair := brackets(given)):
+        return _same_in_any_order(gold_parts, list_parts(pair[1]))
+    if len(given_parts) > 1 and (pair := brackets(gold)):
+        inside = list_parts(pair[1])
         if pair[0] == "\\{":
             return _same_in_any_order(inside, given_parts)
-        return pair[::2] == ("(", ")") and len(inside) == len(given_parts) and all(map(_same, inside, given_parts))
+        return pair[::2] == ("(", ")") and _same_in_order(inside, given_parts)
     return False
+
+
+def _cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.split("&")]
+
+
+def _same_in_order(gold: list[str], given: list[str]) -> bool:
+    return len(gold) == len(given) and all(map(_same, gold, given))
 
 
 def _same_in_any_order(gold: list[str], given: list[str]) -> bool:
@@ -473,11 +422,4 @@ def _same_in_any_order(gold: list[str], given: list[str]) -> bool:
             keys.remove(key)
         else:
             unpaired.append(part)
-    if len(unpaired) > 6:
-        return False
-    for part in unpaired:
-        partner = next((i for i, other in enumerate(left) if _same(part, other)), None)
-        if partner is None:
-            return False
-        left.pop(partner)
-    return True
+    return len(unpaired) <= 6 and paired(unpaired, left, _same)

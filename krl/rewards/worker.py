@@ -1,4 +1,4 @@
-"""The program of a reward worker: `krl.rewards.pool` starts it and talks to it through pipes.
+"""The program of a reward worker: `krl.rewards.pool` starts it and talks to it through a socket.
 
 The parent writes pickles: first (reward, memory_gb, parent), then (number, item) for each item, with the item's row
 only where a reward takes it. The worker writes lines: "ready", "ready row" (rows are wanted) or "refused why", then for
@@ -25,7 +25,7 @@ OUT_OF_MEMORY = errno.ENOMEM  # exit code of a worker whose function ran into it
 
 
 def main() -> None:
-    """Answer items until the parent closes the pipe; never returns."""
+    """Answer items until the parent closes the socket; never returns."""
     requests = os.fdopen(os.dup(0), "rb")
     replies = os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -63,7 +63,7 @@ def _serve(requests: BinaryIO, replies: int) -> None:
 
 
 def _die_with(parent: int) -> None:
-    """Ask Linux to kill this process when its parent ends, however it ends; elsewhere the closed pipe must do."""
+    """Ask Linux to kill this process when its parent ends, however it ends; elsewhere the closed socket must do."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before the line above
