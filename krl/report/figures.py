@@ -10,7 +10,7 @@ import vl_convert
 
 from krl.report import charts
 from krl.report.history import Run
-from krl.report.specs import LOOK, Chart
+from krl.report.specs import LOOK, Chart, Rows
 
 PANELS = ("accuracy", "effective", "counts", "flow")  # of figures.png
 CSS = pathlib.Path(__file__).parent / "page.css"
@@ -63,11 +63,11 @@ def _add_legends(part: Any) -> None:
         _add_legends(inner)
 
 
-def _write(panel: dict, rows: charts.Rows, path: pathlib.Path) -> None:
-    named = rows.keys() & set(re.findall(r'"data": {"name": "(\w+)"}', json.dumps(panel)))
+def _write(panel: dict, rows: Rows, path: pathlib.Path) -> None:
+    """Draw a specification with the rows that it names, in the light colours of the page."""
+    named = set(re.findall(r'"data": {"name": "(\w+)"}', json.dumps(panel))) & rows.keys()
     datasets = panel.get("datasets", {}) | {name: rows[name] for name in named}
-    whole = panel | {"datasets": datasets, "padding": 14}
-    whole |= {"config": LOOK | LIGHT}
+    whole = panel | {"datasets": datasets, "padding": 14, "config": LOOK | LIGHT}
     light = dict(re.findall(r"(--[\w-]+): ([^;]+);", CSS.read_text().partition("}")[0]))
     text = re.sub(r"var\((--[\w-]+)\)", lambda found: light[found[1]], json.dumps(whole))
     path.write_bytes(vl_convert.vegalite_to_png(text, scale=SCALE))
