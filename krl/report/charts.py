@@ -74,7 +74,8 @@ LINE_CHARTS = (
     ),
     LineChart(
         "lengths", "Response lengths",
-        "Solid: mean of a step; dashed: the longest. Cut off are responses that reached the limit without an end token.",
+        "Solid: mean of a step; dashed: the longest. Cut off are responses that reached the limit without an end "
+        "token.",
         "No lengths were recorded.",
         {
             "tokens": Lines(
@@ -130,14 +131,15 @@ def _steps(run: Run) -> list[dict]:
 
 def differences(runs: Sequence[Run], rows: Rows) -> Chart:
     """Each run less the first, over the held-out prompts they share."""
-    found = {run["label"]: over_prompts(runs[0], run) for run in runs[1:]}
-    rows["differences"] = [{"run": label, **difference} for label, difference in found.items() if difference]
+    labels = [run["label"] for run in runs[1:]]
+    found = [over_prompts(runs[0], run) for run in runs[1:]]
+    rows["differences"] = [{"run": label, **said} for label, said in zip(labels, found, strict=True) if said]
     title = f"Difference in accuracy to {runs[0]['label']}"
     if not rows["differences"]:
         return Chart("differences", title, "The runs share no held-out prompts with recorded evaluations.", {})
     low, mean = (alt.X(f"{name}:Q", title="difference in accuracy") for name in ("low", "mean"))
     base = alt.Chart(alt.NamedData("differences")).encode(
-        x=mean.axis(format="+.3~f", tickCount=5), y=alt.Y("run:N", axis=None, sort=list(found)), color=colour(runs)
+        x=mean.axis(format="+.3~f", tickCount=5), y=alt.Y("run:N", axis=None, sort=labels), color=colour(runs)
     )
     told = tips(("run:N",), ("pairs:Q", ",", "prompts"), *((f"{name}:Q", "+.4f") for name in ("mean", "low", "high")))
     layers = (
@@ -247,14 +249,14 @@ def prompt_flow(runs: Sequence[Run], rows: Rows) -> Chart:
         )  # fmt: skip
         across = {"axis": axis, "scale": alt.Scale(domain=[-0.07, shown - 0.93], nice=False)}
         low = alt.Y("low:Q", axis=alt.Axis(format="%", title="held-out prompts", grid=False))
-        paint = {"legend": None, "scale": alt.Scale(domain=list(STATES), range=shades)}
+        paint = alt.Scale(domain=list(STATES), range=shades)
         return alt.layer(
             of_run("flow_ribbons", label).mark_area(interpolate="monotone", opacity=0.4).encode(
-                x=alt.X("x:Q", **across), y=low, y2="high:Q", color=alt.Color("before:N", **paint), detail="number:N",
+                x=alt.X("x:Q", **across), y=low, y2="high:Q", color=alt.Color("before:N", scale=paint), detail="number:N",
                 tooltip=tips(("before:N",), ("after:N",), ("prompts:Q", ",")),
             ),
             bars.mark_rect().encode(
-                x=alt.X("from:Q", **across), x2="to:Q", y=low, y2="high:Q", color=alt.Color("state:N", **paint),
+                x=alt.X("from:Q", **across), x2="to:Q", y=low, y2="high:Q", color=alt.Color("state:N", scale=paint),
                 tooltip=tips(("step:Q",), ("state:N", "", "solved"), ("prompts:Q", ",")),
             ),
         )  # fmt: skip
@@ -281,8 +283,8 @@ def calibrations(runs: Sequence[Run], rows: Rows) -> Chart:
             points, error = calibration(run["groups"], column)
             found += [{"run": run["label"], "kind": column, **point} for point in points]
             if not math.isnan(error):
-                of_run = f" of {run['label']}" if len(runs) > 1 else ""
-                notes.append(f"Expected calibration error of the {words}{of_run}: {error:.3f}.")
+                named = f"{words} of {run['label']}" if len(runs) > 1 else words
+                notes.append(f"Expected calibration error of the {named}: {error:.3f}.")
         if not found:
             continue
         rows["calibration"] += found
@@ -332,7 +334,7 @@ def phases(runs: Sequence[Run], rows: Rows) -> Chart:
         return base.mark_rect(clip=True).encode(
             x=STEPS, x2="until:Q", y2="high:Q",
             y=alt.Y("low:Q", title="seconds a step", axis=alt.Axis(format="~g"), scale=height),
-            color=alt.Color("phase:N", legend=None, scale=colours),
+            color=alt.Color("phase:N", scale=colours),
             tooltip=tips(("step:Q",), ("phase:N",), ("seconds:Q", ".3~g")),
         )  # fmt: skip
 

@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import vl_convert
 
@@ -41,26 +40,13 @@ def draw(runs: Sequence[Run], out: pathlib.Path) -> None:
 
 
 def _panel(chart: Chart, labels: Sequence[str]) -> dict:
-    """The specification of a chart's first view, with legends and a title, which names the run if it is of one."""
+    """The specification of a chart's first view, with a title, which names the run if it is of one."""
     name, spec = next(iter(chart.views.items()))
     text = json.dumps({key: part for key, part in spec.items() if key != "params"})
     if chart.slider:
         text = text.replace("datum.step === at", f"datum.step === {chart.slider[-1]}")
     title = f"{chart.title}, {name}" if name in labels else chart.title
-    panel = json.loads(text) | {"width": WIDTH, "title": title}
-    _add_legends(panel)
-    return panel
-
-
-def _add_legends(part: Any) -> None:
-    """Give colours that stand for several things the legend that is beside the chart on the page."""
-    if isinstance(part, dict):
-        colour = part.get("color")
-        if isinstance(colour, dict) and len(colour.get("scale", {}).get("domain", ())) > 1:
-            colour["legend"] = {}
-        part = list(part.values())
-    for inner in part if isinstance(part, list) else ():
-        _add_legends(inner)
+    return json.loads(text) | {"width": WIDTH, "title": title}
 
 
 def _write(panel: dict, rows: Rows, path: pathlib.Path) -> None:

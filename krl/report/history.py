@@ -77,10 +77,8 @@ def sample_rollouts(workdir: pathlib.Path, most: int, steps: int = 16) -> list[d
 
     log = workdir / "rollouts"
     logged = logged_steps(log)
-    chosen = sorted(
-        {logged[number] for number in np.linspace(0, len(logged) - 1, min(steps, len(logged), most)).astype(int)}
-    )
-    rows = []
+    places = np.linspace(0, len(logged) - 1, min(steps, len(logged), most)).astype(int)
+    chosen, rows = [logged[place] for place in np.unique(places)], []
     for step in chosen:
         table = read_rollouts(log, [step])
         believed = np.nan_to_num(np.array(table["belief"], float))

@@ -49,6 +49,7 @@ LOOK = {  # what all charts have in common, as Vega's config
         "titleY": -10,
     },
     "line": {"strokeJoin": "round", "strokeCap": "round"},
+    "legend": {"disable": True},  # the page has its own
 }  # fmt: skip
 
 
@@ -97,9 +98,9 @@ def run_legend(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def colour(runs: Sequence[Run]) -> alt.Color:
-    """The encoding of the column `run` as colour; the page has the legend."""
-    domain = [run["label"] for run in runs]
-    return alt.Color("run:N", legend=None, scale=alt.Scale(domain=domain, range=colours(runs)))
+    """The encoding of the column `run` as colour; a single one needs no legend."""
+    scale = alt.Scale(domain=[run["label"] for run in runs], range=colours(runs))
+    return alt.Color("run:N", scale=scale, legend=alt.Undefined if len(runs) > 1 else None)
 
 
 def tips(*columns: Sequence[str]) -> list[alt.Tooltip]:
