@@ -252,8 +252,8 @@ def prompt_flow(runs: Sequence[Run], rows: Rows) -> Chart:
         paint = alt.Scale(domain=list(STATES), range=shades)
         return alt.layer(
             of_run("flow_ribbons", label).mark_area(interpolate="monotone", opacity=0.4).encode(
-                x=alt.X("x:Q", **across), y=low, y2="high:Q", color=alt.Color("before:N", scale=paint), detail="number:N",
-                tooltip=tips(("before:N",), ("after:N",), ("prompts:Q", ",")),
+                x=alt.X("x:Q", **across), y=low, y2="high:Q", color=alt.Color("before:N", scale=paint),
+                detail="number:N", tooltip=tips(("before:N",), ("after:N",), ("prompts:Q", ",")),
             ),
             bars.mark_rect().encode(
                 x=alt.X("from:Q", **across), x2="to:Q", y=low, y2="high:Q", color=alt.Color("state:N", scale=paint),
