@@ -215,8 +215,10 @@ def test_figures_need_no_page(tmp_path, monkeypatch):
         assert "var(" not in text, name
         assert "=== at" not in text, name
         assert "params" not in spec, name
-    (colour, *_) = everywhere(drawn(monkeypatch, workdirs, tmp_path / "more")["effective"], "color")
-    assert colour["legend"] == {}
+    spec = drawn(monkeypatch, workdirs, tmp_path / "more")["effective"]
+    assert "disable" not in spec["config"]["legend"]
+    (colour, *_) = everywhere(spec, "color")
+    assert "legend" not in colour
     assert len(colour["scale"]["range"]) == 8
     assert colour["scale"]["range"][-1] not in colour["scale"]["range"][:-1]
     single = drawn(monkeypatch, workdirs[:1], tmp_path / "single")["effective"]

@@ -35,7 +35,7 @@ from krl.policy.model import abstract_params
 from krl.rewards.functions import parse_rewards
 from krl.rewards.pool import VerifierPool
 from krl.rewards.verify import answer_key
-from krl.run.checkpoint import Checkpoints, check_workdir, open_workdir, write_json
+from krl.run.checkpoint import Checkpoints, check_workdir, make_workdir, write_json
 from krl.run.command import run_program
 from krl.run.data import encode, load_task_sets, make_verifiers
 from krl.run.metrics import progress
@@ -116,15 +116,17 @@ def measure_sets(
     # ---------------------------------------------------------------- measure it
     say(f"krl: measuring {identity}, {config.eval.samples} samples of each task")
     say_ends(config, ends, next(iter(encoded.values())))
+    drawn = {
+        "temperature": config.eval.temperature, "top_p": config.eval.top_p,
+        "max_new_tokens": config.sample.max_new_tokens,
+    }  # fmt: skip
     generate = functools.partial(
-        rollout.generate, policy_config, max_new_tokens=config.sample.max_new_tokens, eos_ids=ends.eos_ids,
-        stop_table=ends.table, pad_id=tokenizer.pad_id, num_slots=find_slots(config, policy_config, mesh),
-        temperature=config.eval.temperature, top_p=config.eval.top_p,
+        rollout.generate, policy_config, eos_ids=ends.eos_ids, stop_table=ends.table, pad_id=tokenizer.pad_id,
+        num_slots=find_slots(config, policy_config, mesh), **drawn,
     )  # fmt: skip
     settings = {
-        "policy": identity, "temperature": config.eval.temperature, "top_p": config.eval.top_p,
-        "max_new_tokens": config.sample.max_new_tokens, "template": config.data.template,
-        "reward": config.data.reward, "seed": config.seed, "stop": list(config.sample.stop),
+        "policy": identity, **drawn, "template": config.data.template, "reward": config.data.reward,
+        "seed": config.seed, "stop": list(config.sample.stop),
     }  # fmt: skip
     results, hear = {}, FaultWatch(verifiers, config.verify.may_fail)
     main_reward = next(iter(parse_rewards(config.data.reward)))  # of several
@@ -152,15 +154,15 @@ def measure_sets(
 
 def open_place(workdir: pathlib.Path, config: ConfigDict, *, has_run: bool) -> None:
     """Refuse a work directory whose run has another config but for eval's keys; make one for policy.path."""
-    flat = flatten(config)
-    if not has_run and not config.policy.path:
+    if has_run:
+        flat = flatten(config)
+        check_workdir(workdir, flat, [*FREE_KEYS, *(key for key in flat if key.startswith("eval."))])
+    elif config.policy.path:
+        make_workdir(workdir)
+    else:
         raise ValueError(
             f"{workdir} holds no run; give the --workdir of one, or a checkpoint with --config.policy.path=DIR"
         )
-    if has_run:
-        check_workdir(workdir, flat, [*FREE_KEYS, *(key for key in flat if key.startswith("eval."))])
-    else:
-        open_workdir(workdir, flat, FREE_KEYS)
 
 
 def load_sets(config: ConfigDict) -> dict[str, TaskSet]:

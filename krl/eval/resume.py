@@ -106,21 +106,17 @@ def evaluate_set(
             _append(file, batch)
             rows += [_measure(row) for row in batch]
             faults.update(failed)
-            until_now = as_failures(_grid(rows, "reward", float))
+            until_now = as_failures(np.array([row.reward for row in rows], float))
             report(len(rows) // samples, f"mean reward {short(mean_of(until_now, np.isfinite(until_now)))}")
     return _summary(rows, samples) | {"faults": dict(faults)} if is_first() else {}
 
 
 def _summary(rows: Sequence[Measured], samples: int) -> dict[str, Any]:
     """`summarize` of all samples in their order."""
-    kinds = {"reward": float, "length": int, "finished": bool, "key": object}
-    rewards, lengths, finished, keys = (_grid(rows, *each).reshape(-1, samples) for each in kinds.items())
-    return summarize(as_failures(rewards), lengths, finished, keys.tolist())
-
-
-def _grid(rows: Sequence[Measured], field: str, dtype: type) -> np.ndarray:
-    """A field of all samples; a reward that could not be computed is NaN."""
-    return np.array([getattr(row, field) for row in rows], dtype)
+    rewards, lengths, finished, keys = zip(*rows, strict=True)
+    grid = lambda column, dtype: np.array(column, dtype).reshape(-1, samples)  # noqa: E731
+    of_tasks = as_failures(grid(rewards, float)), grid(lengths, int), grid(finished, bool)
+    return summarize(*of_tasks, grid(keys, object).tolist())
 
 
 def _resume(path: pathlib.Path, settings: dict[str, Any], samples: int) -> tuple[list[Measured], Counter[str]]:
@@ -135,7 +131,6 @@ def _resume(path: pathlib.Path, settings: dict[str, Any], samples: int) -> tuple
     header = {"settings": json.loads(json.dumps(settings))}
     path.parent.mkdir(parents=True, exist_ok=True)
     rows: list[Measured] = []
-    batch: list[Measured] = []
     faults: Counter[str] = Counter()
     with path.open("a+b") as file:
         file.seek(0)
@@ -145,18 +140,18 @@ def _resume(path: pathlib.Path, settings: dict[str, Any], samples: int) -> tuple
             _append(file, [header])
             return rows, faults
         _check_settings(path, _parse(first), header["settings"])
-        position = end = len(first)
+        kept, position = (0, len(first)), len(first)  # samples and bytes of the whole batches; bytes read
         for line in file:
             row = _parse(line)
-            if row is None or (row["task"], row["sample"]) != divmod(len(rows) + len(batch), samples):
+            if row is None or (row["task"], row["sample"]) != divmod(len(rows), samples):
                 break
             position += len(line)
-            batch.append(_measure(row))
+            rows.append(_measure(row))
             if row["faults"] is not None:
-                rows, batch, end = rows + batch, [], position
+                kept = len(rows), position
                 faults.update(row["faults"])
-        file.truncate(end)
-    return rows, faults
+        file.truncate(kept[1])
+    return rows[: kept[0]], faults
 
 
 def _measure(row: dict[str, Any]) -> Measured:
@@ -189,13 +184,11 @@ def _check_settings(path: pathlib.Path, header: dict[str, Any] | None, settings:
     """Refuse a file that was not made with these settings."""
     if header is None or header.keys() != {"settings"}:
         raise ValueError(f"{path} is no file of samples; remove it or choose another place")
-    earlier = header["settings"]
-    show: Callable[[dict[str, Any], str], str]
-    show = lambda given, name: f"{name}={given[name]!r}" if name in given else f"no {name}"  # noqa: E731
+    words = [{name: f"{name}={value!r}" for name, value in each.items()} for each in (header["settings"], settings)]
     differ = [
-        f"{show(earlier, name)}, now {show(settings, name)}"
-        for name in sorted(earlier.keys() | settings.keys())
-        if name not in earlier or name not in settings or earlier[name] != settings[name]
+        ", now ".join(said.get(name, f"no {name}") for said in words)
+        for name in sorted(words[0].keys() | words[1].keys())
+        if name not in words[0] or name not in words[1] or header["settings"][name] != settings[name]
     ]
     if differ:
         raise ValueError(

@@ -164,30 +164,27 @@ def evaluate(
 
     Returns:
         (metrics, solved): `accuracy`, the mean reward over all samples (avg@k), those that could not be computed as
-        in `as_failures`; `pass_at_k`, the share of tasks
-        solved in k = samples tries; `response_length`, tokens; `truncation_rate`; `verifier_faults`, their
-        number. solved [D] int64 counts the samples of each task with a reward of at least SOLVED.
+        in `as_failures`; `pass_at_k`, the share of tasks solved in k = samples tries; `response_length`, tokens;
+        `truncation_rate`; `verifier_faults`, their number. solved [D] int64 counts the samples of each task with a
+        reward of at least SOLVED.
     """
-    tasks = encoded.tasks
-    rewards, lengths, finished = [], [], []
-    faults = 0
+    found, faults = [], 0
     for ids, rollouts in sample_tasks(
         sample, params, encoded, key, samples=samples, num_rollouts=num_rollouts, place=place
     ):
-        batch = tasks.take(ids.tolist())
+        batch = encoded.tasks.take(ids.tolist())
         got, failed = score(rollouts, batch.prompts, batch.answers, batch.rows)
-        rewards.append(got.reshape(len(ids), samples))
-        lengths.append(rollouts.lengths)
-        finished.append(rollouts.finished)
+        found.append((got.reshape(len(ids), samples), rollouts.lengths, rollouts.finished))
         faults += sum(failed.values())
-        hear(faults, samples * sum(map(len, rewards)), "the evaluation")
-    every = as_failures(np.concatenate(rewards).astype(np.float64))
-    solved = (as_float32(np.concatenate(rewards)) >= SOLVED).sum(axis=1)  # 0.7 + 0.2 + 0.1, which is below 1, too
+        hear(faults, samples * (int(ids[-1]) + 1), "the evaluation")
+    rewards, lengths, finished = map(np.concatenate, zip(*found, strict=True))
+    every = as_failures(rewards.astype(np.float64))
+    solved = (as_float32(rewards) >= SOLVED).sum(axis=1)  # 0.7 + 0.2 + 0.1, which is below 1, too
     metrics = {
         "accuracy": mean_of(every, np.isfinite(every)),
         "pass_at_k": float((solved > 0).mean()),
-        "response_length": float(np.concatenate(lengths).mean()),
-        "truncation_rate": float((~np.concatenate(finished)).mean()),
+        "response_length": float(lengths.mean()),
+        "truncation_rate": float((~finished).mean()),
         "verifier_faults": float(faults),
     }
     return metrics, solved

@@ -83,8 +83,7 @@ def without_reward(runs: Sequence[Run]) -> list[str]:
 
     lines = []
     for run in runs:
-        told = faults(run)
-        if told:
+        if told := faults(run):
             lines += ["", f"{run['label']}: {told[0]}", *(f"  {reason}" for reason in told[1])]
     return lines
 

@@ -4,13 +4,12 @@ import json
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import vl_convert
 
 from krl.report import charts
 from krl.report.history import Run
-from krl.report.specs import LOOK, Chart
+from krl.report.specs import LOOK, Chart, Rows
 
 PANELS = ("accuracy", "effective", "counts", "flow")  # of figures.png
 CSS = pathlib.Path(__file__).parent / "page.css"
@@ -41,33 +40,20 @@ def draw(runs: Sequence[Run], out: pathlib.Path) -> None:
 
 
 def _panel(chart: Chart, labels: Sequence[str]) -> dict:
-    """The specification of a chart's first view, with legends and a title, which names the run if it is of one."""
+    """The specification of a chart's first view, with a title, which names the run if it is of one."""
     name, spec = next(iter(chart.views.items()))
     text = json.dumps({key: part for key, part in spec.items() if key != "params"})
     if chart.slider:
         text = text.replace("datum.step === at", f"datum.step === {chart.slider[-1]}")
     title = f"{chart.title}, {name}" if name in labels else chart.title
-    panel = json.loads(text) | {"width": WIDTH, "title": title}
-    _add_legends(panel)
-    return panel
+    return json.loads(text) | {"width": WIDTH, "title": title}
 
 
-def _add_legends(part: Any) -> None:
-    """Give colours that stand for several things the legend that is beside the chart on the page."""
-    if isinstance(part, dict):
-        colour = part.get("color")
-        if isinstance(colour, dict) and len(colour.get("scale", {}).get("domain", ())) > 1:
-            colour["legend"] = {}
-        part = list(part.values())
-    for inner in part if isinstance(part, list) else ():
-        _add_legends(inner)
-
-
-def _write(panel: dict, rows: charts.Rows, path: pathlib.Path) -> None:
-    named = rows.keys() & set(re.findall(r'"data": {"name": "(\w+)"}', json.dumps(panel)))
+def _write(panel: dict, rows: Rows, path: pathlib.Path) -> None:
+    """Draw a specification with the rows that it names, in the light colours of the page."""
+    named = set(re.findall(r'"data": {"name": "(\w+)"}', json.dumps(panel))) & rows.keys()
     datasets = panel.get("datasets", {}) | {name: rows[name] for name in named}
-    whole = panel | {"datasets": datasets, "padding": 14}
-    whole |= {"config": LOOK | LIGHT}
+    whole = panel | {"datasets": datasets, "padding": 14, "config": LOOK | LIGHT}
     light = dict(re.findall(r"(--[\w-]+): ([^;]+);", CSS.read_text().partition("}")[0]))
     text = re.sub(r"var\((--[\w-]+)\)", lambda found: light[found[1]], json.dumps(whole))
     path.write_bytes(vl_convert.vegalite_to_png(text, scale=SCALE))

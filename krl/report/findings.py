@@ -2,28 +2,25 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
 from krl.configs.check import FREE_KEYS
-from krl.report.history import STATES, Run, smooth, states
+from krl.report.history import STATES, Run, smooth, spread, states
 from krl.rewards.pool import FAULTS
 from krl.run.rollouts import count_reasons
 
+NORMAL = 1.959964  # standard errors to both sides of a normal 95% interval
 BINS = 12  # of a success rate, in equal steps of its arcsine: narrower towards 0 and 1
 FEWEST_GROUPS = 10  # that a bin of the calibration is shown for
-MAXIMA = (
-    "response_length_max",
-    "mismatch_max",
-    "staleness_max",
-)  # of several steps together the largest is kept, else the mean
-NO_SETTINGS = {"seed", "checkpoint.dir", *FREE_KEYS} - {
-    "steps",
-    "eval.every",
-}  # may differ between seeds of one setting
+# Of several steps together the largest of these is kept, else the mean.
+MAXIMA = ("response_length_max", "mismatch_max", "staleness_max")
+# What may differ between seeds of one setting.
+NO_SETTINGS = {"seed", "checkpoint.dir", *FREE_KEYS} - {"steps", "eval.every"}
 
 
 class Difference(TypedDict):
@@ -53,6 +50,12 @@ def which_bin(rates: np.ndarray, bins: int = BINS) -> np.ndarray:
     return np.clip(np.searchsorted(bin_edges(bins), rates + 1e-9, side="right") - 1, 0, bins - 1)
 
 
+def _parts(rows: Sequence[dict], most: int) -> list[list[dict]]:
+    """Rows cut into at most so many parts of about the same length."""
+    bounds = np.array_split(np.arange(len(rows)), min(most, len(rows))) if rows else []
+    return [[rows[number] for number in part] for part in bounds]
+
+
 def thin(run: Run, most: int = 200) -> list[dict]:
     """The metrics of a run's steps, at most so many rows: means over runs of consecutive steps.
 
@@ -61,15 +64,13 @@ def thin(run: Run, most: int = 200) -> list[dict]:
     """
     rows = [dict(row) for row in run["metrics"] if row["step"] > 0]
     effective = [row for row in rows if row.get("effective_ratio_rollouts") is not None]
-    window = len(effective) // 10 // 2 * 2 + 1  # odd
-    shares = np.array([row["effective_ratio_rollouts"] for row in effective], float)
-    for row, value in zip(effective, smooth(shares, window) if len(shares) else (), strict=True):
-        row["smoothed"] = float(value)
+    if effective:
+        shares = np.array([row["effective_ratio_rollouts"] for row in effective], float)
+        window = len(effective) // 10 // 2 * 2 + 1  # odd
+        for row, value in zip(effective, smooth(shares, window).tolist(), strict=True):
+            row["smoothed"] = value
     thinned = []
-    for part in np.array_split(np.arange(len(rows)), min(most, len(rows)) or 1):
-        mine = [rows[number] for number in part]
-        if not mine:
-            continue
+    for mine in _parts(rows, most):
         merged: dict = {"step": mine[0]["step"], "until": mine[-1]["step"] + 1}
         for name in sorted(set().union(*mine) - {"step"}):
             values = [row[name] for row in mine if row.get(name) is not None]
@@ -107,22 +108,18 @@ def budget_map(groups: Sequence[dict], most: int = 80) -> list[dict]:
         `prompts` and `rollouts`, for the bins that had any.
     """
     rows = []
-    for part in np.array_split(np.arange(len(groups)), min(most, len(groups)) or 1):
-        mine = [groups[number] for number in part]
-        if not mine:
-            continue
+    for mine in _parts(groups, most):
         counts = np.concatenate([row["counts"] for row in mine]).astype(float)
         bins = which_bin(np.concatenate([row["belief"] for row in mine]))
         given, prompts = np.bincount(bins, counts, BINS), np.bincount(bins, minlength=BINS)
-        step, until = mine[0]["step"], mine[-1]["step"] + 1
-        for number in np.flatnonzero(prompts):
-            rows.append(
-                {
-                    "step": step, "until": until, "bin": int(number),
-                    "share": float(given[number] / max(counts.sum(), 1)),
-                    "prompts": int(prompts[number]), "rollouts": int(given[number]),
-                }
-            )  # fmt: skip
+        rows += [
+            {
+                "step": mine[0]["step"], "until": mine[-1]["step"] + 1, "bin": int(number),
+                "share": float(given[number] / max(counts.sum(), 1)),
+                "prompts": int(prompts[number]), "rollouts": int(given[number]),
+            }
+            for number in np.flatnonzero(prompts)
+        ]  # fmt: skip
     return rows
 
 
@@ -131,9 +128,9 @@ def counts_at(groups: Sequence[dict], steps: Sequence[int]) -> list[dict]:
     rows = []
     for row in groups:
         if row["step"] in steps:
-            pairs = np.stack([np.round(row["belief"], 2), np.asarray(row["counts"], float)], axis=1)
-            for (belief, count), prompts in zip(*np.unique(pairs, axis=0, return_counts=True), strict=True):
-                rows.append({"step": row["step"], "belief": belief, "count": int(count), "prompts": int(prompts)})
+            pairs = Counter(zip(np.round(row["belief"], 2).tolist(), row["counts"], strict=True))
+            for (belief, count), prompts in sorted(pairs.items()):
+                rows.append({"step": row["step"], "belief": belief, "count": int(count), "prompts": prompts})
     return rows
 
 
@@ -172,12 +169,10 @@ def calibration(groups: Sequence[dict], column: str = "belief") -> tuple[list[di
             variance = ((wins[mine] - rate * counts[mine]) ** 2).sum() / given**2
             alone = min(rate * (1 - rate) / variance, given) if variance > 0 and 0 < rate < 1 else size
             low, high = wilson(rate, alone)
-            rows.append(
-                {
-                    "bin": int(number), "believed": belief, "observed": rate, "low": low, "high": high,
-                    "groups": size, "rollouts": int(given),
-                }
-            )  # fmt: skip
+            rows.append({
+                "bin": int(number), "believed": belief, "observed": rate, "low": low, "high": high, "groups": size,
+                "rollouts": int(given),
+            })  # fmt: skip
     return rows, error / max(counts.sum(), 1.0)
 
 
@@ -187,7 +182,7 @@ def wilson(rate: float, number: float) -> tuple[float, float]:
     >>> [round(bound, 4) for bound in wilson(0.5, 10)]
     [0.2366, 0.7634]
     """
-    rate, square = min(max(rate, 0.0), 1.0), 1.959964**2 / number  # mean rewards may lie outside
+    rate, square = min(max(rate, 0.0), 1.0), NORMAL**2 / number  # mean rewards may lie outside
     middle = (rate + square / 2) / (1 + square)
     half = math.sqrt(square * (rate * (1 - rate) + square / 4)) / (1 + square)
     return max(middle - half, 0.0), min(middle + half, 1.0)
@@ -223,31 +218,34 @@ def flow(run: Run, most: int = 7) -> tuple[list[dict], list[dict]]:
     evaluations = run["evaluations"]
     if len(evaluations) < 2:
         return [], []
-    shown = np.unique(np.linspace(0, len(evaluations) - 1, min(most, len(evaluations))).round().astype(int))
-    size, bars, ribbons = len(STATES), [], []
-    where = [size - 1 - states(evaluations[number]) for number in shown]  # 0 is always, at the bottom
+    shown = [evaluations[number] for number in spread(len(evaluations), most)]
+    names = STATES[::-1]  # always first, at the bottom
+    size, bars, ribbons = len(names), [], []
+    where = [size - 1 - states(evaluation) for evaluation in shown]
     total = len(where[0])
-    for at, (number, mine) in enumerate(zip(shown, where, strict=True)):
+    for at, (evaluation, mine) in enumerate(zip(shown, where, strict=True)):
         amounts = np.bincount(mine, minlength=size)
         tops = np.cumsum(amounts)
-        for state in np.flatnonzero(amounts):
-            bars.append(
-                {
-                    "at": at, "step": evaluations[number]["step"], "state": STATES[size - 1 - state],
-                    "prompts": int(amounts[state]),
-                    "low": (tops[state] - amounts[state]) / total, "high": tops[state] / total,
-                }
-            )  # fmt: skip
+        bars += [
+            {
+                "at": at, "step": evaluation["step"], "state": names[state], "prompts": int(amounts[state]),
+                "low": (tops[state] - amounts[state]) / total, "high": tops[state] / total,
+            }
+            for state in np.flatnonzero(amounts)
+        ]  # fmt: skip
     for at, (before, after) in enumerate(pairwise(where)):
         table = np.zeros((size, size), int)
         np.add.at(table, (before, after), 1)
         left = np.cumsum(table.ravel()).reshape(size, size)
         right = np.cumsum(table.T.ravel()).reshape(size, size).T
-        for a, b in zip(*np.nonzero(table), strict=True):
-            ends = {"low": left[a, b] - table[a, b], "high": left[a, b], "low_after": right[a, b] - table[a, b]}
-            ends = {name: value / total for name, value in (ends | {"high_after": right[a, b]}).items()}
-            names = {"before": STATES[size - 1 - a], "after": STATES[size - 1 - b], "prompts": int(table[a, b])}
-            ribbons.append({"at": at} | names | ends)
+        ribbons += [
+            {
+                "at": at, "before": names[a], "after": names[b], "prompts": int(table[a, b]),
+                "low": (left[a, b] - table[a, b]) / total, "high": left[a, b] / total,
+                "low_after": (right[a, b] - table[a, b]) / total, "high_after": right[a, b] / total,
+            }
+            for a, b in zip(*np.nonzero(table), strict=True)
+        ]  # fmt: skip
     return bars, ribbons
 
 
@@ -256,6 +254,12 @@ def interval(differences: np.ndarray, quantile: float) -> Difference:
     half = quantile * differences.std(ddof=1) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
     mean = float(differences.mean())
     return {"mean": mean, "low": mean - half, "high": mean + half, "pairs": len(differences)}
+
+
+def _paired(sides: Sequence[Mapping[Any, float]]) -> np.ndarray:
+    """The second side less the first, for the keys that both have, in the order of the first; float64."""
+    first, second = sides
+    return np.array([second[key] - value for key, value in first.items() if key in second], float)
 
 
 def over_prompts(first: Run, other: Run) -> Difference | None:
@@ -269,16 +273,14 @@ def over_prompts(first: Run, other: Run) -> Difference | None:
         if not run["evaluations"] or not run["held_out"]:
             return None
         last = run["evaluations"][-1]
-        seen: dict[str, int] = {}
+        seen: Counter[str] = Counter()
         rates: dict[tuple[str, int], float] = {}
         for prompt, solved in zip(run["held_out"]["prompts"], last["solved"], strict=False):
-            seen[prompt] = seen.get(prompt, 0) + 1
+            seen[prompt] += 1
             rates[prompt, seen[prompt]] = solved / last["samples"]
         sides.append(rates)
-    shared = [key for key in sides[0] if key in sides[1]]
-    if not shared:
-        return None
-    return interval(np.array([sides[1][key] - sides[0][key] for key in shared]), 1.959964)
+    differences = _paired(sides)
+    return interval(differences, NORMAL) if len(differences) else None
 
 
 def by_settings(runs: Sequence[Run]) -> list[list[Run]]:
@@ -303,10 +305,9 @@ def over_seeds(first: Sequence[Run], others: Sequence[Run]) -> Difference | None
     for runs in (first, others):
         ends = {run["config"].get("seed"): spending(run)[-1:] for run in runs}
         sides.append({seed: end[0]["accuracy"] for seed, end in ends.items() if end})
-    shared = [seed for seed in sides[0] if seed in sides[1]]
-    if len(shared) < 2:
+    differences = _paired(sides)
+    if len(differences) < 2:
         return None
     from scipy import stats  # slow to import; jax itself needs scipy
 
-    differences = np.array([sides[1][seed] - sides[0][seed] for seed in shared])
-    return interval(differences, float(stats.t.ppf(0.975, len(shared) - 1)))
+    return interval(differences, float(stats.t.ppf(0.975, len(differences) - 1)))

@@ -1,6 +1,7 @@
 """What runs left in their work directories, and the numbers that comparisons of them are made of."""
 
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import TypedDict
@@ -37,15 +38,11 @@ def read_run(workdir: pathlib.Path) -> Run:
         raise ValueError(f"{workdir} holds no run; give the --workdir of a run that has taken a step")
     config, held_out = json.loads((workdir / "config.json").read_text()), workdir / "held_out.json"
     return {
-        "workdir": workdir,
-        "name": config["alloc.rule"],
-        "label": config["alloc.rule"],
-        "config": config,
-        "metrics": metrics,
-        "groups": read_rows(workdir / "groups.jsonl"),
+        "workdir": workdir, "name": config["alloc.rule"], "label": config["alloc.rule"], "config": config,
+        "metrics": metrics, "groups": read_rows(workdir / "groups.jsonl"),
         "evaluations": read_rows(workdir / "evaluations.jsonl"),
         "held_out": json.loads(held_out.read_text()) if held_out.exists() else {},
-    }
+    }  # fmt: skip
 
 
 def read_runs(workdirs: Sequence[pathlib.Path]) -> list[Run]:
@@ -80,10 +77,8 @@ def sample_rollouts(workdir: pathlib.Path, most: int, steps: int = 16) -> list[d
 
     log = workdir / "rollouts"
     logged = logged_steps(log)
-    chosen = sorted(
-        {logged[number] for number in np.linspace(0, len(logged) - 1, min(steps, len(logged), most)).astype(int)}
-    )
-    rows = []
+    places = np.linspace(0, len(logged) - 1, min(steps, len(logged), most)).astype(int)
+    chosen, rows = [logged[place] for place in np.unique(places)], []
     for step in chosen:
         table = read_rollouts(log, [step])
         believed = np.nan_to_num(np.array(table["belief"], float))
@@ -126,19 +121,18 @@ def spent_to_reach(spent: np.ndarray, reached: np.ndarray, level: float) -> floa
 
 def summary(run: Run) -> dict[str, float]:
     """The numbers of the table: means over all steps, and the last evaluation; NaN for what is not there."""
-    _, effective = series(run, "effective_ratio_rollouts")
-    _, prompts = series(run, "effective_ratio_prompts")
+    numbers = {}
+    for name in ("effective_ratio_rollouts", "effective_ratio_prompts"):
+        _, shares = series(run, name)
+        numbers[name] = float(shares.mean()) if shares.size else math.nan
     _, accuracy = series(run, "eval/accuracy")
-    _, seconds = series(run, "seconds/step")
-    return {
-        "effective_ratio_rollouts": float(effective.mean()) if effective.size else float("nan"),
-        "effective_ratio_prompts": float(prompts.mean()) if prompts.size else float("nan"),
-        "first_accuracy": float(accuracy[0]) if accuracy.size else float("nan"),
-        "final_accuracy": float(accuracy[-1]) if accuracy.size else float("nan"),
-        "found": found(run),
-        "rollouts": float(max(row["rollouts_total"] for row in run["metrics"])),
-        "seconds": float(seconds.sum()),
-    }
+    numbers["first_accuracy"], numbers["final_accuracy"] = (
+        accuracy[[0, -1]].tolist() if accuracy.size else [math.nan] * 2
+    )
+    numbers["found"] = found(run)
+    numbers["rollouts"] = float(max(row["rollouts_total"] for row in run["metrics"]))
+    numbers["seconds"] = float(series(run, "seconds/step")[1].sum())
+    return numbers
 
 
 def found(run: Run) -> float:
@@ -154,7 +148,7 @@ def found(run: Run) -> float:
             last = run["evaluations"][-1]
             wins = np.bincount(which, weights=last["solved"])
             return float(np.mean(2 * wins > last["samples"] * np.bincount(which)))
-    return float("nan")
+    return math.nan
 
 
 def states(evaluation: dict) -> np.ndarray:
@@ -177,6 +171,15 @@ def transitions(run: Run) -> np.ndarray | None:
     table = np.zeros((len(STATES), len(STATES)), int)
     np.add.at(table, (states(run["evaluations"][0]), states(run["evaluations"][-1])), 1)
     return table
+
+
+def spread(number: int, most: int) -> list[int]:
+    """At most so many of the numbers below `number`, evenly from the first to the last.
+
+    >>> spread(9, 3), spread(2, 5)
+    ([0, 4, 8], [0, 1])
+    """
+    return np.unique(np.linspace(0, number - 1, min(most, number)).round().astype(int)).tolist()
 
 
 def smooth(values: np.ndarray, window: int) -> np.ndarray:

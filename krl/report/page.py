@@ -31,6 +31,7 @@ SECTIONS = (  # headings and the charts under them
     ("How it ran", ("lengths", "mismatch", "phases")),
 )
 ROLLOUTS = 400  # that the page holds, of all runs together
+SHOWN = ("step", "belief", "count", "reward", "advantage", "length", "fault")  # their numbers
 LONGEST = 1200  # characters of a text that the page holds
 
 
@@ -46,34 +47,23 @@ def build(runs: Sequence[Run], table: Mapping[str, Sequence[str]], sentence: str
         HTML. Whatever the runs wrote is in it as text alone.
     """
     drawn, rows = charts.make(runs)
-    rollouts = _rollouts(runs)
-    held = {
-        "runs": [run["label"] for run in runs],
-        "colours": specs.colours(runs),
-        "charts": [
-            {"name": chart.name, "views": chart.views, "slider": chart.slider} for chart in drawn if chart.views
-        ],
-        "look": specs.LOOK,
-        "rows": rows,
-        "rollouts": rollouts,
-    }
-    bundle = _bundle()
-    script = (HERE / "page.js").read_text()
     by_name = {chart.name: chart for chart in drawn}
+    labels, colours, rollouts = [run["label"] for run in runs], specs.colours(runs), _rollouts(runs)
+    held = {
+        "runs": labels, "colours": colours, "look": specs.LOOK, "rows": rows, "rollouts": rollouts,
+        "charts": [{"name": each.name, "views": each.views, "slider": each.slider} for each in drawn if each.views],
+    }  # fmt: skip
+    bundle, script = _bundle(), (HERE / "page.js").read_text()
     every, differing = _settings(runs)
     several = len(runs) > 1
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        (HERE / "page.html").read_text()
-    )
-    return page.render(
-        title=" · ".join(run["label"] for run in runs) if len(runs) < 4 else f"{len(runs)} runs", about=_about(runs),
-        runs=held["runs"],
+    template = (HERE / "page.html").read_text()
+    return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template).render(
+        title=" · ".join(labels) if len(runs) < 4 else f"{len(runs)} runs", about=_about(runs), runs=labels,
         tiles=[] if several else _tiles(runs[0]), table=table if several else {}, sentence=sentence, seeds=_seeds(runs),
         faults=[(run["label"], *told) for run in runs if (told := faults(run))],
-        colours=specs.colours(runs), workdirs=[str(run["workdir"]) for run in runs], every=every, differing=differing,
-        version=__version__,
+        colours=colours, workdirs=[str(run["workdir"]) for run in runs], every=every, differing=differing,
+        version=__version__, sampled=len(rollouts),
         sections=[(heading, [by_name[name] for name in names if name in by_name]) for heading, names in SECTIONS],
-        sampled=_sampled(len(rollouts)) if rollouts else "", unsampled="No rollouts were kept (rollouts/).",
         css=Markup((HERE / "page.css").read_text()), bundle=Markup(bundle), script=Markup(script),
         data=Markup(embed(held)), digests=Markup(f"{_digest(bundle)} {_digest(script)}"),
     )  # fmt: skip
@@ -124,23 +114,18 @@ def _about(runs: Sequence[Run]) -> list[str]:
     """What the runs were, in a line where that is the same for all; of a single one also its seed and directory."""
     lines = set()
     for run in runs:
-        settings = run["config"]
-        parts = [f"{run['metrics'][-1]['step']:,} steps"]
+        settings, line = run["config"], f"{run['metrics'][-1]['step']:,} steps"
         if "prompts_per_step" in settings:
-            chosen = settings.get("alloc.n_min") == 0
-            prompts = (
-                f"up to {settings['alloc.budget'] // settings['alloc.group']:,}"
-                if chosen
-                else f"{settings['prompts_per_step']:,}"
-            )
-            parts.append(f"of {prompts} prompts and {settings['alloc.budget']:,} rollouts")
+            budget, prompts = settings["alloc.budget"], f"{settings['prompts_per_step']:,}"
+            if settings.get("alloc.n_min") == 0:
+                prompts = f"up to {budget // settings['alloc.group']:,}"
+            line += f" of {prompts} prompts and {budget:,} rollouts"
         source = settings.get("data.name") or settings.get("data.path") or settings.get("data.source")
-        parts += [f"on {source}"] if source else []
-        lines.add(" ".join(parts))
-    if len(runs) == 1:
-        seed = runs[0]["config"].get("seed")
-        return [", ".join([*lines, *([] if seed is None else [f"seed {seed}"])]), str(runs[0]["workdir"])]
-    return list(lines) if len(lines) == 1 else []
+        lines.add(f"{line} on {source}" if source else line)
+    if len(runs) > 1:
+        return list(lines) if len(lines) == 1 else []
+    seed = runs[0]["config"].get("seed")
+    return [lines.pop() + ("" if seed is None else f", seed {seed}"), str(runs[0]["workdir"])]
 
 
 def _rate(value: float) -> str:
@@ -150,17 +135,11 @@ def _rate(value: float) -> str:
 def _tiles(run: Run) -> list[tuple[str, str]]:
     """A few large numbers: what they are, and how much."""
     numbers, (_, largest) = summary(run), series(run, "count_max")
-    share = numbers["effective_ratio_rollouts"]
-    tiles = [
-        (
-            "held-out accuracy, before → after",
-            f"{_rate(numbers['first_accuracy'])} → {_rate(numbers['final_accuracy'])}",
-        )
-    ]
-    if not math.isnan(numbers["found"]):
-        tiles.append(("found: values of a field solved more often than not", _rate(numbers["found"])))
+    share, ends = numbers["effective_ratio_rollouts"], [_rate(numbers[f"{end}_accuracy"]) for end in ("first", "final")]
+    found = ("found: values of a field solved more often than not", _rate(numbers["found"]))
     return [
-        *tiles,
+        ("held-out accuracy, before → after", " → ".join(ends)),
+        *([] if math.isnan(numbers["found"]) else [found]),
         ("rollouts with a gradient, mean", NONE if math.isnan(share) else f"{share:.0%}"),
         ("rollouts", f"{numbers['rollouts']:,.0f}"),
         ("most rollouts of a prompt in a step", f"{largest.max():,.0f}" if largest.size else NONE),
@@ -173,14 +152,12 @@ def _seeds(runs: Sequence[Run]) -> list[list[str]]:
     lists = by_settings(runs)
     if all(len({run["config"].get("seed") for run in each}) < 2 for each in lists):
         return []
-    own = {key for each in lists for key, value in each[0]["config"].items() if value != lists[0][0]["config"].get(key)}
+    settings = [each[0]["config"] for each in lists]
+    own = {key for each in settings for key, value in each.items() if value != settings[0].get(key)} - NO_SETTINGS
     rows = []
-    for each in lists:
+    for each, config in zip(lists, settings, strict=True):
         ends = [end[-1]["accuracy"] for run in each if (end := spending(run))]
-        name = (
-            ", ".join(f"{key}={each[0]['config'].get(key)}" for key in sorted(own - NO_SETTINGS))
-            or each[0]["config"]["alloc.rule"]
-        )
+        name = ", ".join(f"{key}={config.get(key)}" for key in sorted(own)) or config["alloc.rule"]
         found = over_seeds(lists[0], each) if each is not lists[0] else None
         between = [NONE, NONE, NONE]
         if found:
@@ -203,27 +180,19 @@ def _settings(runs: Sequence[Run]) -> tuple[list, list]:
     return every, differing
 
 
-def _sampled(number: int) -> str:
-    return (
-        f"{number:,} of the rollouts, spread over steps, difficulties and outcomes and so not in their proportions. "
-        "Difficulty is the success rate believed before the step. Texts are cut in the middle where they are long."
-    )
-
-
 def _rollouts(runs: Sequence[Run]) -> list[dict]:
     """Some rollouts of every run as the page's table shows them."""
     shown = []
     for number, run in enumerate(runs):
         for rollout in sample_rollouts(run["workdir"], ROLLOUTS // len(runs)):
-            outcome = (
-                "solved" if (rollout["reward"] or 0.0) >= SOLVED else "failed" if rollout["finished"] else "cut off"
+            ended = "failed" if rollout["finished"] else "cut off"
+            outcome = "solved" if (rollout["reward"] or 0.0) >= SOLVED else ended
+            shown.append(
+                {"run": number, "outcome": "fault" if rollout["fault"] else outcome}
+                | {name: rollout[name] for name in SHOWN}
+                | {name: cut(rollout[name]) for name in ("prompt", "answer", "response")}
+                | {"reason": rollout["reason"] or ""}  # null in older logs
             )
-            kept = {
-                name: rollout[name] for name in ("step", "belief", "count", "reward", "advantage", "length", "fault")
-            }
-            texts = {name: cut(rollout[name]) for name in ("prompt", "answer", "response")}
-            texts["reason"] = rollout["reason"] or ""  # null in older logs
-            shown.append({"run": number, "outcome": "fault" if rollout["fault"] else outcome} | kept | texts)
     return sorted(shown, key=lambda rollout: -rollout["step"])
 
 

@@ -6,7 +6,7 @@ it draws, and the page holds each set of rows once.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import altair as alt
@@ -14,8 +14,20 @@ import numpy as np
 
 from krl.report.history import Run
 
+Rows = dict[str, list[dict]]  # what charts draw, by name
+
 OTHER_COLOURS = 5  # of runs that the last one is compared with
 SHORT = "format(datum.value, datum.value < 1000 ? '~r' : '~s')"  # 20k; each number by itself
+STEPS = alt.X(  # the axis of bars that begin and end at steps
+    "step:Q", title="step", axis=alt.Axis(labelExpr=SHORT, tickMinStep=1), scale=alt.Scale(nice=False, zero=False)
+)
+LOGARITHMIC = alt.Scale(type="log", nice=False)
+LOOKS: dict[str, dict[str, Any]] = {  # of lines; what a look does not say is as in the first
+    "solid": {"opacity": 1, "strokeWidth": 2, "clip": True, "point": False},
+    "dashed": {"strokeDash": [4, 4]},
+    "faint": {"opacity": 0.3, "strokeWidth": 1},
+    "dots": {"clip": False, "point": {"size": 36, "filled": True}},
+}
 LOOK = {  # what all charts have in common, as Vega's config
     "font": "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif",
     "background": None,
@@ -37,6 +49,7 @@ LOOK = {  # what all charts have in common, as Vega's config
         "titleY": -10,
     },
     "line": {"strokeJoin": "round", "strokeCap": "round"},
+    "legend": {"disable": True},  # the page has its own
 }  # fmt: skip
 
 
@@ -52,6 +65,28 @@ class Chart(NamedTuple):
     notes: Sequence[str] = ()  # numbers in words, below
 
 
+class Lines(NamedTuple):
+    """A view with a line for every run and column."""
+
+    columns: Mapping[str, str]  # how the lines of each look, a key of LOOKS
+    title: str  # of the vertical axis
+    form: str  # of its numbers, as in d3-format
+    scale: Any = alt.Undefined  # of that axis
+    over: tuple[str, str] = ("step", "step")  # column and title of the horizontal axis
+    data: str = "steps"  # name of the rows
+    reach: float = 0.0  # above 0: the vertical axis goes from 0 to the largest number, at least so far
+
+
+class LineChart(NamedTuple):
+    """A figure whose views are lines; `missing` is its reading where no view has a point."""
+
+    name: str
+    title: str
+    reading: str
+    missing: str
+    views: dict[str, Lines]
+
+
 def colours(runs: Sequence[Run]) -> list[str]:
     """The CSS colour of each run: the last is the one in question."""
     return [*(f"var(--run-{number % OTHER_COLOURS})" for number in range(len(runs) - 1)), "var(--run-main)"]
@@ -63,9 +98,22 @@ def run_legend(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def colour(runs: Sequence[Run]) -> alt.Color:
-    """The encoding of the column `run` as colour; the page has the legend."""
-    domain = [run["label"] for run in runs]
-    return alt.Color("run:N", legend=None, scale=alt.Scale(domain=domain, range=colours(runs)))
+    """The encoding of the column `run` as colour; a single one needs no legend."""
+    scale = alt.Scale(domain=[run["label"] for run in runs], range=colours(runs))
+    return alt.Color("run:N", scale=scale, legend=alt.Undefined if len(runs) > 1 else None)
+
+
+def tips(*columns: Sequence[str]) -> list[alt.Tooltip]:
+    """What is told under the pointer: columns with their types, and for each a format ("" for none) and a title."""
+    names = ("shorthand", "format", "title")
+    return [
+        alt.Tooltip(**{name: said for name, said in zip(names, column, strict=False) if said}) for column in columns
+    ]
+
+
+def whose(runs: Sequence[Run]) -> list[tuple[str]]:
+    """The column for `tips` that tells runs apart; none for a single one."""
+    return [("run:N",)] if len(runs) > 1 else []
 
 
 def finish(chart: Any, height: int = 260) -> dict:
@@ -74,81 +122,65 @@ def finish(chart: Any, height: int = 260) -> dict:
     return {key: value for key, value in spec.items() if key not in ("$schema", "config")}
 
 
-def labelled(run: Run, rows: Sequence[dict]) -> list[dict]:
-    """Rows that say whose they are."""
-    return [{"run": run["label"], **row} for row in rows]
-
-
-def has(rows: Sequence[dict], name: str) -> bool:
-    """Whether some row has a column."""
-    return any(name in row for row in rows)
-
-
-def log_ticks(rows: Sequence[dict], *names: str) -> list[float]:
-    """Where a logarithmic axis of some columns has its lines: at powers of ten, and between where those are few."""
-    values = [row[name] for row in rows for name in names if row.get(name)]
-    if not values:
-        return []
-    powers = 10.0 ** np.arange(math.floor(math.log10(min(values))), math.ceil(math.log10(max(values))) + 1)
+def log_ticks(values: Sequence[float]) -> list[float]:
+    """Where a logarithmic axis of some values has its lines: at powers of ten, and between where those are few."""
+    low, high = min(values), max(values)
+    powers = 10.0 ** np.arange(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for between in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
-        ticks = [
-            float(power * part) for power in powers for part in between if min(values) <= power * part <= max(values)
-        ]
+        ticks = np.outer(powers, between).ravel()
+        ticks = ticks[(low <= ticks) & (ticks <= high)]
         if len(ticks) >= 3:
             break
-    return ticks or [min(values)]
+    return ticks.tolist() or [low]
 
 
-def line_of_each(
-    runs: Sequence[Run], y: str, title: str, *, over: tuple[str, str] = ("step", "step"), data: str = "steps",
-    form: str = ".3~g", scale: alt.Scale | None = None, ticks: Sequence[float] = (),
-    dashed: bool = False, faint: bool = False, dots: bool = False,
-) -> Any:  # fmt: skip
-    """A layered chart with a line for every run.
+def draw_chart(runs: Sequence[Run], rows: Rows, chart: LineChart) -> Chart:
+    """A figure of lines, with the views that have a point."""
+    drawn = {words: draw_lines(runs, rows, view) for words, view in chart.views.items()}
+    views = {words: spec for words, spec in drawn.items() if spec is not None}
+    return Chart(chart.name, chart.title, chart.reading if views else chart.missing, views, run_legend(runs))
 
-    Args:
-        runs: whose lines they are.
-        y, title: column, and what the axis says.
-        over: column and title of the horizontal axis.
-        data: name of the rows.
-        form: of the numbers, as in d3-format.
-        scale: of the vertical axis.
-        ticks: of a logarithmic axis; none for a linear one.
-        dashed, faint, dots: how a line looks. A faint one tells no numbers under the pointer.
-    """
-    base = alt.Chart(alt.NamedData(data)).transform_filter(f"isValid(datum.{over[0]}) && isValid(datum.{y})")
-    below = alt.Axis(labelExpr=SHORT, tickMinStep=1 if over[0] == "step" else alt.Undefined)
-    x = alt.X(f"{over[0]}:Q", title=over[1], axis=below, scale=alt.Scale(nice=False))
-    axis = alt.Axis(format=form, title=title, values=ticks or alt.Undefined)
-    scale = alt.Scale(type="log", nice=False) if ticks else scale
-    base = base.encode(
-        x=x, y=alt.Y(y, type="quantitative", axis=axis, scale=scale or alt.Undefined), color=colour(runs)
-    )
-    line = base.mark_line(
-        strokeDash=[4, 4] if dashed else alt.Undefined, opacity=0.3 if faint else 1, strokeWidth=1 if faint else 2,
-        clip=not dots, point={"size": 36, "filled": True} if dots else False,
-    )  # fmt: skip
-    names = [alt.Tooltip("run:N", title="run")] if len(runs) > 1 else []
-    tips = [
-        *names,
-        alt.Tooltip(f"{over[0]}:Q", format=",.0f", title=over[1]),
-        alt.Tooltip(f"{y}:Q", format=form, title=title),
-    ]
-    return alt.layer(line, *([] if faint else [base.mark_point(opacity=0, size=90, filled=True).encode(tooltip=tips)]))
+
+def draw_lines(runs: Sequence[Run], rows: Rows, view: Lines) -> dict | None:
+    """The specification of a view with lines; None where no row has a point. Faint lines tell no numbers."""
+    over, words = view.over
+    found = [row[column] for row in rows[view.data] if over in row for column in view.columns if column in row]
+    if not found:
+        return None
+    below = alt.Axis(labelExpr=SHORT, tickMinStep=1 if over == "step" else alt.Undefined)
+    ticks = log_ticks(found) if view.scale is LOGARITHMIC else alt.Undefined
+    scale = alt.Scale(domain=[0, max(*found, view.reach)]) if view.reach else view.scale
+    axis = alt.Axis(format=view.form, title=view.title, values=ticks)
+    layers = []
+    for column, look in view.columns.items():
+        base = (
+            alt.Chart(alt.NamedData(view.data))
+            .transform_filter(f"isValid(datum.{over}) && isValid(datum.{column})")
+            .encode(
+                x=alt.X(f"{over}:Q", title=words, axis=below, scale=alt.Scale(nice=False)),
+                y=alt.Y(f"{column}:Q", axis=axis, scale=scale),
+                color=colour(runs),
+            )
+        )
+        layers.append(base.mark_line(**LOOKS["solid"] | LOOKS[look]))
+        if look != "faint":
+            told = tips(*whose(runs), (f"{over}:Q", ",.0f", words), (f"{column}:Q", view.form, view.title))
+            layers.append(base.mark_point(opacity=0, size=90, filled=True).encode(tooltip=told))
+    return finish(alt.layer(*layers))
 
 
 def view_of_each(
-    runs: Sequence[Run],
-    rows: Sequence[dict],
-    draw: Callable[[alt.Chart, str], Any],
-    data: str,
-    height: int,
-) -> dict:
-    """A view for each run that has rows, named by its label; the last run first."""
-    views = {}
-    for run in reversed(runs):
-        label = run["label"]
-        if any(row["run"] == label for row in rows):
-            mine = alt.Chart(alt.NamedData(data)).transform_filter(f"datum.run === {json.dumps(label)}")
-            views[label] = finish(draw(mine, label), height)
-    return views
+    runs: Sequence[Run], rows: Rows, data: str, height: int, draw: Callable[[alt.Chart, str], Any]
+) -> dict[str, dict]:
+    """A view for each run that has rows of a name, named by its label; the last run first."""
+    having = {row["run"] for row in rows[data]}
+    return {
+        label: finish(draw(of_run(data, label), label), height)
+        for label in (run["label"] for run in reversed(runs))
+        if label in having
+    }
+
+
+def of_run(data: str, label: str) -> alt.Chart:
+    """A chart of one run's rows of a name."""
+    return alt.Chart(alt.NamedData(data)).transform_filter(f"datum.run === {json.dumps(label)}")
