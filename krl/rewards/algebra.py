@@ -214,7 +214,7 @@ def _same_relations(gold: Relational, given: Relational) -> bool:
     if kind is sympy.Eq:
         solved = ([sympy.solve(side, x) for side in sides] for x in sorted(first.free_symbols, key=str))
         solutions = next(filter(all, solved), None)
-        return solutions is not None and paired(*solutions, _equal)
+        return solutions is not None and paired(solutions[0], solutions[1], _equal)
     return kind is not sympy.Ne and len(first.free_symbols) == 1 and _same_sets(_as_set(gold), _as_set(given))
 
 

@@ -133,7 +133,7 @@ def rewards_and_reason(parts: Sequence[Part], item: Item) -> tuple[list[float], 
     values, reason = [], ""
     for name, _, function, takes_row in parts:
         # A copy, as a worker process has one: what a function does to its row is not for the next to see.
-        row = {"row": copy.deepcopy(dict(*item[3:]))} if takes_row else {}
+        row: dict[str, Any] = {"row": copy.deepcopy(dict(*item[3:]))} if takes_row else {}
         value = reward_or_error(function, *item[:3], **row)
         if isinstance(value, str):
             reason = reason or (value if len(parts) == 1 else f"{name}: {value}")

@@ -300,7 +300,11 @@ class VerifierPool:
             command = [sys.executable, "-P", "-c", "from krl.rewards.worker import main; main()"]
             with theirs:
                 process = subprocess.Popen(
-                    command, stdin=theirs, stdout=theirs, env=self._environment, start_new_session=True
+                    command,
+                    stdin=theirs.fileno(),
+                    stdout=theirs.fileno(),
+                    env=self._environment,
+                    start_new_session=True,
                 )
             self._workers.append(_Worker(process, ours, time.monotonic() + START_SECONDS))
             self._workers[-1].send(self._first_message)

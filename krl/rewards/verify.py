@@ -284,7 +284,8 @@ def _same_ratios(gold: list[str], given: list[str]) -> bool | None:
     if len(gold) != len(given) or len(gold) == 1:
         return None if max(len(gold), len(given)) <= 2 else False
     times = all(len(part) == 2 for part in gold[1:] + given[1:])
-    expected, numbers = ([_number(part) for part in parts] for parts in (gold, given))
+    expected: list[Any] = [_number(part) for part in gold]
+    numbers: list[Any] = [_number(part) for part in given]
     if times and None not in expected:
         return expected == numbers
     if times or None in expected + numbers:
