@@ -113,8 +113,11 @@ def evaluate_set(
 
 def _summary(rows: Sequence[Measured], samples: int) -> dict[str, Any]:
     """`summarize` of all samples in their order."""
+
+    def grid(column: Sequence[Any], dtype: type) -> np.ndarray:
+        return np.array(column, dtype).reshape(-1, samples)
+
     rewards, lengths, finished, keys = zip(*rows, strict=True)
-    grid = lambda column, dtype: np.array(column, dtype).reshape(-1, samples)  # noqa: E731
     of_tasks = as_failures(grid(rewards, float)), grid(lengths, int), grid(finished, bool)
     return summarize(*of_tasks, grid(keys, object).tolist())
 

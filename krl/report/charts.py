@@ -38,7 +38,7 @@ MOST_POINTS = 4000  # of the counts at chosen steps
 BELIEVED = "believed success rate"
 NO_GROUPS = "The groups of the steps were not recorded (groups.jsonl)."
 EQUAL = "Sampler and learner computed the same log-probs, to the last bit."
-RATE = {"axis": alt.Axis(format="%"), "scale": alt.Scale(domain=[0, 1])}
+RATE: dict[str, Any] = {"axis": alt.Axis(format="%"), "scale": alt.Scale(domain=[0, 1])}
 SPENT = {"rollouts": "rollouts spent", "tokens": "response tokens sampled", "seconds": "seconds in steps"}
 
 LINE_CHARTS = (
@@ -247,7 +247,7 @@ def prompt_flow(runs: Sequence[Run], rows: Rows) -> Chart:
             values=list(range(shown)), labelExpr=f"{json.dumps(steps[label])}[datum.value]",
             title="step of the evaluation", grid=False, labelOverlap=True,
         )  # fmt: skip
-        across = {"axis": axis, "scale": alt.Scale(domain=[-0.07, shown - 0.93], nice=False)}
+        across: dict[str, Any] = {"axis": axis, "scale": alt.Scale(domain=[-0.07, shown - 0.93], nice=False)}
         low = alt.Y("low:Q", axis=alt.Axis(format="%", title="held-out prompts", grid=False))
         paint = alt.Scale(domain=list(STATES), range=shades)
         return alt.layer(

@@ -105,10 +105,8 @@ def colour(runs: Sequence[Run]) -> alt.Color:
 
 def tips(*columns: Sequence[str]) -> list[alt.Tooltip]:
     """What is told under the pointer: columns with their types, and for each a format ("" for none) and a title."""
-    names = ("shorthand", "format", "title")
-    return [
-        alt.Tooltip(**{name: said for name, said in zip(names, column, strict=False) if said}) for column in columns
-    ]
+    told: list[dict[str, Any]] = [dict(zip(("shorthand", "format", "title"), each, strict=False)) for each in columns]
+    return [alt.Tooltip(**{name: said for name, said in each.items() if said}) for each in told]
 
 
 def whose(runs: Sequence[Run]) -> list[tuple[str]]:
