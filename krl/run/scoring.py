@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -80,8 +80,9 @@ class Verdicts(NamedTuple):
 
     def then(self, more: "Verdicts") -> "Verdicts":
         """Those of these rollouts and, after them, of others of the same prompts."""
-        pairs = zip(self, more, strict=True)
-        return Verdicts(*(a + b if isinstance(a, list) else np.concatenate([a, b]) for a, b in pairs))
+        pairs: Any = zip(self, more, strict=True)
+        joined: list[Any] = [a + b if isinstance(a, list) else np.concatenate([a, b]) for a, b in pairs]
+        return Verdicts(*joined)
 
 
 class Scoring:
