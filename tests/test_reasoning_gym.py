@@ -20,6 +20,12 @@ TWENTY = (
 SIZES = {"warm": 60, "train": 80, "test": 40}
 
 
+@pytest.fixture(autouse=True)
+def drawn_here(monkeypatch):
+    """Without a process for every drawing."""
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+
+
 def test_splits_are_disjoint_and_the_same_for_the_same_seed():
     drawn, again, other = (draw_tasks(SIZES, seed=seed, tasks=MIXTURE) for seed in (0, 0, 1))
     assert drawn == again
@@ -28,6 +34,15 @@ def test_splits_are_disjoint_and_the_same_for_the_same_seed():
     assert [len(tasks) for tasks in drawn.values()] == list(SIZES.values()) == [len(one) for one in prompts[:3]]
     for first in (0, 3):  # no question of one split is in another, whichever seed drew it
         assert not prompts[first] & (prompts[1] | prompts[2] | prompts[4] | prompts[5])
+
+
+def test_what_goes_through_sets_is_drawn_alike_in_every_process(monkeypatch):
+    drawn = draw_tasks(SIZES, seed=0, tasks="ransom_note, gcd")
+    for hash_seed in ("1", "2"):
+        monkeypatch.setenv("PYTHONHASHSEED", hash_seed)
+        assert draw_tasks(SIZES, seed=0, tasks="ransom_note, gcd") == drawn
+    with pytest.raises(ValueError, match=r"^reasoning-gym has no no_such_task\(\)"):
+        draw_tasks(SIZES, seed=0, tasks="no_such_task")
 
 
 def test_weights_decide_how_often_a_generator_is_drawn_and_options_what_it_draws():

@@ -6,8 +6,12 @@ is: "chain_sum(min_digits=1, max_digits=2)*2, letter_counting, spell_backward(ma
 """
 
 import ast
+import contextlib
 import itertools
-from collections.abc import Iterator, Mapping
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +19,7 @@ import numpy as np
 from krl.tasks.data import TaskSet
 from krl.tasks.embedded import SPLITS, draw_split
 
+Entry = dict[str, Any]  # "question", "answer", "metadata"
 _CHUNK = 500  # entries that are drawn from one seed of a generator
 
 
@@ -84,34 +89,64 @@ def draw_tasks(sizes: Mapping[str, int], *, seed: int, tasks: str) -> dict[str, 
         generators = parse_tasks(tasks)
     except ValueError as error:
         raise ValueError(f"config.reasoning_gym.tasks={tasks!r} {error}") from None
-    weights = np.array([generator.weight for generator in generators])
+    # Some generators go through sets of texts, whose order is another one in every process that starts without this.
+    here = os.environ.get("PYTHONHASHSEED") == "0"
     drawn = {}
-    for number, split in enumerate(SPLITS):
-        rng = np.random.default_rng((seed, number))
-        entries = [
-            _entries(generator, np.random.default_rng((seed, number, i))) for i, generator in enumerate(generators)
-        ]
-
-        def draw() -> tuple[str, dict[str, Any]]:
-            entry = next(entries[rng.choice(len(weights), p=weights / weights.sum())])  # noqa: B023 (called in this turn)
-            return entry["question"], entry
-
-        found = tuple(draw_split(draw, split, sizes[split]).values())
-        answers = tuple(str(entry["answer"] or "") for entry in found)
+    for split, entries in (_draw(generators, sizes, seed) if here else _draw_elsewhere(tasks, sizes, seed)).items():
+        answers = tuple(str(entry["answer"] or "") for entry in entries)
         drawn[split] = TaskSet(
-            prompts=tuple(entry["question"] for entry in found),
+            prompts=tuple(entry["question"] for entry in entries),
             answers=answers,
             completions=answers,
             fields={
-                "generator": tuple(entry["metadata"]["source_dataset"] for entry in found),
-                "difficulty": tuple(_difficulty(entry["metadata"]) for entry in found),
+                "generator": tuple(entry["metadata"]["source_dataset"] for entry in entries),
+                "difficulty": tuple(_difficulty(entry["metadata"]) for entry in entries),
             },
-            rows=found,
+            rows=tuple(entries),
         )
     return drawn
 
 
-def _entries(generator: Generator, rng: np.random.Generator) -> Iterator[dict[str, Any]]:
+def _draw(generators: Sequence[Generator], sizes: Mapping[str, int], seed: int) -> dict[str, list[Entry]]:
+    """The entries of each split."""
+    weights = np.array([generator.weight for generator in generators])
+    drawn = {}
+    for number, split in enumerate(SPLITS):
+        rng = np.random.default_rng((seed, number))
+        every = [_entries(each, np.random.default_rng((seed, number, i))) for i, each in enumerate(generators)]
+
+        def draw(rng: np.random.Generator = rng, every: list[Iterator[Entry]] = every) -> tuple[str, Entry]:
+            entry = next(every[rng.choice(len(weights), p=weights / weights.sum())])
+            return entry["question"], entry
+
+        drawn[split] = list(draw_split(draw, split, sizes[split]).values())
+    return drawn
+
+
+def _draw_elsewhere(tasks: str, sizes: Mapping[str, int], seed: int) -> dict[str, list[Entry]]:
+    """The same by a process of its own, which writes what it drew as Python's literals."""
+    paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", "from krl.tasks.reasoning_gym import _answer; _answer()"],
+        input=repr((tasks, dict(sizes), seed)), capture_output=True, text=True,
+        env=os.environ | {"PYTHONHASHSEED": "0", "PYTHONPATH": paths, "PYTHONUTF8": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ValueError(last.removeprefix("ValueError: "))
+    drawn: dict[str, list[Entry]] = ast.literal_eval(done.stdout)
+    return drawn
+
+
+def _answer() -> None:
+    """What that process runs."""
+    tasks, sizes, seed = ast.literal_eval(sys.stdin.read())
+    with contextlib.redirect_stdout(sys.stderr):  # generators may print
+        drawn = _draw(parse_tasks(tasks), sizes, seed)
+    print(repr(drawn))
+
+
+def _entries(generator: Generator, rng: np.random.Generator) -> Iterator[Entry]:
     """Entries of a generator without end: one of its data sets after another, each of another seed."""
     try:
         import reasoning_gym
