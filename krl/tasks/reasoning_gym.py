@@ -116,7 +116,7 @@ def _draw(generators: Sequence[Generator], sizes: Mapping[str, int], seed: int) 
         every = [_entries(each, np.random.default_rng((seed, number, i))) for i, each in enumerate(generators)]
 
         def draw(rng: np.random.Generator = rng, every: list[Iterator[Entry]] = every) -> tuple[str, Entry]:
-            entry = next(every[rng.choice(len(weights), p=weights / weights.sum())])
+            entry = _plain(next(every[rng.choice(len(weights), p=weights / weights.sum())]))
             return entry["question"], entry
 
         drawn[split] = list(draw_split(draw, split, sizes[split]).values())
@@ -160,6 +160,15 @@ def _entries(generator: Generator, rng: np.random.Generator) -> Iterator[Entry]:
         except Exception as error:  # asserts, TypeErrors and others, as its authors chose
             raise ValueError(f"reasoning-gym has no {generator.name}({_spelled(generator.options)}): {error}") from None
         yield from (made[number] for number in range(_CHUNK))
+
+
+def _plain(value: Any) -> Any:
+    """An entry without NumPy's numbers and texts, which are no literals."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _spelled(options: Mapping[str, Any]) -> str:
