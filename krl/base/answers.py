@@ -55,14 +55,15 @@ def extract_answer(text: str, *, last_number: bool = False) -> str | None:
     >>> extract_answer("<think>is it 4?</think> <answer>It is \\\\boxed{5}.</answer>")
     '5'
     """
-    text = _after_thinking(text)
+    text = after_thinking(text)
     found = _tagged(text) or _marked(text)
     if not found and last_number:
         found = next(reversed(_LAST_NUMBER.findall(text)), None)
     return found or None
 
 
-def _after_thinking(text: str) -> str:
+def after_thinking(text: str) -> str:
+    """What follows the last thought of a text that thinks first, without one that was cut off."""
     ends = [match.end() for match in _THOUGHT_ENDS.finditer(text)]
     text = text[ends[-1] :] if ends else text
     unclosed = _THOUGHT_BEGINS.search(text)

@@ -28,7 +28,7 @@ class Key(NamedTuple):
 
 FREE, FIXED = True, False
 ANY = Range("anything", lambda value: True)
-EMBEDDED = ("arithmetic", "operators", "maze")  # tasks that are made and not read
+EMBEDDED = ("arithmetic", "operators", "maze", "reasoning_gym")  # tasks that are made and not read
 COLDEST = 0.001  # temperature: below it, logits that are divided by it leave float32
 FROM_0, FROM_1 = Range("at least 0", lambda value: value >= 0), Range("at least 1", lambda value: value >= 1)
 ABOVE_0, SHARE = Range("above 0", lambda value: value > 0), Range("between 0 and 1", lambda value: 0 <= value <= 1)
@@ -49,7 +49,9 @@ PLACE = Range(
 LETTERS = Range("from 1 to 2704, the pairs of letters there are", lambda value: 1 <= value <= 2704)
 SIDE = Range("at least 2: a maze of one cell has no path", lambda value: value >= 2)
 DTYPE = Range("'float32' or 'bfloat16'", lambda value: value in ("float32", "bfloat16"))
-SOURCE = Range("'arithmetic', 'operators', 'maze' or 'dataset'", lambda value: value in (*EMBEDDED, "dataset"))
+SOURCE = Range(
+    "'arithmetic', 'operators', 'maze', 'reasoning_gym' or 'dataset'", lambda value: value in (*EMBEDDED, "dataset")
+)
 
 SECTIONS = {  # what keys with the same beginning are about
     "alloc": "How many rollouts each prompt gets.",
@@ -68,6 +70,7 @@ SECTIONS = {  # what keys with the same beginning are about
     ),
     "operators": "The operators task: letters that each mean a string function, and set sizes.",
     "maze": "The maze task: the way through a maze that has one, and set sizes.",
+    "reasoning_gym": "Tasks of the package reasoning-gym, drawn and scored by its generators, and set sizes.",
     "tokenizer": "The tokenizer.",
     "policy": (
         "The decoder: a Hugging Face checkpoint, or one with random weights of these sizes; see "
@@ -164,10 +167,12 @@ KEYS: dict[str, Key] = {
     # ---------------------------------------------------------------- profile
     "profile.steps": Key(0, FROM_0, FREE, "steps recorded by JAX's profiler, from the third after a start; 0 for none"),
     # ---------------------------------------------------------------- data
-    "data.source": Key("arithmetic", SOURCE, FIXED, '"arithmetic", "operators" or "maze" (embedded), or "dataset"'),
+    "data.source": Key("arithmetic", SOURCE, FIXED,
+        '"arithmetic", "operators" or "maze" (embedded), "reasoning_gym" (the package), or "dataset"'),
     "data.reward": Key("exact", ANY, FIXED,
         '"exact" (the whole response is the answer), "math" (the final answer that the response marks), '
-        '"math_or_number" (or its last number where it marks none), or your own "package.module:function" of '
+        '"math_or_number" (or its last number where it marks none), "reasoning_gym" (the score of a task\'s own '
+        'generator), or your own "package.module:function" of '
         "(prompt, response, answer) or (prompt, response, answer, row). Or a sum of several with weights, "
         '"math*1.0,mine:format*0.1"; accuracy is of the first'),
     "data.name": Key("", ANY, FIXED,
@@ -219,6 +224,13 @@ KEYS: dict[str, Key] = {
     "maze.num_warm": Key(30000, FROM_0, FIXED, "mazes for supervised fine-tuning"),
     "maze.num_train": Key(4096, FROM_1, FIXED, "D, training prompts"),
     "maze.num_test": Key(1024, FROM_1, FIXED, "held-out prompts"),
+    # ---------------------------------------------------------------- reasoning_gym
+    "reasoning_gym.tasks": Key("chain_sum(min_terms=2, max_terms=3, min_digits=1, max_digits=2)*2, letter_counting", ANY, FIXED,
+        "generators of the package reasoning-gym, each with options of its own, which decide how hard it is, and with "
+        "a weight: \"chain_sum(max_digits=2)*2, letter_counting\""),
+    "reasoning_gym.num_warm": Key(1024, FROM_0, FIXED, "questions for supervised fine-tuning"),
+    "reasoning_gym.num_train": Key(2048, FROM_1, FIXED, "D, training prompts"),
+    "reasoning_gym.num_test": Key(256, FROM_1, FIXED, "held-out prompts"),
     # ---------------------------------------------------------------- tokenizer
     "tokenizer.path": Key("", ANY, FIXED,
         "a .model file or a directory; \"\" takes the policy's, or trains one on the data's texts"),

@@ -65,7 +65,7 @@ _EXPORT = "write its policy with python -m krl.hf export WORKDIR OUT and name OU
 _OTHERS: dict[str, tuple[str, ...]] = {
     "it is an adapter (such as LoRA): merge it into its base model with peft (merge_and_unload, save_pretrained) and "
     "name what that writes": ("adapter_config.json", "adapter_model.*"),
-    "it holds GGUF files, made for llama.cpp; take the safetensors that they were made from": ("*.gguf",),
+    "it holds GGUF files, made for llama.cpp; convert one with python -m krl.hf.gguf FILE OUT and name OUT": ("*.gguf",),
     f"it is the work directory of a run; {_EXPORT}": ("metrics.jsonl", "policy/config.json"),
     f"it is an Orbax checkpoint of a run; {_EXPORT}": (
         "_CHECKPOINT_METADATA", "params/_METADATA", "*/_CHECKPOINT_METADATA", "_METADATA"
@@ -91,8 +91,9 @@ def what_else(path: pathlib.Path) -> str:
         name = "" if path.is_absolute() or len(path.parts) != 2 else f" (hf download {path} --local-dir DIR)"
         return f"it does not exist; a checkpoint of a hub must be downloaded first{name}"
     if path.is_file():
-        kind = "a GGUF file, made for llama.cpp" if path.suffix == ".gguf" else "a file"
-        return f"it is {kind}; name a directory with config.json and safetensors"
+        if path.suffix == ".gguf":
+            return "it is a GGUF file, made for llama.cpp; convert it with python -m krl.hf.gguf FILE OUT and name OUT"
+        return "it is a file; name a directory with config.json and safetensors"
     for what, files in _OTHERS.items():
         if any(next(path.glob(file), None) for file in files):
             return what

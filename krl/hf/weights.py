@@ -266,7 +266,7 @@ def save_hf(
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     names = names if len(shards) > 1 else ["model.safetensors"]
     try:
-        with _appearing_whole(path) as partial:
+        with appearing_whole(path) as partial:
             for name, shard in zip(names, shards, strict=True):
                 arrays = {n: _write(leaves[tensor.path], tensor).astype(stored) for n, tensor in shard.items()}
                 if partial is not None:
@@ -286,7 +286,7 @@ def save_hf(
 
 
 @contextlib.contextmanager
-def _appearing_whole(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
+def appearing_whole(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
     """A new directory that takes its name when the block ends well and is removed when it does not.
 
     None on every process but the first of several, which all compute what the first writes.

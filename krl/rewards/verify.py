@@ -25,17 +25,17 @@ parse LaTeX into sympy. What counts as equal:
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-from krl.base.answers import Answer, extract_answer
+from krl.base.answers import Answer, after_thinking, extract_answer
 from krl.configs.named import find
 from krl.rewards.notation import MAX_CHARACTERS, normal_form
 from krl.rewards.parts import brackets, list_parts, paired
 from krl.rewards.units import UPRIGHT
 
-Reward = Callable[[str, str, Answer], float]
+Reward = Callable[..., float]  # of (prompt, response, answer), and row=... where it takes one
 
 # ---------------------------------------------------------------- rewards
 
@@ -55,7 +55,28 @@ def score_math_or_number(prompt: str, response: str, answer: Answer) -> float:
     return math_reward(response, answer, last_number=True)
 
 
-REWARDS: dict[str, Reward] = {"exact": score_exact, "math": score_math, "math_or_number": score_math_or_number}
+def score_reasoning_gym(prompt: str, response: str, answer: Answer, row: Mapping[str, Any]) -> float:
+    """The score, from 0 to 1, that a task's own generator gives to what a response marks, or else to all of it.
+
+    An answer that the generator cannot read has 0.
+
+    Args:
+        row: an entry of a data set of reasoning-gym, as `krl.tasks.reasoning_gym` keeps it.
+    """
+    from reasoning_gym import get_score_answer_fn
+
+    given = extract_answer(response) or after_thinking(response).strip()
+    score = get_score_answer_fn(row["metadata"]["source_dataset"])
+    try:
+        return float(score(answer=given, entry=row))
+    except Exception:  # some scorers raise where an answer is not of the form that they read
+        return 0.0
+
+
+REWARDS: dict[str, Reward] = {
+    "exact": score_exact, "math": score_math, "math_or_number": score_math_or_number,
+    "reasoning_gym": score_reasoning_gym,
+}  # fmt: skip
 
 
 def find_reward(name: str) -> Reward:

@@ -17,6 +17,7 @@ from krl.tasks.embedded import SPLITS
 from krl.tasks.files import has_split
 from krl.tasks.maze import make_mazes
 from krl.tasks.operators import make_operators
+from krl.tasks.reasoning_gym import draw_tasks
 
 
 def _make_ladder(sizes: dict[str, int], *, seed: int, **rungs: int) -> dict[str, TaskSet]:
@@ -26,7 +27,7 @@ def _make_ladder(sizes: dict[str, int], *, seed: int, **rungs: int) -> dict[str,
 
 # The embedded tasks: (sizes of the splits, seed, the other keys of the config's section of that name) -> splits.
 EMBEDDED: dict[str, Callable[..., dict[str, TaskSet]]] = {
-    "arithmetic": _make_ladder, "operators": make_operators, "maze": make_mazes,
+    "arithmetic": _make_ladder, "operators": make_operators, "maze": make_mazes, "reasoning_gym": draw_tasks,
 }  # fmt: skip
 
 
