@@ -225,9 +225,9 @@ KEYS: dict[str, Key] = {
     "maze.num_train": Key(4096, FROM_1, FIXED, "D, training prompts"),
     "maze.num_test": Key(1024, FROM_1, FIXED, "held-out prompts"),
     # ---------------------------------------------------------------- reasoning_gym
-    "reasoning_gym.tasks": Key("chain_sum(min_terms=2, max_terms=3, min_digits=1, max_digits=2)*2, letter_counting", ANY, FIXED,
+    "reasoning_gym.tasks": Key("chain_sum(max_digits=2)*2, letter_counting", ANY, FIXED,
         "generators of the package reasoning-gym, each with options of its own, which decide how hard it is, and with "
-        "a weight: \"chain_sum(max_digits=2)*2, letter_counting\""),
+        "a weight: \"chain_sum(max_digits=2)*2, letter_counting\" draws twice as many sums"),
     "reasoning_gym.num_warm": Key(1024, FROM_0, FIXED, "questions for supervised fine-tuning"),
     "reasoning_gym.num_train": Key(2048, FROM_1, FIXED, "D, training prompts"),
     "reasoning_gym.num_test": Key(256, FROM_1, FIXED, "held-out prompts"),

@@ -65,7 +65,9 @@ _EXPORT = "write its policy with python -m krl.hf export WORKDIR OUT and name OU
 _OTHERS: dict[str, tuple[str, ...]] = {
     "it is an adapter (such as LoRA): merge it into its base model with peft (merge_and_unload, save_pretrained) and "
     "name what that writes": ("adapter_config.json", "adapter_model.*"),
-    "it holds GGUF files, made for llama.cpp; convert one with python -m krl.hf.gguf FILE OUT and name OUT": ("*.gguf",),
+    "it holds GGUF files, made for llama.cpp; convert one with python -m krl.hf.gguf FILE OUT and name OUT": (
+        "*.gguf",
+    ),
     f"it is the work directory of a run; {_EXPORT}": ("metrics.jsonl", "policy/config.json"),
     f"it is an Orbax checkpoint of a run; {_EXPORT}": (
         "_CHECKPOINT_METADATA", "params/_METADATA", "*/_CHECKPOINT_METADATA", "_METADATA"

@@ -181,7 +181,7 @@ def _config(fields: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
     if kind not in ("gemma2", "gemma3"):
         return config
     del config["hidden_act"]
-    # The largest of either generation scales by the width of its layers instead of that of a head, and no field says so.
+    # The largest of either generation scales by the width of its layers, not by that of a head, and no field says so.
     largest = layers == {"gemma2": 46, "gemma3": 62}[kind]
     config |= {
         "hidden_activation": "gelu_pytorch_tanh",

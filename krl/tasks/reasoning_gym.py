@@ -176,7 +176,7 @@ def _spelled(options: Mapping[str, Any]) -> str:
 
 
 def _difficulty(metadata: Mapping[str, Any]) -> str:
-    """What makes an entry hard, by the names that its generator gives it; the entry's own values where it tells them."""
+    """What makes an entry hard, by the names that its generator gives it; its own values where it tells them."""
     named = metadata.get("difficulty")
     if not isinstance(named, dict):
         return str(named or "")
