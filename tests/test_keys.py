@@ -31,6 +31,7 @@ from krl.configs import default
 from krl.configs.check import check, flatten
 from krl.eval.command import measure
 from krl.eval.held_out import measure as measure_held_out
+from krl.policy.model import abstract_params
 from krl.run import data as run_data
 from krl.run import learner as learner_module
 from krl.run import optimizer as run_optimizer
@@ -583,7 +584,7 @@ def take_steps(config, parts: setup.Setup, plain: Seen | None = None) -> Seen:
     features, num_features = run_data.find_features(config, parts.train)
     mesh = setup.make_mesh(tuple(config.mesh.shape), tuple(config.mesh.axis_names))
     if mesh != parts.mesh:
-        parts = dataclasses.replace(parts, mesh=mesh, params=policy.abstract_params(parts.policy_config, mesh))
+        parts = dataclasses.replace(parts, mesh=mesh, params=abstract_params(parts.policy_config, mesh))
     if config.verify.workers:
         parts = dataclasses.replace(parts, verifiers=run_data.make_verifiers(config))
     optimizer = optimizer_of(json.dumps({f"optim.{key}": value for key, value in config.optim.items()}))
