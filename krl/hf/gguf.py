@@ -323,7 +323,7 @@ def _write_tokenizer(fields: dict[str, Any], out: pathlib.Path) -> None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[begin[0], "$A"], pair=[begin[0], "$A", "$B"], special_tokens=[begin]
         )
-    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    whole: Any = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)  # type: ignore[no-untyped-call]
     whole.chat_template = fields.get("tokenizer.chat_template")
     whole.save_pretrained(out)
     ends = [ids["eos_token"], *(fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))]
@@ -379,7 +379,7 @@ def _sentencepiece(fields: dict[str, Any], vocabulary: dict[str, int]) -> tuple[
         fuse_unk=True, byte_fallback="<0x0A>" in vocabulary,
     )  # fmt: skip
     tokenizer = Tokenizer(bpe)
-    space = normalizers.Replace(" ", "▁")
+    space: Any = normalizers.Replace(" ", "▁")
     back = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if fields.get("tokenizer.ggml.add_space_prefix", True):
         space = normalizers.Sequence([normalizers.Prepend("▁"), space])
@@ -391,7 +391,9 @@ def _sentencepiece(fields: dict[str, Any], vocabulary: dict[str, int]) -> tuple[
 
 def main() -> None:
     """The command line of the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m krl.hf.gguf", description=convert.__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m krl.hf.gguf", description=(convert.__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("files", metavar="FILE", nargs="+", help="a GGUF file, or its parts in their order")
     parser.add_argument("out", metavar="OUT", help="a new directory")
     parser.add_argument("--dtype", choices=list(STORED_TYPES.values()), default="float32", help="of the tensors")

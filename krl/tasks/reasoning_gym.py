@@ -52,7 +52,7 @@ weight=1.0)]
         weight = 1.0
         try:
             if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mult):
-                part, weight = part.left, float(ast.literal_eval(part.right))
+                weight, part = float(ast.literal_eval(part.right)), part.left
             call = part if isinstance(part, ast.Call) else ast.Call(part, [], [])
             if not isinstance(call.func, ast.Name) or call.args:
                 raise ValueError
