@@ -513,6 +513,16 @@ RUNS = {
         "maze.num_train": lambda run: len(run.parts.train) == 6,
         "maze.num_test": lambda run: len(run.parts.test) == 5,
     }),
+    "puzzles": Trial({
+        "data.source": "reasoning_gym", "data.reward": "reasoning_gym", "reasoning_gym.tasks": "gcd(max_value=9)",
+        "reasoning_gym.num_warm": 9, "reasoning_gym.num_train": 6, "reasoning_gym.num_test": 5,
+        "data.max_prompt_tokens": 120, "tokenizer.vocab_size": 64, "sft.steps": 1,
+    }, {
+        "reasoning_gym.tasks": lambda run: set(run.parts.train.tasks.fields["generator"]) == {"gcd"},
+        "reasoning_gym.num_warm": lambda run: len(run.parts.pairs[0]) == 9,
+        "reasoning_gym.num_train": lambda run: len(run.parts.train) == 6,
+        "reasoning_gym.num_test": lambda run: len(run.parts.test) == 5,
+    }),
     "a spike": Trial({"guard.ratio": 1e-9, "guard.rollbacks": 1}, {
         "guard.ratio": lambda run: "is beyond config.guard.ratio=1e-09" in run.error,
         "guard.rollbacks": lambda run: "after 1 rollbacks (config.guard.rollbacks=1)" in run.error,

@@ -195,7 +195,7 @@ def test_data_that_is_wrong(here, name, told):
         ({"sft.dir": "own.py/x"}, r"cannot write own.py/x/\w+: \[Errno 20\] Not a directory: .*; choose another config.sft.dir"),
         ({"checkpoint.dir": "own.py"}, r"cannot write checkpoints to own.py/checkpoints: .*; choose another directory"),
         ({"checkpoint.dir": "ftp://x/y"}, "config.checkpoint.dir='ftp://x/y' must be a directory, or one in gs://, s3:// or az://"),
-        ({"data.reward": "guess"}, "reward 'guess' must be one of ['exact', 'math', 'math_or_number'] or look like package.module:function"),
+        ({"data.reward": "guess"}, "reward 'guess' must be one of ['exact', 'math', 'math_or_number', 'reasoning_gym'] or look like package.module:function"),
     ],
 )  # fmt: skip
 def test_settings_that_are_wrong(here, changes, told):

@@ -322,7 +322,7 @@ def test_keys_of_long_answers_are_cheap():
 def test_find_reward(tmp_path, monkeypatch):
     assert find_reward("math")("a prompt", "#### 0.5", "1/2") == 1.0
     assert find_reward("exact")("a prompt", "0.5", "1/2") == 0.0
-    assert set(REWARDS) == {"exact", "math", "math_or_number"}
+    assert set(REWARDS) == {"exact", "math", "math_or_number", "reasoning_gym"}
     (tmp_path / "my_rewards.py").write_text(
         "def length(prompt, response, answer):\n    return float(len(response))\nx = 1\n"
     )
@@ -330,7 +330,7 @@ def test_find_reward(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert find_reward("my_rewards:length")("", "abc", "") == 3.0
     for name, message in {
-        "maths": r"reward 'maths' must be one of \['exact', 'math', 'math_or_number'\]",
+        "maths": r"reward 'maths' must be one of \['exact', 'math', 'math_or_number', 'reasoning_gym'\]",
         "my_rewards:": "must be one of",
         "my_gone_rewards:length": "cannot import my_gone_rewards: ModuleNotFoundError",
         "my_broken_rewards:length": "cannot import my_broken_rewards.*not_a_module_of_mine",
