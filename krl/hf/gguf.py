@@ -323,7 +323,8 @@ def _write_tokenizer(fields: dict[str, Any], out: pathlib.Path) -> None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=[begin[0], "$A"], pair=[begin[0], "$A", "$B"], special_tokens=[begin]
         )
-    whole: Any = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)  # type: ignore[no-untyped-call]
+    as_transformers: Any = transformers.PreTrainedTokenizerFast  # which has no types
+    whole = as_transformers(tokenizer_object=tokenizer, **special)
     whole.chat_template = fields.get("tokenizer.chat_template")
     whole.save_pretrained(out)
     ends = [ids["eos_token"], *(fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))]
