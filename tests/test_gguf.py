@@ -190,6 +190,8 @@ def test_architectures_tensors_and_tokenizers_that_nothing_here_knows(tmp_path):
     embedding = {"token_embd.weight": np.zeros((96, 16))}
     with pytest.raises(ValueError, match="the architecture 'mamba' is not supported; supported are llama, qwen2"):
         convert([write(tmp_path / "a.gguf", "mamba", embedding, {})], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"the tensor blk.0.ssm_in.weight belongs to no architecture"):
+        convert([small(tmp_path, more={"blk.0.ssm_in.weight": np.zeros((4, 32))})], tmp_path / "out")
     with pytest.raises(ValueError, match="every llama has is missing"):
         convert([write(tmp_path / "b.gguf", "llama", embedding, {})], tmp_path / "out")
     for tokenizer, message in (
@@ -227,8 +229,10 @@ def test_a_byte_level_tokenizer_splits_texts_as_the_original(tmp_path):
     assert original.decode(chat, skip_special_tokens=False).startswith("<|im_start|>user\n12+34=<|im_end|>")
 
 
-@pytest.mark.parametrize(("prefix", "runs"), [(True, []), (False, ["▁▁", "▁▁▁▁"])])
-def test_a_tokenizer_with_scores_splits_texts_as_sentencepiece(prefix, runs, tmp_path):
+@pytest.mark.parametrize(
+    ("prefix", "runs", "written"), [(True, [], "▁"), (False, ["▁▁▁", "▁▁▁▁▁"], "▁"), (False, ["▁▁▁", "▁▁▁▁▁"], " ")]
+)
+def test_a_tokenizer_with_scores_splits_texts_as_sentencepiece(prefix, runs, written, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("\n".join([*TEXTS, "the user and the assistant add numbers", "numbers are added"] * 9))
     sentencepiece.SentencePieceTrainer.train(
@@ -246,7 +250,8 @@ def test_a_tokenizer_with_scores_splits_texts_as_sentencepiece(prefix, runs, tmp
         "scores": [original.get_score(i) for i in range(len(pieces))], "token_type": kinds, "unknown_token_id": 0,
         "add_space_prefix": prefix,
     }  # fmt: skip
-    convert([small(tmp_path, pieces, tokenizer)], tmp_path / "out")
+    stored = [piece.replace("▁", written) if piece in runs else piece for piece in pieces]  # as llama.cpp does, or not
+    convert([small(tmp_path, stored, tokenizer)], tmp_path / "out")
     found = hf.load_tokenizer(tmp_path / "out")
     for text in [*TEXTS[:4], "the added numbers", "  two  spaces", "Größe ± 龍", "a\nb\t c", "x", f"a{' ' * 11}b"]:
         assert found.encode(text) == original.encode(text), text

@@ -262,6 +262,11 @@ def _kept(memory: jax.Array, features: jax.Array, wins: jax.Array, outcomes: jax
 # ---------------------------------------------------------------- features
 
 
+def _start_weights(spread: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights of 0, and how sure of that the spread is."""
+    return jnp.zeros_like(spread), 1 / spread
+
+
 def _estimate_features(
     evidence: Evidence, spread: jax.Array, features: jax.Array, centre: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -363,8 +368,8 @@ def _add_up(values: jax.Array, features: jax.Array, width: int) -> jax.Array:
 
 PRIORS: dict[str, Source] = {
     "groups": Source(lambda spread: (jnp.zeros_like(spread), jnp.zeros_like(spread)), _estimate_groups, _learn_groups),
-    "features": Source(lambda spread: (jnp.zeros_like(spread), 1 / spread), _estimate_features, _learn_features),
-    "gaussian_process": Source(lambda spread: (jnp.zeros_like(spread), 1 / spread), _estimate_process, _learn_process),
+    "features": Source(_start_weights, _estimate_features, _learn_features),
+    "gaussian_process": Source(_start_weights, _estimate_process, _learn_process),
 }
 CANDIDATES = tuple(itertools.product(MEMORIES, SPREADS))
 

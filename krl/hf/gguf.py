@@ -108,7 +108,7 @@ def _readers(files: Sequence[pathlib.Path]) -> Iterator[list[Any]]:
             with file.open("rb") as opened:
                 begins.append(opened.read(4) == b"GGUF")
         except OSError as error:
-            raise ValueError(f"cannot read {file}: {error.strerror}") from None
+            raise ValueError(f"cannot read {file}: {error.strerror}; check the path") from None
     if not begins[0]:
         raise ValueError(f"{files[0]} is not a GGUF file: it does not begin with GGUF")
     with tempfile.TemporaryDirectory(prefix="krl-gguf-") as scratch:
@@ -226,10 +226,9 @@ def _scaling(get: Any, factors: Any, theta: float, size: int) -> dict[str, Any] 
 
 
 def _check_kinds(stored: dict[str, Any]) -> None:
-    """Refuse tensors that nothing here names, and kinds of quantisation that the library cannot undo."""
+    """Refuse kinds of quantisation that the library cannot undo, before anything is written."""
     gguf = _package()
     for name, tensor in stored.items():
-        _name(name, gemma=True)
         kind = gguf.GGMLQuantizationType(tensor.tensor_type)
         try:
             gguf.dequantize(np.array(tensor.data).reshape(-1, tensor.data.shape[-1])[:1], kind)

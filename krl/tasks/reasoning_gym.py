@@ -159,7 +159,15 @@ def _entries(generator: Generator, rng: np.random.Generator) -> Iterator[Entry]:
             )
         except Exception as error:  # asserts, TypeErrors and others, as its authors chose
             raise ValueError(f"reasoning-gym has no {generator.name}({_spelled(generator.options)}): {error}") from None
-        yield from (made[number] for number in range(_CHUNK))
+        for number in range(_CHUNK):
+            try:
+                entry = made[number]
+            except Exception as error:
+                spelled = f"{generator.name}({_spelled(generator.options)})"
+                raise ValueError(
+                    f"reasoning-gym's {spelled} failed: {error!r}; change its options or leave it out"
+                ) from None
+            yield entry
 
 
 def _plain(value: Any) -> Any:
