@@ -10,6 +10,7 @@ import pytest
 
 from krl import policy
 from krl.base.sharding import make_mesh, named_sharding
+from krl.policy import scores
 from krl.policy.scores import token_scores
 from tests import tiny
 
@@ -77,12 +78,13 @@ def test_devices_score_their_own_rows_and_sum_the_heads_gradient_once(shape, nam
         jnp.array(rng.normal(size=(16, 24)), jnp.float32),
     )
     targets, weights = jnp.array(rng.integers(0, 24, (8, 12))), jnp.array(rng.normal(size=(8, 12)), jnp.float32)
+    wanted = jnp.arange(12) < jnp.array([0, 0, 1, 12, 5, 0, 7, 12])[:, None]  # devices have unequal work
 
     def total(hidden, head):
         scores = token_scores(
-            hidden, head, targets, temperature=0.7, softcap=0.0, vocab_first=False, chunk=3, entropy=True
+            hidden, head, targets, temperature=0.7, softcap=0.0, vocab_first=False, chunk=3, entropy=True, wanted=wanted
         )
-        return (scores[0] * weights).sum() + scores[1].sum()
+        return jnp.where(wanted, scores[0] * weights + scores[1], 0.0).sum()
 
     alone = jax.value_and_grad(total, (0, 1))(hidden, head)
     mesh = make_mesh(shape, names)
@@ -109,3 +111,39 @@ def _moved(text, size):
     found = re.findall(r" = (.*) (all-gather|all-reduce|reduce-scatter)(?:-start)?\(", text)
     arrays = [(kind, re.findall(r"f32\[([\d,]+)\]", shape)) for shape, kind in found]
     return [kind for kind, all_ in arrays if any(4 * math.prod(map(int, one.split(","))) >= size for one in all_)]
+
+
+@pytest.mark.parametrize("chunk", [1, 6, 100])
+def test_scores_that_are_not_wanted_cost_nothing_and_change_no_other(chunk, monkeypatch):
+    rng = np.random.default_rng(0)
+    hidden, head = jnp.array(rng.normal(size=(3, 8, 4)), jnp.float32), jnp.array(rng.normal(size=(11, 4)), jnp.float32)
+    targets, by_logp = jnp.array(rng.integers(0, 11, (3, 8))), jnp.array(rng.normal(size=(3, 8)), jnp.float32)
+    made = []
+    logits = scores._logits
+
+    def counted(hidden, *more):
+        jax.debug.callback(lambda _: made.append(hidden.shape), hidden[0, 0, 0])
+        return logits(hidden, *more)
+
+    monkeypatch.setattr(scores, "_logits", counted)
+
+    def total(hidden, head, wanted=None):
+        found = token_scores(
+            hidden, head, targets, temperature=0.7, softcap=0.0, vocab_first=True, chunk=chunk, entropy=True,
+            wanted=wanted,
+        )  # fmt: skip
+        kept = [jnp.where(some, part, 0.0) for part in found]
+        return (by_logp * kept[0] + kept[1]).sum(), kept
+
+    for some in (rng.random((3, 8)) < 0.3, np.arange(8) == np.array([[7], [2], [7]]), np.zeros((3, 8), bool)):
+        (expected, grads), (got, fewer) = (
+            jax.value_and_grad(total, (0, 1), has_aux=True)(hidden, head, wanted) for wanted in (None, jnp.array(some))
+        )
+        jax.effects_barrier()
+        np.testing.assert_allclose(got[0], expected[0], rtol=1e-5, atol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6), expected[1], got[1])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5), grads, fewer)
+        width = min(max(chunk // 3, 1), 8)
+        chunks, needed = -(-8 // width), -(-some.sum(axis=1).max() // width)
+        assert len(made) == 2 * (chunks + needed)  # there and back, of all and of those that are wanted
+        made.clear()

@@ -256,6 +256,7 @@ def token_logps(
     temperature: jax.Array | float = 1.0,
     chunk: int = 128,
     entropy: bool = False,
+    wanted: jax.Array | None = None,
 ) -> Any:
     """Log-probability of each token given those before it.
 
@@ -271,9 +272,10 @@ def token_logps(
         temperature: the logits are divided by it, > 0.
         chunk: tokens, over all rows of a device, whose logits are alive at a time; static.
         entropy: also return the entropy of the distribution that each token was drawn from; static.
+        wanted: [B, T] bool, the tokens whose scores are used; None for all. The fewer, the faster.
 
     Returns:
-        [B, T - start] float32, nats: column j scores tokens[:, start + j]. Undefined on padding. With
+        [B, T - start] float32, nats: column j scores tokens[:, start + j]. Undefined on padding and where not wanted. With
         `entropy`, a pair of two such arrays: (log-probabilities, entropies).
 
     Raises:
@@ -287,7 +289,7 @@ def token_logps(
     logps, entropies = token_scores(
         hidden, _head(config, params), targets,
         temperature=temperature, softcap=config.logit_softcap, vocab_first=config.tie_embeddings, chunk=chunk,
-        entropy=entropy,
+        entropy=entropy, wanted=None if wanted is None else wanted[:, start:],
     )  # fmt: skip
     return (logps, entropies) if entropy else logps
 

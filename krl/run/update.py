@@ -129,11 +129,13 @@ def _means(metrics):
 
 
 def _scores(config, params, columns: Columns, *, temperature, packed, entropy):
-    """Log-probabilities [W, C] of the tokens of some rows, 0 for the first of each, and entropies or None."""
+    """Log-probabilities [W, C] of the response tokens of some rows, anything for others, and entropies or None."""
     tokens, segments = constrain(columns.tokens, "batch", "length"), constrain(columns.segments, "batch", "length")
     layout = {"segments": segments} if packed else {"mask": segments > 0}
     temperature = jnp.where(temperature > 0, temperature, 1)
-    scores = policy.token_logps(config, params, tokens, **layout, temperature=temperature, entropy=entropy)
+    scores = policy.token_logps(
+        config, params, tokens, **layout, temperature=temperature, entropy=entropy, wanted=columns.response
+    )
     logps, entropies = (jnp.pad(part, ((0, 0), (1, 0))) for part in (scores if entropy else (scores, scores)))
     return logps, entropies if entropy else None
 
@@ -171,7 +173,7 @@ def supervised_update(
     def loss_of(params, _, part):
         tokens, layout, learnt = (constrain(part, "batch", "length") for part in part)
         mask, segments = (layout, None) if layout.dtype == bool else (None, layout)
-        logps = policy.token_logps(config, params, tokens, mask, segments)
+        logps = policy.token_logps(config, params, tokens, mask, segments, wanted=jnp.pad(learnt, ((0, 0), (1, 0))))
         return masked_sum(-logps, learnt)[0], {}
 
     (loss_sum, _), grads = accumulate(loss_of, state.params, (), rows, tokens.shape[0], micro_rows)
