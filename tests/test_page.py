@@ -131,6 +131,16 @@ def test_what_a_model_wrote_is_never_markup(tmp_path):
     assert "&lt;i&gt;rule" in text
 
 
+def test_a_run_shows_what_it_said_before_and_after(tmp_path):
+    workdir = write_evaluations(write_run(tmp_path / "a"), [0, 4], [4, 4], said=([[EVIL, 0.0]], [["fine", 1.0]]))
+    text = written([workdir], tmp_path / "report.html")
+    section = re.search(r'<section id="said">.*?</section>', text, re.S).group()
+    assert "before, wrong" in section
+    assert "after, right</td><td>fine" in section
+    assert EVIL not in text
+    assert 'id="said"' not in written([workdir, workdir], tmp_path / "two.html")
+
+
 def test_long_texts_are_cut_with_a_mark():
     assert page.cut("a" * 1200) == "a" * 1200
     assert page.cut("a" * 600 + "b" * 1000 + "c" * 600) == "a" * 600 + " … 1,000 characters left out … " + "c" * 600

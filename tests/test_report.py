@@ -41,8 +41,11 @@ def write_run(path, rule="uniform", *, rollouts=100, accuracies=(0.1, 0.2), effe
     return path
 
 
-def write_evaluations(path, first, last, *, samples=4, fields=None):
-    rows = [{"step": s, "rollouts_total": 100 * s, "samples": samples, "solved": x} for s, x in ((0, first), (9, last))]
+def write_evaluations(path, first, last, *, samples=4, fields=None, said=((), ())):
+    rows = [
+        {"step": s, "rollouts_total": 100 * s, "samples": samples, "solved": x, "said": t}
+        for s, x, t in ((0, first, said[0]), (9, last, said[1]))
+    ]
     (path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = [f"p{number}" for number in range(len(first))]
     (path / "held_out.json").write_text(json.dumps({"prompts": prompts, "fields": fields or {}}))
@@ -136,6 +139,20 @@ def test_transitions_count_prompts_from_state_to_state(tmp_path):
         expected[STATE[before], STATE[after]] += 1
     np.testing.assert_array_equal(transitions(run), expected)
     assert transitions(read_run(write_run(tmp_path / "old"))) is None
+
+
+def test_the_words_of_a_run_end_with_what_it_said_before_and_after(tmp_path):
+    said = [["one", 0.0], ["t\n" * 80, 0.7 + 0.2 + 0.1]], [["two", None], ["right\n now", 1.0]]
+    path = write_evaluations(write_run(tmp_path / "a"), [0, 0, 1], [4, 0, 0], said=said)
+    shown = report.in_words([read_run(path)]).splitlines()
+    begin = shown.index("to the first held-out prompts it said, before and after:")
+    assert shown[begin + 1 : begin + 8] == [
+        "  p0", "    wrong:     one", "    no reward: two",
+        "  p1", "    right:     " + "t " * 49 + "t…", "    right:     right now", "",
+    ]  # fmt: skip
+    other = write_evaluations(write_run(tmp_path / "b"), [0, 0, 1], [4, 0, 0])
+    assert "before and after" not in report.in_words([read_run(other)])  # of a run that wrote none down
+    assert "before and after" not in report.in_words(read_runs([path, other]))
 
 
 def test_found_is_the_share_of_values_solved_more_than_half_of_the_time(tmp_path):

@@ -1,6 +1,7 @@
 """The held-out prompts during a run."""
 
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -8,15 +9,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from krl.base.types import Rollouts
 from krl.eval.sample import evaluate, first_reward, score_rollouts
 from krl.run.checkpoint import write_json
 from krl.run.learner import Learner
 from krl.run.metrics import MetricsLog, PhaseClock
 from krl.run.processes import is_first, place_whole
-from krl.run.scoring import FaultWatch
+from krl.run.scoring import FaultWatch, decode_rollouts
 from krl.run.setup import Setup
 from krl.run.spend import generate
 from krl.tasks import TaskSet
+
+SAID = 3  # held-out prompts, the first ones, whose first response every evaluation writes down
 
 
 def write_held_out(workdir: pathlib.Path, tasks: TaskSet) -> None:
@@ -27,22 +31,32 @@ def write_held_out(workdir: pathlib.Path, tasks: TaskSet) -> None:
 
 def measure(
     config: ConfigDict, parts: Setup, params: dict[str, Any], hear: FaultWatch
-) -> tuple[dict[str, float], np.ndarray]:
-    """What `krl.eval.sample.evaluate` finds on the held-out prompts."""
+) -> tuple[dict[str, float], np.ndarray, list[tuple[str, float | None]]]:
+    """What `krl.eval.sample.evaluate` finds on the held-out prompts, and (response, reward or None) of the first SAID."""
+    said: list[tuple[str, float | None]] = []
+
+    def score(rollouts: Rollouts, *asked: Any) -> tuple[np.ndarray, dict[str, int]]:
+        rewards, faults = score_rollouts(parts.ends, first_reward(parts.verifiers), rollouts, *asked)
+        first = slice(0, (SAID - len(said)) * config.eval.samples, config.eval.samples)
+        texts = decode_rollouts(parts.ends, jax.tree.map(lambda leaf: leaf[first], rollouts))
+        worth = [float(reward) if math.isfinite(reward) else None for reward in rewards[first]]
+        said.extend(zip(texts, worth, strict=True))
+        return rewards, faults
+
     sample = functools.partial(generate, config, parts, temperature=config.eval.temperature, top_p=config.eval.top_p)
-    return evaluate(
-        sample, functools.partial(score_rollouts, parts.ends, first_reward(parts.verifiers)), params, parts.test,
-        jax.random.key(config.seed + 1), samples=config.eval.samples, num_rollouts=config.alloc.budget,
-        place=functools.partial(place_whole, parts.mesh), hear=hear,
+    measured, solved = evaluate(
+        sample, score, params, parts.test, jax.random.key(config.seed + 1), samples=config.eval.samples,
+        num_rollouts=config.alloc.budget, place=functools.partial(place_whole, parts.mesh), hear=hear,
     )  # fmt: skip
+    return measured, solved, said
 
 
 def evaluate_held_out(
     config: ConfigDict, parts: Setup, learner: Learner, log: MetricsLog, step: int, hear: FaultWatch
 ) -> dict[str, float]:
-    """The metrics of the held-out prompts after some steps; the solved samples of each prompt go to the log."""
+    """The metrics of the held-out prompts after some steps; what `measure` says of single ones goes to the log."""
     with PhaseClock(config.stuck_seconds).phase("evaluation"):
-        measured, solved = measure(config, parts, learner.state.params, hear)
+        measured, solved, said = measure(config, parts, learner.state.params, hear)
     spent = step * config.alloc.budget
-    log.write_evaluation(step, rollouts_total=spent, samples=config.eval.samples, solved=solved)
+    log.write_evaluation(step, rollouts_total=spent, samples=config.eval.samples, solved=solved, said=said)
     return {f"eval/{name}": value for name, value in measured.items()}

@@ -124,10 +124,10 @@ def _forward(
 def _forward_here(
     options: Options, _: tuple[str, ...], rows: tuple[jax.Array, ...], whole: tuple[jax.Array, jax.Array]
 ) -> tuple[tuple[jax.Array, ...], tuple[()]]:
-    *rows, live = rows
+    *chunks, live = rows
 
     def one(number: jax.Array, scores: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        hidden, targets = (part[number] for part in rows)
+        hidden, targets = (part[number] for part in chunks)
         logits, _ = _logits(hidden, *whole, options)
         largest = logits.max(axis=-1, keepdims=True)
         shares = jnp.exp(logits - largest)
@@ -140,7 +140,7 @@ def _forward_here(
         found = (logps, entropies, normaliser)
         return tuple(every.at[number].set(part) for every, part in zip(scores, found, strict=True))
 
-    nothing = jnp.zeros(rows[1].shape, jnp.float32)
+    nothing = jnp.zeros(chunks[1].shape, jnp.float32)
     return jax.lax.fori_loop(0, _chunks(live), one, (nothing, nothing, nothing)), ()
 
 
@@ -159,11 +159,11 @@ def _backward(
 def _backward_here(
     options: Options, batch_axes: tuple[str, ...], rows: tuple[jax.Array, ...], whole: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    (head, temperature), (*rows, live) = whole, rows
+    (head, temperature), (*chunks, live) = whole, rows
 
     def one(number: jax.Array, gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         head_gradient, every = gradients
-        by_logp, by_entropy, hidden, targets, entropies, normalisers = (part[number] for part in rows)
+        by_logp, by_entropy, hidden, targets, entropies, normalisers = (part[number] for part in chunks)
         logits, slope = _logits(hidden, head, temperature, options)
         logps = logits - normalisers[..., None]
         chosen = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets[..., None]
@@ -177,7 +177,7 @@ def _backward_here(
         more = jnp.einsum(f"btv,bte->{layout}", gradient, hidden, preferred_element_type=jnp.float32)
         return head_gradient + more, every.at[number].set(hidden_gradient)
 
-    nothing = jnp.zeros(head.shape, jnp.float32), jnp.zeros_like(rows[2])
+    nothing = jnp.zeros(head.shape, jnp.float32), jnp.zeros_like(chunks[2])
     head_gradient, hidden_gradient = jax.lax.fori_loop(0, _chunks(live), one, nothing)
     if batch_axes:
         head_gradient = jax.lax.psum(head_gradient, batch_axes)

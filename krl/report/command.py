@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from krl.configs.flags import one_line_errors
-from krl.report.history import Run, read_runs, rollouts_to_reach, summary
+from krl.report.history import Run, before_and_after, read_runs, rollouts_to_reach, summary
 from krl.run.metrics import format_seconds
 
 # What figures and page are drawn with: module, and what pip calls it. Slow to import, and a run needs none of them.
@@ -74,7 +74,25 @@ def missing_libraries() -> str:
 
 def in_words(runs: Sequence[Run]) -> str:
     """The table of some runs, the sentence that compares them, and what had no reward."""
-    return "\n".join([table(runs), "", sentence(runs), *without_reward(runs)])
+    return "\n".join([table(runs), *said(runs), "", sentence(runs), *without_reward(runs)])
+
+
+def said(runs: Sequence[Run]) -> list[str]:
+    """Lines with what a single run said to a few held-out prompts, before and after."""
+    lines = ["", "to the first held-out prompts it said, before and after:"]
+    for prompt, ends in before_and_after(runs[0]) if len(runs) == 1 else ():
+        lines += [f"  {shorten(prompt)}", *(f"    {word + ':':10} {shorten(text)}" for word, text in ends)]
+    return lines if len(lines) > 2 else []
+
+
+def shorten(text: str, most: int = 100) -> str:
+    """A text as one line of at most so many characters.
+
+    >>> shorten("one\\n\\ntwo three", 9)
+    'one two …'
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
 
 
 def without_reward(runs: Sequence[Run]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TypedDict
 
 import numpy as np
 
+from krl.rewards.functions import SOLVED
 from krl.run.metrics import read_rows
 
 STATES = ("never", "rarely", "sometimes", "mostly", "always")  # how often a held-out prompt is solved
@@ -159,6 +160,27 @@ def states(evaluation: dict) -> np.ndarray:
     solved, samples = np.array(evaluation["solved"], int), evaluation["samples"]
     bounds = [solved == 0, 4 * solved <= samples, 4 * solved <= 3 * samples, solved < samples]
     return np.select(bounds, range(4), default=4)
+
+
+def before_and_after(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What the run said to the first held-out prompts at its first and its last evaluation.
+
+    Returns:
+        (prompt, two of ("right", "wrong" or "no reward", response)); [] if fewer than two evaluations wrote it down.
+    """
+    every = [row["said"] for row in run["evaluations"] if row.get("said")]
+    if len(every) < 2:
+        return []
+    told = []
+    for prompt, *ends in zip(run["held_out"].get("prompts", ()), every[0], every[-1], strict=False):
+        told.append((prompt, [(_verdict(reward), text) for text, reward in ends]))
+    return told
+
+
+def _verdict(reward: float | None) -> str:
+    if reward is None:
+        return "no reward"
+    return "right" if np.float32(reward) >= SOLVED else "wrong"
 
 
 def transitions(run: Run) -> np.ndarray | None:

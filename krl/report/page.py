@@ -19,7 +19,7 @@ from krl.configs import default
 from krl.configs.check import flatten
 from krl.report import charts, specs
 from krl.report.findings import NO_SETTINGS, by_settings, faults, over_seeds, spending
-from krl.report.history import Run, sample_rollouts, series, summary
+from krl.report.history import Run, before_and_after, sample_rollouts, series, summary
 from krl.rewards.functions import SOLVED
 from krl.run.metrics import format_seconds
 
@@ -62,7 +62,7 @@ def build(runs: Sequence[Run], table: Mapping[str, Sequence[str]], sentence: str
         tiles=[] if several else _tiles(runs[0]), table=table if several else {}, sentence=sentence, seeds=_seeds(runs),
         faults=[(run["label"], *told) for run in runs if (told := faults(run))],
         colours=colours, workdirs=[str(run["workdir"]) for run in runs], every=every, differing=differing,
-        version=__version__, sampled=len(rollouts),
+        version=__version__, sampled=len(rollouts), said=[] if several else _said(runs[0]),
         sections=[(heading, [by_name[name] for name in names if name in by_name]) for heading, names in SECTIONS],
         css=Markup((HERE / "page.css").read_text()), bundle=Markup(bundle), script=Markup(script),
         data=Markup(embed(held)), digests=Markup(f"{_digest(bundle)} {_digest(script)}"),
@@ -178,6 +178,10 @@ def _settings(runs: Sequence[Run]) -> tuple[list, list]:
         differing += [row] if any(value not in (row[2], NONE) for value in values) else []
     differing.sort(key=lambda row: len(set(row[1])) == 1)  # what differs between runs comes first
     return every, differing
+
+
+def _said(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    return [(cut(prompt), [(word, cut(text)) for word, text in ends]) for prompt, ends in before_and_after(run)]
 
 
 def _rollouts(runs: Sequence[Run]) -> list[dict]:

@@ -11,7 +11,7 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -305,17 +305,21 @@ class MetricsLog(AbstractContextManager):
         """Add a row of what every process has, if there are several; see `krl.run.processes.gather`."""
         self._append("processes", {"step": step, **every})
 
-    def write_evaluation(self, step: int, *, rollouts_total: int, samples: int, solved: np.ndarray) -> None:
-        """Add a row of the held-out prompts: how many of each one's k samples were solved.
+    def write_evaluation(
+        self, step: int, *, rollouts_total: int, samples: int, solved: np.ndarray,
+        said: Sequence[tuple[str, float | None]] = (),
+    ) -> None:  # fmt: skip
+        """Add a row of the held-out prompts: how many of each one's k samples were solved, and what some said.
 
         Args:
             step: steps taken before the evaluation.
             rollouts_total: rollouts sampled for training until then.
             samples: k.
             solved: one whole number for each held-out prompt, 0 to k.
+            said: of the first prompts, a response each and its reward; None for one that could not be computed.
         """
         row = {"step": step, "rollouts_total": rollouts_total, "samples": samples, "solved": solved.tolist()}
-        self._append("evaluations", row)
+        self._append("evaluations", row | {"said": said})
 
     def _show(self, step: int, **shown: Mapping) -> None:
         for write in self._writers:
