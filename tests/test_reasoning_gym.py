@@ -5,7 +5,7 @@ import collections
 import numpy as np
 import pytest
 
-from krl.configs import default
+from krl.configs import default, smollm2
 from krl.rewards.pool import VerifierPool
 from krl.rewards.verify import score_reasoning_gym
 from krl.run.data import load_task_sets
@@ -24,6 +24,13 @@ SIZES = {"warm": 60, "train": 80, "test": 40}
 def drawn_here(monkeypatch):
     """Without a process for every drawing."""
     monkeypatch.setenv("PYTHONHASHSEED", "0")
+
+
+def test_the_config_of_a_published_model_asks_what_its_prompts_have_room_for():
+    drawn = draw_tasks({"warm": 300, "train": 300, "test": 100}, seed=0, tasks=smollm2.get_config().reasoning_gym.tasks)
+    assert len(set(drawn["train"].fields["generator"])) == 15
+    words = np.array([len(prompt.split()) for prompt in drawn["train"].prompts])
+    assert np.mean(words < 36) > 0.95  # of at most 48 tokens with the template
 
 
 def test_splits_are_disjoint_and_the_same_for_the_same_seed():

@@ -17,7 +17,7 @@ from krl import policy, rollout
 from krl.base.sharding import make_mesh, named_sharding, reshape_mesh, tree_sharding
 from krl.base.types import Prompts
 from krl.rollout import sampler, serve
-from krl.rollout.sampler import slot_bytes, slots_in_memory
+from krl.rollout.sampler import slot_bytes, slots_in_memory, slots_of_a_cpu
 from krl.rollout.tokens import LEVELS, draw_tokens, least_logit, random_numbers
 from tests import tiny
 
@@ -169,6 +169,22 @@ def test_devices_with_queues_of_their_own_give_what_one_gives(shape, names):
     np.testing.assert_array_equal(spread.tokens, alone.tokens)
     np.testing.assert_array_equal(spread.lengths, alone.lengths)
     np.testing.assert_allclose(spread.logps, alone.logps, atol=1e-4)
+
+
+def test_a_cpu_has_as_many_slots_as_its_caches_or_a_large_policy_allow():
+    def slots(length, **sizes):
+        config = policy.PolicyConfig(**sizes)
+        params = jax.eval_shape(lambda: policy.init(config, jax.random.key(0)))
+        return slots_of_a_cpu(config, params, length)
+
+    toy = {"vocab_size": 512, "embed_size": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2, "head_size": 32}
+    assert slots(160, **toy) == int(4e6 / (2 * 4 * 2 * 32 * 160 * 4)) == 12
+    assert slots(2000, **toy) == 8  # however long
+    smollm2 = {"vocab_size": 49152, "embed_size": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3}
+    smollm2 |= {"head_size": 64, "mlp_size": 1536}
+    assert slots(156, **smollm2) == 134515008 * 4 // (2 * 30 * 3 * 64 * 156 * 4) == 74
+    assert slots(156, **smollm2, dtype="bfloat16") == 74
+    assert slots(60, **smollm2) == 194
 
 
 def test_memory_is_that_of_the_slots():

@@ -33,6 +33,7 @@ from krl.configs import (
     qwen2_5_math_7b,
     qwen3_4b_base,
     r1_distill_qwen_1_5b,
+    smollm2,
 )
 from krl.configs.check import FREE_KEYS, check, flatten
 from krl.run import checkpoint, lock
@@ -60,7 +61,7 @@ from krl.tasks import EncodedTasks, TaskSet
 from tests import tiny
 from tests.command_line import files_of
 
-CONFIGS = [arithmetic, gsm8k, maze, operators, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b]
+CONFIGS = [arithmetic, gsm8k, maze, operators, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b, smollm2]
 
 
 @pytest.mark.parametrize("module", CONFIGS)

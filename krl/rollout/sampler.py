@@ -39,7 +39,7 @@ from krl.rollout.serve import (
 from krl.rollout.slots import make_slots
 
 PREFILL_TOKENS = 16384  # prompt tokens that go through the policy at a time
-CPU_CACHE = 4e6  # bytes of keys and values that a CPU holds near its cores; more slots than that make it slower
+CPU_CACHE = 4e6  # bytes of keys and values that a CPU holds near its cores
 _WATCHED = 4  # how many times a watcher is called while rollouts wait for a slot
 
 
@@ -86,7 +86,7 @@ def generate(
         pad_id: written after the end.
         num_rollouts: R, the number of rows; needed when counts are traced, else their sum.
         num_slots: S, rollouts that are decoded at a time, on all devices together; static. None for R; on a CPU
-            for what CPU_CACHE holds, 8 at least.
+            for `slots_of_a_cpu`.
         expected_tokens: [M] float32, expected response lengths; the longest begin first, so that few slots wait
             for the last one, and the devices get equal shares. None if nothing is known.
         temperature: the logits are divided by it; 0 takes the most likely token.
@@ -117,8 +117,8 @@ def generate(
     if num_rollouts is None:
         raise ValueError("num_rollouts must be given when counts are traced")
     if num_slots is None:
-        held = int(CPU_CACHE / slot_bytes(config, prompts.tokens.shape[1] + max_new_tokens))
-        num_slots = max(held, 8) if jax.default_backend() == "cpu" else max(num_rollouts, 1)
+        length = prompts.tokens.shape[1] + max_new_tokens
+        num_slots = slots_of_a_cpu(config, params, length) if jax.default_backend() == "cpu" else max(num_rollouts, 1)
     if num_slots < 1:
         raise ValueError(f"num_slots must be at least 1, got {num_slots}")
     expected_tokens = jnp.ones(counts.shape) if expected_tokens is None else expected_tokens
@@ -143,6 +143,21 @@ def slot_bytes(config: policy.PolicyConfig, length: int) -> int:
     """Bytes of the keys and values of a slot for prompts and responses of `length` tokens together."""
     size = jnp.dtype(config.dtype).itemsize
     return 2 * config.num_layers * config.num_kv_heads * config.head_size * length * size
+
+
+def slots_of_a_cpu(config: policy.PolicyConfig, params: dict[str, Any], length: int) -> int:
+    """How many slots a CPU decodes at a time.
+
+    A step reads all parameters, whatever the slots. Where these fit into the caches near the cores that costs nothing,
+    and slots should not drive each other's keys and values out: as many as have theirs in CPU_CACHE, 8 at least. Larger
+    policies come from memory, and the more slots share them the better; keys and values get as much memory as they.
+
+    Args:
+        config, params: the policy's sizes and parameters.
+        length: tokens of a prompt and a response, P + T.
+    """
+    read = sum(leaf.size for leaf in jax.tree.leaves(params)) * jnp.dtype(config.dtype).itemsize
+    return max(int(max(CPU_CACHE, read) / slot_bytes(config, length)), 8)
 
 
 def slots_in_memory(config: policy.PolicyConfig, length: int, memory_gb: float, mesh: Mesh) -> int:
