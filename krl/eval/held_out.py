@@ -32,7 +32,7 @@ def write_held_out(workdir: pathlib.Path, tasks: TaskSet) -> None:
 def measure(
     config: ConfigDict, parts: Setup, params: dict[str, Any], hear: FaultWatch
 ) -> tuple[dict[str, float], np.ndarray, list[tuple[str, float | None]]]:
-    """What `krl.eval.sample.evaluate` finds on the held-out prompts, and (response, reward or None) of the first SAID."""
+    """What `evaluate` finds on the held-out prompts, and (response, reward or None) of the first SAID of them."""
     said: list[tuple[str, float | None]] = []
 
     def score(rollouts: Rollouts, *asked: Any) -> tuple[np.ndarray, dict[str, int]]:

@@ -275,8 +275,8 @@ def token_logps(
         wanted: [B, T] bool, the tokens whose scores are used; None for all. The fewer, the faster.
 
     Returns:
-        [B, T - start] float32, nats: column j scores tokens[:, start + j]. Undefined on padding and where not wanted. With
-        `entropy`, a pair of two such arrays: (log-probabilities, entropies).
+        [B, T - start] float32, nats: column j scores tokens[:, start + j]. Undefined on padding and where not wanted.
+        With `entropy`, a pair of two such arrays: (log-probabilities, entropies).
 
     Raises:
         ValueError: start is not in [1, T].
