@@ -392,6 +392,9 @@ def test_a_notebook_calls_the_run_without_flags_and_from_any_thread(finished, tm
         assert pool.submit(train, config, workdir).result().metrics == rows(workdir)[-1]
         results = pool.submit(measure, config, workdir).result()
     assert results["held_out"]["avg@2"]["value"] == pytest.approx(rows(workdir)[-1]["eval/accuracy"], abs=1e-6)
+    drawn = rows(workdir / "eval" / "step_4", "held_out")
+    first = [[row["response"], row["reward"]] for row in drawn if row.get("sample") == 0]
+    assert rows(workdir, "evaluations")[-1]["said"] == first[:3]  # the same numbers drew them
     config.seed = 7
     with pytest.raises(ValueError, match=r"config.seed=0, not 7"):
         train(config, workdir)
