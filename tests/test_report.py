@@ -142,17 +142,17 @@ def test_transitions_count_prompts_from_state_to_state(tmp_path):
 
 
 def test_the_words_of_a_run_end_with_what_it_said_before_and_after(tmp_path):
-    said = [["one", 0.0], ["t\n" * 80, 0.7 + 0.2 + 0.1]], [["two", None], ["right\n now", 1.0]]
+    said = [["one", 0.0], ["t\n" * 80, 0.7 + 0.2 + 0.1]], [["two", None], ["half\n \x1b[2Jnow", 0.5]]
     path = write_evaluations(write_run(tmp_path / "a"), [0, 0, 1], [4, 0, 0], said=said)
     shown = report.in_words([read_run(path)]).splitlines()
-    begin = shown.index("to the first held-out prompts it said, before and after:")
+    begin = shown.index("what it said to the first held-out prompts:")
     assert shown[begin + 1 : begin + 8] == [
-        "  p0", "    wrong:     one", "    no reward: two",
-        "  p1", "    right:     " + "t " * 49 + "t…", "    right:     right now", "",
+        "  p0", "    before, wrong:         one", "    after, no reward:      two",
+        "  p1", "    before, right:         " + "t " * 49 + "t…", "    after, reward 0.5:     half \ufffd[2Jnow", "",
     ]  # fmt: skip
-    other = write_evaluations(write_run(tmp_path / "b"), [0, 0, 1], [4, 0, 0])
-    assert "before and after" not in report.in_words([read_run(other)])  # of a run that wrote none down
-    assert "before and after" not in report.in_words(read_runs([path, other]))
+    other = write_evaluations(write_run(tmp_path / "b"), [0, 0, 1], [4, 0, 0], said=((), said[1]))
+    assert "what it said" not in report.in_words([read_run(other)])  # of a run that began without writing it down
+    assert "what it said" not in report.in_words(read_runs([path, other]))
 
 
 def test_found_is_the_share_of_values_solved_more_than_half_of_the_time(tmp_path):

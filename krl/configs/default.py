@@ -263,7 +263,8 @@ KEYS: dict[str, Key] = {
     "sft.batch_size": Key(64, FROM_1, FIXED, "rows per update"),
     "sft.row_tokens": Key(0, FROM_0, FIXED,
         "tokens of a row that several pairs are packed into; 0 gives each pair a row of its own"),
-    "sft.learning_rate": Key(2e-3, ABOVE_0, FIXED, "of AdamW, constant after a warm-up of 20 updates"),
+    "sft.learning_rate": Key(2e-3, ABOVE_0, FIXED,
+        "of AdamW, constant after a warm-up of 20 updates, or of half of all where those are fewer"),
     "sft.save_every": Key(500, FROM_1, FREE, "updates between checkpoints of the fine-tuning"),
     "sft.dir": Key("", ANY, FREE,
         'directory where fine-tuned policies are cached for several runs, by what the data holds; "" for the work '
@@ -298,8 +299,8 @@ KEYS: dict[str, Key] = {
     "sample.slots": Key(0, FROM_0, FREE,
         "S, rollouts decoded at a time; their caches take memory; 0 decides by sample.memory_gb"),
     "sample.memory_gb": Key(0.0, FROM_0, FREE,
-        "GB of each device for the caches of these slots; 0 decodes all rollouts at once, or a few at a time on a "
-        "CPU"),
+        "GB of each device for the caches of these slots; 0 decodes all rollouts at once, or on a CPU as many as "
+        "have their caches near its cores, or as much memory as a larger policy"),
     # ---------------------------------------------------------------- loss
     "loss.scale": Key("std", ANY, FIXED,
         "what advantages are divided by: \"std\", the standard deviation of the group's rewards (GRPO); \"none\" "

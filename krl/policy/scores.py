@@ -36,8 +36,8 @@ def token_scores(
 
     Logits exist for about `chunk` tokens at a time. The backward pass makes them again and keeps of the
     forward pass two numbers a token, so memory does not grow with T * V. Tokens that are not wanted, such as those of
-    prompts, come last in their rows, and chunks without any other are left out: with a vocabulary of 49,152 the logits
-    of all tokens are a third of an update of SmolLM2-135M.
+    prompts, come last in their rows, and chunks without any other are left out: what is computed goes by the row with
+    the most wanted tokens.
 
     On a mesh every device goes through the chunks of its own rows with the whole head (but for the axis "model"), and
     what they found of its gradient is summed once: XLA by itself gathers the head and sums its gradient for every

@@ -79,10 +79,13 @@ def in_words(runs: Sequence[Run]) -> str:
 
 def said(runs: Sequence[Run]) -> list[str]:
     """Lines with what a single run said to a few held-out prompts, before and after."""
-    lines = ["", "to the first held-out prompts it said, before and after:"]
-    for prompt, ends in before_and_after(runs[0]) if len(runs) == 1 else ():
-        lines += [f"  {shorten(prompt)}", *(f"    {word + ':':10} {shorten(text)}" for word, text in ends)]
-    return lines if len(lines) > 2 else []
+    shown = before_and_after(runs[0]) if len(runs) == 1 else []
+    lines = ["", "what it said to the first held-out prompts:"] if shown else []
+    for prompt, ends in shown:
+        lines.append(f"  {shorten(prompt)}")
+        for when, (worth, text) in zip(("before", "after"), ends, strict=True):
+            lines.append(f"    {f'{when}, {worth}:':22} {shorten(text)}")
+    return lines
 
 
 def shorten(text: str, most: int = 100) -> str:
@@ -91,7 +94,7 @@ def shorten(text: str, most: int = 100) -> str:
     >>> shorten("one\\n\\ntwo three", 9)
     'one two …'
     """
-    line = " ".join(text.split())
+    line = "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in " ".join(text.split()))
     return line if len(line) <= most else line[: most - 1] + "…"
 
 

@@ -166,21 +166,17 @@ def before_and_after(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """What the run said to the first held-out prompts at its first and its last evaluation.
 
     Returns:
-        (prompt, two of ("right", "wrong" or "no reward", response)); [] if fewer than two evaluations wrote it down.
+        (prompt, two of (what it was worth, response)); [] if there are not two evaluations, or one wrote nothing down.
     """
-    every = [row["said"] for row in run["evaluations"] if row.get("said")]
-    if len(every) < 2:
-        return []
-    told = []
-    for prompt, *ends in zip(run["held_out"].get("prompts", ()), every[0], every[-1], strict=False):
-        told.append((prompt, [(_verdict(reward), text) for text, reward in ends]))
-    return told
+    ends = [run["evaluations"][place].get("said", []) for place in (0, -1)] if len(run["evaluations"]) > 1 else [[]]
+    pairs = zip(run["held_out"].get("prompts", ()), *ends, strict=False)
+    return [(prompt, [(_verdict(reward), text) for text, reward in both]) for prompt, *both in pairs]
 
 
 def _verdict(reward: float | None) -> str:
     if reward is None:
         return "no reward"
-    return "right" if np.float32(reward) >= SOLVED else "wrong"
+    return "right" if np.float32(reward) >= SOLVED else "wrong" if reward <= 0 else f"reward {reward:.2g}"
 
 
 def transitions(run: Run) -> np.ndarray | None:

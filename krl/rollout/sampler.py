@@ -85,8 +85,8 @@ def generate(
         eos_ids: tokens that end a response; they are part of it.
         pad_id: written after the end.
         num_rollouts: R, the number of rows; needed when counts are traced, else their sum.
-        num_slots: S, rollouts that are decoded at a time, on all devices together; static. None for R; on a CPU
-            for `slots_of_a_cpu`.
+        num_slots: S, rollouts that are decoded at a time, on all devices together; static. None for R, or on a
+            CPU for what `slots_of_a_cpu` gives.
         expected_tokens: [M] float32, expected response lengths; the longest begin first, so that few slots wait
             for the last one, and the devices get equal shares. None if nothing is known.
         temperature: the logits are divided by it; 0 takes the most likely token.
@@ -146,18 +146,19 @@ def slot_bytes(config: policy.PolicyConfig, length: int) -> int:
 
 
 def slots_of_a_cpu(config: policy.PolicyConfig, params: dict[str, Any], length: int) -> int:
-    """How many slots a CPU decodes at a time.
+    """How many slots CPUs decode at a time, on all processes together.
 
     A step reads all parameters, whatever the slots. Where these fit into the caches near the cores that costs nothing,
     and slots should not drive each other's keys and values out: as many as have theirs in CPU_CACHE, 8 at least. Larger
-    policies come from memory, and the more slots share them the better; keys and values get as much memory as they.
+    policies come from memory, and the more slots share them the better; keys and values get as much memory as they,
+    unless config.sample.memory_gb or config.sample.slots says otherwise.
 
     Args:
         config, params: the policy's sizes and parameters.
         length: tokens of a prompt and a response, P + T.
     """
     read = sum(leaf.size for leaf in jax.tree.leaves(params)) * jnp.dtype(config.dtype).itemsize
-    return max(int(max(CPU_CACHE, read) / slot_bytes(config, length)), 8)
+    return jax.process_count() * max(int(max(CPU_CACHE, read) / slot_bytes(config, length)), 8)
 
 
 def slots_in_memory(config: policy.PolicyConfig, length: int, memory_gb: float, mesh: Mesh) -> int:

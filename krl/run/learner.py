@@ -130,8 +130,8 @@ def start_params(config: ConfigDict, parts: Setup, should_stop: Callable[[], boo
     if is_first():
         make_cache(cache)
     optimizer = make_optimizer(
-        learning_rate=config.sft.learning_rate, warmup_steps=20, decay_steps=0, beta1=0.9, beta2=0.98,
-        weight_decay=0.01, grad_clip=1.0,
+        learning_rate=config.sft.learning_rate, warmup_steps=min(20, config.sft.steps // 2), decay_steps=0, beta1=0.9,
+        beta2=0.98, weight_decay=0.01, grad_clip=1.0,
     )  # fmt: skip
     lock = wait_for(cache.with_name(f"{cache.name}.running"), f"the fine-tuning in {cache}", should_stop)
     with lock as ours, progress(config.sft.steps, 0, "fine-tuning") as show:

@@ -188,12 +188,11 @@ def finetune(
             state, metrics = update(state, *batch)
             loss = float(metrics["loss"])  # waits, so that a signal is not answered many queued steps later
             done += 1
-            if done % 20 == 0 or done == steps:
-                if skipped_updates(state)[0] >= max_bad_updates:
-                    raise FloatingPointError(
-                        f"fine-tuning: {max_bad_updates} updates in a row were not finite; "
-                        "lower config.sft.learning_rate"
-                    )
+            if skipped_updates(state)[0] >= max_bad_updates:
+                raise FloatingPointError(
+                    f"fine-tuning: {max_bad_updates} updates in a row were not finite; lower config.sft.learning_rate"
+                )
+            if done % min(20, max(steps // 8, 1)) == 0 or done == steps:
                 report(done, loss)
             if done % save_every == 0:
                 checkpoints.save(done, {"state": state})
