@@ -234,7 +234,8 @@ def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
             processes.say(report.of_a_run(workdir) if processes.is_first() else "")
         else:
             processes.say(
-                f"krl: fine-tuned; the checkpoint is in {epath.Path(config.checkpoint.dir or workdir) / 'checkpoints'}"
+                f"krl: {'fine-tuned' if config.sft.steps else 'no step was asked for'}; the checkpoint is in "
+                f"{epath.Path(config.checkpoint.dir or workdir) / 'checkpoints'}"
             )
     rows = read_rows(workdir / "metrics.jsonl")
     return rows[-1] if rows else {}

@@ -100,6 +100,10 @@ def test_what_a_run_was_given_in_python_is_given_again_or_not_needed(tmp_path):
         ({"rule": lambda b, r, lo, hi: (jnp.full(4, 4), {"x": jnp.ones(2)})}, "'x' is none"),
         ({"rule": lambda b, r, lo, hi: (jnp.full(4, 4), {"loss": 1.0})}, "'loss' beside the counts, a metric of krl's"),
         ({"rule": lambda b, r, lo, hi: (jnp.full(4, 4), {"step": 1.0})}, "'step' beside the counts, a metric of krl's"),
+        (
+            {"rule": lambda b, r, lo, hi: (jnp.full(4, 4), {"memory/x": 1.0})},
+            "'memory/x' beside the counts, a metric of",
+        ),
     ],
 )
 def test_what_is_of_another_kind_is_refused_by_name(tmp_path, own, why):

@@ -1,4 +1,4 @@
-"""Masked and segment reductions: the only place in krl that divides.
+"""Masked and segment reductions, and the division of losses and metrics by their counts.
 
 Losses and metrics travel as (sum, count) pairs until the last step, so that micro-batches, padding
 and the number of devices cannot change them.

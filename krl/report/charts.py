@@ -203,7 +203,8 @@ def counts(runs: Sequence[Run], rows: Rows) -> Chart:
     rows["counts"] = _labelled(runs, lambda run: counts_at(run["groups"], chosen))
     given = [row["count"] for row in rows["counts"]]
     least, largest = min(given), max(given)
-    doubling = alt.Scale(type="log", base=2, domain=[least, max(largest, least + 1)])
+    domain = [least, largest] if least < largest else [least / 2, 2 * least]
+    doubling = alt.Scale(type="log", base=2, domain=domain)
     scale = alt.Scale(type="symlog") if least < 1 else doubling
     told = tips(*whose(runs), ("belief:Q", ".0%", BELIEVED), ("count:Q", "", "rollouts each"), ("prompts:Q",))
     chart = (

@@ -54,6 +54,6 @@ def _write(panel: dict, rows: Rows, path: pathlib.Path) -> None:
     named = set(re.findall(r'"data": {"name": "(\w+)"}', json.dumps(panel))) & rows.keys()
     datasets = panel.get("datasets", {}) | {name: rows[name] for name in named}
     whole = panel | {"datasets": datasets, "padding": 14, "config": LOOK | LIGHT}
-    light = dict(re.findall(r"(--[\w-]+): ([^;]+);", CSS.read_text().partition("}")[0]))
+    light = dict(re.findall(r"(--[\w-]+): ([^;]+);", CSS.read_text(encoding="utf-8").partition("}")[0]))
     text = re.sub(r"var\((--[\w-]+)\)", lambda found: light[found[1]], json.dumps(whole))
     path.write_bytes(vl_convert.vegalite_to_png(text, scale=SCALE))

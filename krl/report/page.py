@@ -53,10 +53,10 @@ def build(runs: Sequence[Run], table: Mapping[str, Sequence[str]], sentence: str
         "runs": labels, "colours": colours, "look": specs.LOOK, "rows": rows, "rollouts": rollouts,
         "charts": [{"name": each.name, "views": each.views, "slider": each.slider} for each in drawn if each.views],
     }  # fmt: skip
-    bundle, script = _bundle(), (HERE / "page.js").read_text()
+    bundle, script = _bundle(), (HERE / "page.js").read_text(encoding="utf-8")
     every, differing = _settings(runs)
     several = len(runs) > 1
-    template = (HERE / "page.html").read_text()
+    template = (HERE / "page.html").read_text(encoding="utf-8")
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template).render(
         title=" · ".join(labels) if len(runs) < 4 else f"{len(runs)} runs", about=_about(runs), runs=labels,
         tiles=[] if several else _tiles(runs[0]), table=table if several else {}, sentence=sentence, seeds=_seeds(runs),
@@ -64,7 +64,7 @@ def build(runs: Sequence[Run], table: Mapping[str, Sequence[str]], sentence: str
         colours=colours, workdirs=[str(run["workdir"]) for run in runs], every=every, differing=differing,
         version=__version__, sampled=len(rollouts), said=[] if several else _said(runs[0]),
         sections=[(heading, [by_name[name] for name in names if name in by_name]) for heading, names in SECTIONS],
-        css=Markup((HERE / "page.css").read_text()), bundle=Markup(bundle), script=Markup(script),
+        css=Markup((HERE / "page.css").read_text(encoding="utf-8")), bundle=Markup(bundle), script=Markup(script),
         data=Markup(embed(held)), digests=Markup(f"{_digest(bundle)} {_digest(script)}"),
     )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """From a config to what a run needs, before anything is computed.
 
-`krl.run.data` has the part about tasks and rewards, `krl.run.start` that about the policy. Beside these and
-`krl.run.spend` and `krl.run.learner`, which are parts of a step, no file below the programs sees a config; what they
-call takes named arguments.
+`krl.run.data` has the part about tasks and rewards, `krl.run.start` that about the policy. What a config's values are
+for is decided here, in these two, and in the parts of a step, `krl.run.spend` and `krl.run.learner`; what these call
+takes named arguments.
 """
 
 import contextlib
