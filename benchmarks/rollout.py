@@ -6,8 +6,8 @@
 A small Qwen 2 (4 layers, E 128, V 512, float32, fresh parameters), 16 prompts of 32 tokens, 128 rollouts of at most 128
 tokens. "full": nothing ends a response. "ragged": 15 of the 512 tokens end it, so that lengths are about geometric with
 a mean near 34. "counts": the same with 2 to 64 rollouts a prompt. With --path a checkpoint answers 16 questions of a
-JSON Lines file 4 times each with 64 tokens, in float32 ("real"). Every measurement is one line of JSON. docs/performance.md
-quotes them beside other samplers on the same work.
+JSON Lines file 4 times each with 64 tokens, in float32 ("real"). Every measurement is one line of JSON.
+docs/performance.md quotes them beside other samplers on the same work.
 """
 
 import argparse

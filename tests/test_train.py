@@ -328,6 +328,7 @@ def test_a_run_decodes_in_another_layout_than_it_learns_in(tmp_path, capsys):
             "mesh.shape": (2, 1), "mesh.axis_names": ("fsdp", "model"), "mesh.decode": (1, 2), "policy.num_kv_heads": 2,
             "operators.num_operators": 51, "operators.num_warm": 3000, "operators.num_train": 16, "operators.num_test": 4,
             "data.max_prompt_tokens": 6, "sft.steps": 0, "steps": 1, "eval.every": 1, "alloc.scouts": 2,
+            "alloc.rule": "two_round",
         },
     )  # fmt: skip
     said = capsys.readouterr().out

@@ -198,7 +198,6 @@ def generate(
     params: dict,
     *inputs: Any,
     expected_tokens: jax.Array | None = None,
-    first_sample: jax.Array | int = 0,
     **options: Any,
 ) -> Rollouts:
     """`krl.rollout.generate` of the policy: params, then its prompts, counts and key, and its other options.
@@ -207,15 +206,12 @@ def generate(
     """
     layout = reshape_mesh(parts.mesh, tuple(config.mesh.decode))
     elsewhere = layout != parts.mesh  # arrays know the mesh that they were made on, and programs take those of one
-    asked = inputs, expected_tokens, first_sample
-    if elsewhere:  # but for the parameters, whose parts stay where they are until the sampler casts them
-        asked = jax.device_put(asked, named_sharding(layout))
-    inputs, expected_tokens, first_sample = asked
+    if elsewhere:
+        inputs, expected_tokens = jax.device_put((inputs, expected_tokens), named_sharding(layout))
     with jax.set_mesh(layout):
         rollouts = rollout.generate(
             parts.policy_config, params, *inputs, max_new_tokens=config.sample.max_new_tokens,
             eos_ids=parts.ends.eos_ids, stop_table=parts.ends.table, pad_id=parts.tokenizer.pad_id,
-            num_slots=find_slots(config, parts.policy_config, layout), expected_tokens=expected_tokens,
-            first_sample=first_sample, **options,
+            num_slots=find_slots(config, parts.policy_config, layout), expected_tokens=expected_tokens, **options,
         )  # fmt: skip
     return jax.device_put(rollouts, named_sharding(parts.mesh)) if elsewhere else rollouts
