@@ -175,7 +175,7 @@ def names(directory: pathlib.Path) -> list[str]:
 def tuned(run: Seen) -> int:
     """Tokens whose embedding fine-tuning moved, by more than the decay of its weights."""
     fresh = policy.init(run.policy, jax.random.key(run.config.seed))["embedding"]
-    return int((np.abs(run.begun["embedding"] - fresh).max(axis=1) > 1e-5).sum())
+    return int((np.abs(run.begun["embedding"] - fresh).max(axis=1) > 1e-4).sum())
 
 
 def right(run: Seen, texts: Iterable[str]) -> list[bool]:

@@ -29,7 +29,7 @@ from krl.run.processes import join_processes
 from krl.train import train
 from tests.command_line import ROOT, config_with, environment, told_by
 
-OWN = "arithmetic, default, gsm8k, maze, operators, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b"
+OWN = "arithmetic, default, gsm8k, maze, operators, qwen2_5_math_7b, qwen3_4b_base, r1_distill_qwen_1_5b, smollm2"
 FILES = {
     "broken.py": "x = 1\ndef get_config(:\n",
     "empty.py": "",
