@@ -553,7 +553,9 @@ def test_a_continued_log_drops_later_rows_and_broken_ones(tmp_path):
 def test_a_log_of_evaluations_is_continued_as_the_metrics_are(tmp_path):
     with MetricsLog(tmp_path, first_step=0) as log:
         for step in (0, 2, 4):
-            log.write_evaluation(step, rollouts_total=8 * step, samples=4, solved=np.array([0, step, 4]), said=[("x", None)])
+            log.write_evaluation(
+                step, rollouts_total=8 * step, samples=4, solved=np.array([0, step, 4]), said=[("x", None)]
+            )
     row = {"step": 2, "rollouts_total": 16, "samples": 4, "solved": [0, 2, 4], "said": [["x", None]]}
     assert read_rows(tmp_path / "evaluations.jsonl")[1] == row
     with MetricsLog(tmp_path, first_step=3):
