@@ -172,10 +172,15 @@ def names(directory: pathlib.Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
+def moved(run: Seen) -> np.ndarray:
+    """How far fine-tuning moved the embedding of each token."""
+    fresh = policy.init(run.policy, jax.random.key(run.config.seed))["embedding"]
+    return np.abs(run.begun["embedding"] - fresh).max(axis=1)
+
+
 def tuned(run: Seen) -> int:
     """Tokens whose embedding fine-tuning moved, by more than the decay of its weights."""
-    fresh = policy.init(run.policy, jax.random.key(run.config.seed))["embedding"]
-    return int((np.abs(run.begun["embedding"] - fresh).max(axis=1) > 1e-4).sum())
+    return int((moved(run) > 1e-4).sum())
 
 
 def right(run: Seen, texts: Iterable[str]) -> list[bool]:
@@ -426,7 +431,8 @@ RUNS = {
         "data.max_train": lambda run: len(run.parts.train) == 5,
         "tokenizer.byte_fallback": lambda run: run.spelt("é") == "é" != run.plain.spelt("é"),
         "tokenizer.vocab_size": lambda run: 257 < run.parts.tokenizer.vocab_size <= 300,
-        "sft.steps": lambda run: "fine-tuning 2/2" in run.said,
+        # The second update has the whole rate of 2e-3, half of them being the warm-up.
+        "sft.steps": lambda run: "fine-tuning 2/2" in run.said and moved(run).max() > 1.5e-3,
         "sft.path": lambda run: "yes" in run.learns() and "so" not in run.learns(),
         "sft.prompt_field": lambda run: "Q1=" in run.learns(),
         "sft.completion_field": lambda run: "yes" in run.learns(),

@@ -1,5 +1,6 @@
 """What a comparison of runs says and draws, against numbers worked by hand."""
 
+import io
 import json
 import math
 import pathlib
@@ -153,6 +154,16 @@ def test_the_words_of_a_run_end_with_what_it_said_before_and_after(tmp_path):
     other = write_evaluations(write_run(tmp_path / "b"), [0, 0, 1], [4, 0, 0], said=((), said[1]))
     assert "what it said" not in report.in_words([read_run(other)])  # of a run that began without writing it down
     assert "what it said" not in report.in_words(read_runs([path, other]))
+
+
+def test_a_terminal_that_lacks_a_letter_shows_the_rest(tmp_path, monkeypatch):
+    said = [["caf\u00e9", 1.0]], [["\u4e00", 1.0]]
+    path = write_evaluations(write_run(tmp_path / "a"), [0], [4], said=said)
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    report.main([str(path), "--out", str(tmp_path / "report.html")])
+    assert b"caf?" in written.getvalue()
+    assert "caf\u00e9" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_found_is_the_share_of_values_solved_more_than_half_of_the_time(tmp_path):
