@@ -4,8 +4,9 @@
 
 Decoding: 256 slots of a random bfloat16 model of Qwen 2.5 1.5B's shape, against the time that reading its parameters
 and keys and values once a step takes at the device's bandwidth. Update: rows of 2048 tokens, packed and not, against
-the dense bfloat16 peak. Attention: the kernel that "auto" chooses against XLA's, values and gradients. Every
-measurement is one line of JSON. --toy is for any machine, with sizes that say nothing about speed.
+the dense bfloat16 peak. Attention: the kernel that "auto" chooses against XLA's, values and gradients; and every way
+to attend within packed rows. Every measurement is one line of JSON. --toy is for any machine, with sizes that say
+nothing about speed.
 """
 
 import argparse
@@ -43,6 +44,7 @@ def main(arguments: list[str] | None = None):
     options = parser.parse_args(arguments)
     config = TOY if options.toy else LARGE
     check_attention(config, length=64 if options.toy else 1024)
+    compare_packed(config, rows=2 if options.toy else 16, length=64 if options.toy else 2048)
     measure_decoding(
         config, rows=16 if options.toy else 256, prompt=8 if options.toy else 128, new=16 if options.toy else 256
     )
@@ -90,6 +92,58 @@ def check_attention(config: policy.PolicyConfig, length: int) -> None:
     pairs = zip(run("auto"), run("xla"), strict=True)
     apart = [float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs]
     show("attention", kernel="auto", apart=apart, right=max(apart) < 0.05)
+
+
+def compare_packed(config: policy.PolicyConfig, rows: int, length: int, each: int = 8) -> None:
+    """Attention of rows that hold `each` rollouts, forward and backward, by every kernel that might compute it."""
+    lengths = np.random.default_rng(0).multinomial(length - each, [1 / each] * each, size=rows) + 1
+    segments = jnp.array([np.repeat(np.arange(1, each + 1), row) for row in lengths], jnp.int32)
+    starts = np.cumsum(lengths, axis=1) - lengths
+    shapes = [(rows, length, heads, config.head_size) for heads in (config.num_heads, config.num_kv_heads)]
+    packed = [jax.random.normal(jax.random.key(i), shapes[i > 0], jnp.bfloat16) for i in range(3)]
+    # The same rollouts, each in a row of its own as long as the longest.
+    first = (starts + np.arange(rows)[:, None] * length).ravel()
+    index = np.minimum(first[:, None] + np.arange(lengths.max()), rows * length - 1)
+    alone = [array.reshape(-1, *array.shape[2:])[index] for array in packed]
+    own = np.arange(lengths.max()) < lengths.ravel()[:, None]
+    scale = config.head_size**-0.5
+
+    def by_rows(*arrays):
+        return attend_rows(*arrays, None, kernel="auto", scale=scale)
+
+    def by_xla(*arrays):
+        return attend_rows(*arrays, segments, kernel="xla", scale=scale)
+
+    def by_cudnn(*arrays):  # what JAX does not offer in public yet
+        from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+        sizes, offsets = jnp.array(lengths, jnp.int32), jnp.array(np.pad(starts, ((0, 0), (0, 1)), constant_values=-1))
+        layout = {"q_seqlen": sizes, "kv_seqlen": sizes, "q_offsets": offsets, "kv_offsets": offsets}
+        return dot_product_attention(*arrays, **layout, scale=scale, mask_type=MaskType.PADDING_CAUSAL)
+
+    def by_tokamax(*arrays):
+        import tokamax
+
+        mask = segments[:, None, :, None] == segments[:, None, None, :]
+        return tokamax.dot_product_attention(*arrays, mask=mask, scale=scale, is_causal=True)
+
+    expected = np.asarray(by_xla(*packed), np.float32).reshape(rows * length, -1)[index][own]
+    for name, attend, arrays in (
+        ("xla, packed", by_xla, packed), ("auto, a row each", by_rows, alone), ("cudnn, packed", by_cudnn, packed),
+        ("tokamax, packed", by_tokamax, packed),
+    ):  # fmt: skip
+        both = jax.jit(
+            jax.value_and_grad(lambda *arrays, of=attend: of(*arrays).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+        )
+        try:
+            got = np.asarray(attend(*arrays), np.float32)
+            got = got if arrays is alone else got.reshape(rows * length, -1)[index]
+            apart = float(np.abs(got.reshape(*index.shape, -1)[own] - expected).max() / np.abs(expected).max())
+            seconds = timed(functools.partial(both, *arrays), repeats=10)
+        except Exception as error:  # the next kernel is tried, whatever this one lacks
+            show("packed attention", kernel=name, fails=f"{type(error).__name__}: {error}".splitlines()[0])
+        else:
+            show("packed attention", kernel=name, seconds=seconds, apart=apart, right=apart < 0.05)
 
 
 def measure_decoding(config: policy.PolicyConfig, rows: int, prompt: int, new: int) -> None:

@@ -16,13 +16,13 @@ if [ -n "${CHECKPOINT:-}" ]; then
   $python -m benchmarks.rollout --path "$CHECKPOINT" --questions "$GSM8K" --repeats ${TOY:-3} | tee "$out/real.jsonl"
   small=${TOY:+--config.alloc.budget=8 --config.alloc.candidates=4 --config.prompts_per_step=1 --config.sample.max_new_tokens=4 --config.steps=1 --config.eval.prompts=2}
   for budgets in "uniform --config.alloc.n_min=8 --config.prompts_per_step=64" reach; do
-    # SIGTERM saves the run and ends it, so that it can be compared
+    # SIGTERM saves the run and ends it, so that it can be compared; 124 says that the time was over
     timeout -s TERM "${EACH:-100}" $python train.py --config configs/gsm8k.py --config.policy.path="$CHECKPOINT" \
       --config.data.path="$GSM8K" --config.data.template=chat_boxed --config.data.reward=math_or_number \
       --config.data.max_prompt_tokens=256 --config.sample.max_new_tokens=256 --config.policy.dtype=bfloat16 \
       --config.sft.steps=0 --config.steps=1000 --config.alloc.budget=512 --config.alloc.candidates=512 \
       --config.optim.learning_rate=5e-6 --config.optim.micro_tokens=32768 --config.eval.every=10 --config.eval.prompts=256 \
-      --config.alloc.rule=$budgets $small --workdir "$out/gsm8k_${budgets%% *}" | tail -n 3 || true
+      --config.alloc.rule=$budgets $small --workdir "$out/gsm8k_${budgets%% *}" | tail -n 3 || [ $? = 124 ]
   done
   $python -m krl.report "$out/gsm8k_uniform" "$out/gsm8k_reach" --out "$out/gsm8k"
 fi

