@@ -111,37 +111,38 @@ def replay(logged: Logged, source: str, features: np.ndarray, width: int):
     """Nats of every visit, whether it was the prompt's first ([visits] each), and the prior at the end."""
     belief, prior = budget.init_belief(len(logged.tokens)), budget.init_prior(source, width)
     scores, first = [], []
+    # One shape for all steps: prompts without rollouts, and rollouts without a reward, are added.
+    most = max(len(row["task_ids"]) for row in logged.rows)
+    longest = max(sum(row["counts"]) for row in logged.rows)
     for number, row in enumerate(logged.rows):
-        counts, wins = np.array(row.get("scored", row["counts"])), np.array(row["successes"], np.float32)
-        index = jnp.asarray(np.repeat(np.arange(len(counts)), counts))
-        rewards = jnp.asarray(
-            np.concatenate([np.arange(n) < w for n, w in zip(counts, wins, strict=True)]), jnp.float32
+        here = len(row["task_ids"])
+        others = np.setdiff1d(np.arange(min(len(logged.tokens), 2 * most)), row["task_ids"])[: most - here]
+        ids = jnp.asarray(np.concatenate([row["task_ids"], others]))
+        counts = np.pad(row.get("scored", row["counts"]), (0, most - here))
+        wins = np.pad(np.array(row["successes"], np.float32), (0, most - here))
+        index = np.repeat(np.arange(most), counts)
+        rewards = np.concatenate([np.arange(n) < w for n, w in zip(counts, wins, strict=True)])
+        rewards, mask, index = (
+            jnp.asarray(np.pad(part, (0, longest - len(index))))
+            for part in (rewards.astype(np.float32), np.ones(len(index), bool), index)
         )
-        ids = jnp.asarray(row["task_ids"])
         seen, nats, belief, prior = step(
-            belief,
-            prior,
-            jnp.asarray(features)[ids],
-            ids,
-            rewards,
-            index,
-            jnp.asarray(counts),
-            jnp.asarray(wins),
-            number,
-        )
-        scores.append(nats)
-        first.append(~np.asarray(seen))
+            belief, prior, jnp.asarray(features)[ids], ids, rewards, index, mask, jnp.asarray(counts),
+            jnp.asarray(wins), number,
+        )  # fmt: skip
+        scores.append(nats[:here])
+        first.append(~np.asarray(seen)[:here])
     return np.concatenate(scores), np.concatenate(first), prior
 
 
 @jax.jit
-def step(belief, prior, features, ids, rewards, index, counts, wins, number):
+def step(belief, prior, features, ids, rewards, index, mask, counts, wins, number):
     """One step of the run, judged before it is learnt from."""
-    known, mask = budget.take(belief, ids), jnp.ones(len(rewards), bool)
+    known = budget.take(belief, ids)
     alpha, beta = budget.posterior(budget.inform(prior, known, features))
     nats = jax.scipy.special.betaln(alpha + wins, beta + counts - wins) - jax.scipy.special.betaln(alpha, beta)
     prior = budget.learn_prior(prior, known, features, rewards, index, mask)
-    belief = budget.update(belief, ids, rewards, index, mask, number, fit_discounts=False)
+    belief = budget.update(belief, ids, rewards, index, mask, number, sampled=counts > 0, fit_discounts=False)
     return known.visits > 0, nats, belief, prior
 
 
