@@ -65,7 +65,8 @@ def test_loss_and_gradient_of_eight_devices_are_those_of_one(mesh_of):
     """To 1e-5, and a gradient to 3e-4 of its array's largest number: float32 sums in another order."""
     (alone, expected), (spread, metrics) = stepped(ALONE), stepped(mesh_of)
     for name, value in expected.items():
-        np.testing.assert_allclose(metrics[name], value, atol=1e-5, err_msg=name)
+        if name != "shared_tokens":  # how wide rows are goes by the tokens of a device
+            np.testing.assert_allclose(metrics[name], value, atol=1e-5, err_msg=name)
     for got, gradient in zip(jax.tree.leaves(moments(spread).mu), jax.tree.leaves(moments(alone).mu), strict=True):
         largest = float(abs(gradient).max())
         assert largest > 1e-5

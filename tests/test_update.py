@@ -15,7 +15,6 @@ from krl import policy, rollout
 from krl.base.sharding import make_mesh, named_sharding, tree_sharding
 from krl.learn import policy_loss
 from krl.learn.batches import accumulate
-from krl.learn.pack import pack
 from krl.run.compiled import KEPT, for_this_backend
 from krl.run.optimizer import apply_gradients, init_state, make_optimizer, skipped_updates
 from krl.run.update import policy_update, supervised_update
@@ -54,7 +53,8 @@ def assert_close(a, b, atol=1e-5):
 
 
 def floats(metrics):
-    return {name: float(value) for name, value in metrics.items()}
+    """What an update says, but for how much it computed."""
+    return {name: float(value) for name, value in metrics.items() if name != "shared_tokens"}
 
 
 def test_update_is_the_gradient_of_the_token_mean_over_all_rollouts():
@@ -103,7 +103,7 @@ def test_micro_rowses_change_nothing():
     whole, metrics = step(micro_rows=16)
     parts, same = step(micro_rows=2)
     assert_close(parts.params, whole.params, atol=1e-4)
-    assert_close(same, metrics, atol=1e-4)
+    assert_close(floats(same), floats(metrics), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -118,36 +118,6 @@ def test_packed_rows_give_the_gradient_of_padded_rows_and_of_one_rollout_at_a_ti
     single, same = step(**options, reference=reference, num_updates=2, micro_rows=1, packed=False)
     assert_close(single.params, padded.params, atol=1e-4)
     assert floats(metrics) == pytest.approx(floats(same), rel=1e-4, abs=1e-5)
-
-
-def fewest_rows(lengths, left=()):
-    """The fewest rows of 9 columns that hold all lengths, by trying everything; `left` is the room in those begun."""
-    if not lengths:
-        return len(left)
-    first, *rest = lengths
-    rows = [fewest_rows(rest, (*left, 9 - first))]
-    for row in {room: row for row, room in enumerate(left) if room >= first}.values():  # equal rooms are the same
-        rows.append(fewest_rows(rest, (*left[:row], left[row] - first, *left[row + 1 :])))
-    return min(rows)
-
-
-@pytest.mark.parametrize(
-    "lengths", [[9] * 7, [1] * 7, [0] * 7, [5, 4, 0, 9, 3, 3, 3], [6, 6, 6, 6, 6, 6, 3], [4, 4, 3, 3, 2, 2, 0]]
-)
-def test_packing_holds_every_token_once_and_in_order(lengths):
-    packed = pack(jnp.array(lengths), 8, 9)
-    held = set(
-        zip(packed.sequence[packed.sequence >= 0].tolist(), packed.position[packed.sequence >= 0].tolist(), strict=True)
-    )
-    assert held == {(s, p) for s, length in enumerate(lengths) for p in range(length)}
-    assert int((packed.sequence >= 0).sum()) == sum(lengths)
-    rows = int(packed.num_rows)
-    assert (packed.sequence[:rows] >= 0).any(axis=1).all()
-    assert (packed.sequence[rows:] < 0).all()
-    assert rows <= 11 / 9 * fewest_rows([n for n in lengths if n]) + 6 / 9  # Dosa 2007
-    for row in np.asarray(packed.sequence):  # a sequence lies together
-        changes = [s for s, before in zip(row, [-2, *row[:-1]], strict=True) if s != before]
-        assert len(changes) == len(set(changes))
 
 
 def test_an_entropy_bonus_is_the_mean_entropy_of_the_response_tokens():
@@ -174,7 +144,7 @@ def test_what_is_fastest_here_computes_the_same():
     )  # fmt: skip
     state, same = fast.lower(*arguments).compile(tiny.AS_FOR_USERS)(*arguments)
     assert_close(state.params, plain.params, atol=1e-4)
-    assert_close(same, metrics, atol=1e-5)
+    assert_close(floats(same), floats(metrics), atol=1e-5)
 
 
 def test_the_key_decides_which_rollouts_share_an_update():
@@ -247,7 +217,7 @@ def test_eight_devices_equal_one(shape, names):
             assert not state.opt_state.inner_state[1][0].mu["blocks"]["gate"].sharding.is_fully_replicated
         spread, same = step(state, micro_rows=8)
     assert_close(spread.params, alone.params, atol=2e-4)
-    assert_close(same, metrics, atol=1e-4)
+    assert_close(floats(same), floats(metrics), atol=1e-4)
 
 
 def test_gradients_travel_once_however_many_micro_batches_there_are():
@@ -354,7 +324,7 @@ def test_importance_weights_come_from_log_probabilities_computed_again():
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
     assert 0 < float(metrics["importance_capped_fraction"]) < 1
     _, parts = step(importance_cap=2.0, micro_rows=1)
-    assert_close(parts, metrics, atol=1e-4)
+    assert_close(floats(parts), floats(metrics), atol=1e-4)
 
 
 def test_a_penalty_to_the_policy_itself_is_zero_and_to_another_one_is_not():

@@ -1,4 +1,6 @@
-"""Sequences side by side in rows of equal width, so that computation follows real tokens."""
+"""Rollouts side by side in rows of equal width, behind the prompts that they share: computation follows real tokens."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -6,65 +8,90 @@ from flax import struct
 
 from krl.base.sharding import batch_devices
 from krl.base.types import Prompts, Rollouts
+from krl.policy.attention import Segments
 
-
-class Packed(struct.PyTreeNode):
-    """Which token of which sequence stands in each column of W rows."""
-
-    sequence: jax.Array  # [W, C] int32; -1 where a column is padding
-    position: jax.Array  # [W, C] int32, of the token in its sequence; undefined on padding
-    num_rows: jax.Array  # [] int32, the first rows hold all the sequences
-
-
-def pack(lengths: jax.Array, num_rows: int, row_tokens: int) -> Packed:
-    """Give every sequence a place, first-fit decreasing: at most 11/9 of the fewest rows possible (+ 1).
-
-    The longest sequence left goes into the first row that has room for it.
-
-    Args:
-        lengths: [B] int32, between 0 and row_tokens; 0 leaves a sequence out.
-        num_rows: W, at least B; static.
-        row_tokens: C, static.
-
-    References:
-        Johnson, Demers, Ullman, Garey and Graham, "Worst-case performance bounds for simple
-        one-dimensional packing algorithms", SIAM J. Comput. 3 (1974).
-
-    >>> packed = pack(jnp.array([2, 0, 4, 1]), 4, 5)
-    >>> packed.sequence[:2].tolist(), int(packed.num_rows)
-    ([[2, 2, 2, 2, 3], [0, 0, -1, -1, -1]], 2)
-    """
-
-    def place(left: jax.Array, length: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        row = jnp.argmax(left >= length)
-        return left.at[row].add(-length), (row, row_tokens - left[row])
-
-    order = jnp.argsort(-lengths)
-    left, (row, start) = jax.lax.scan(place, jnp.full(num_rows, row_tokens, jnp.int32), lengths[order])
-    row = jnp.where(lengths[order] > 0, row, num_rows)
-    first = jnp.full((num_rows, row_tokens), -1, jnp.int32).at[row, start].set(order.astype(jnp.int32), mode="drop")
-    columns = jnp.arange(row_tokens, dtype=jnp.int32)
-    begin = jax.lax.cummax(jnp.where(first >= 0, columns, 0), axis=1)
-    sequence = jnp.take_along_axis(first, begin, axis=1)
-    real = (sequence >= 0) & (columns - begin < lengths[sequence])
-    return Packed(jnp.where(real, sequence, -1), columns - begin, (left < row_tokens).sum(dtype=jnp.int32))
-
-
-# ---------------------------------------------------------------- the rows of a step's rollouts
+RESPONSES, WIDEST = 4, 1024  # a shared row has room for so many of the longest, in at most so many columns
 
 
 class Place(struct.PyTreeNode):
     """Which token of which rollout stands in each column of W rows."""
 
-    rollout: jax.Array  # [W, C] int32 in [0, R); -1 where a column is padding
+    rollout: jax.Array  # [W, C] int32; -1 where a column is padding
     position: jax.Array  # [W, C] int32, of the token in its prompt and response; undefined on padding
+    leader: jax.Array  # [W, C] int32, the rollout whose prompt a column belongs to or follows; undefined on padding
+
+
+def pack(
+    group: jax.Array, asked: jax.Array, answered: jax.Array, *, num_groups: int, num_rows: int, row_tokens: int
+) -> tuple[Place, jax.Array]:
+    """Give every rollout a place: its response, behind its prompt or behind another response to the same prompt.
+
+    Prompts come in the order of their longest rollouts, the longest first, and each one's responses from the longest on
+    into the row that has the prompt already; into the first row that has room for both, once that is full. So any two
+    rows together hold more than C tokens, and what is left of a row but the last is less than the longest rollout.
+
+    Args:
+        group: [B] int32 in [0, num_groups); rollouts with the same number have the same prompt, and share it.
+        asked: [B] int32, tokens of the prompt.
+        answered: [B] int32, tokens of the response; 0 leaves a rollout out. Both together are C at most.
+        num_groups, num_rows, row_tokens: static. W rows of C columns. min(B, 2 S / C + 1) rows are enough for rollouts
+            of S tokens in all, prompts included.
+
+    Returns:
+        (the places, [] int32: so many first rows hold all the rollouts).
+
+    References:
+        Johnson, Demers, Ullman, Garey and Graham, "Worst-case performance bounds for simple
+        one-dimensional packing algorithms", SIAM J. Comput. 3 (1974), on first fit.
+
+    >>> asked, answered = jnp.array([2, 2, 3]), jnp.array([1, 2, 1])
+    >>> place, num_rows = pack(jnp.array([0, 0, 1]), asked, answered, num_groups=2, num_rows=3, row_tokens=5)
+    >>> place.rollout[:num_rows].tolist(), place.position[0].tolist()
+    ([[1, 1, 1, 1, 0], [2, 2, 2, 2, -1]], [0, 1, 2, 3, 2])
+    """
+
+    def put(state: tuple[jax.Array, ...], rollout: tuple[jax.Array, ...]) -> tuple[Any, Any]:
+        left, home, before = state
+        group, asked, answered = rollout
+        follows = (group == before) & (left[home] >= answered)
+        row = jnp.where(follows, home, jnp.argmax(left >= asked + answered).astype(jnp.int32))
+        taken = answered + jnp.where(follows, 0, asked)
+        return (left.at[row].add(-taken), row, group), (row, row_tokens - left[row], follows)
+
+    group, asked, answered = (part.astype(jnp.int32) for part in (group, asked, answered))
+    whole = jnp.where(answered > 0, asked + answered, 0)
+    longest = jax.ops.segment_max(whole, group, num_segments=num_groups)[group]
+    order = jnp.lexsort((-answered, group, -jnp.where(answered > 0, longest, 0)))
+    asked_of, answered_of = jnp.where(answered > 0, asked, 0)[order], answered[order]
+    room = jnp.full(num_rows, row_tokens, jnp.int32), jnp.int32(0), jnp.int32(-1)
+    (left, *_), (row, start, follows) = jax.lax.scan(put, room, (group[order], asked_of, answered_of))
+
+    columns, order = jnp.arange(row_tokens, dtype=jnp.int32), order.astype(jnp.int32)
+
+    def mark(placed: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The last of some rollouts that begins at or before each column, -1 for none, and where it does."""
+        first = jnp.full((num_rows, row_tokens), -1, jnp.int32)
+        first = first.at[jnp.where(placed, row, num_rows), at].set(order, mode="drop")
+        begin = jax.lax.cummax(jnp.where(first >= 0, columns, 0), axis=1)
+        return jnp.take_along_axis(first, begin, axis=1), begin
+
+    leader, prompt_begin = mark((answered_of > 0) & ~follows, start)
+    answer, answer_begin = mark(answered_of > 0, start + jnp.where(follows, 0, asked_of))
+    answers = (answer >= 0) & (answer_begin >= prompt_begin)
+    position = columns - jnp.where(answers, answer_begin - asked[answer], prompt_begin)
+    rollout = jnp.where(answers, answer, leader)
+    real = (rollout >= 0) & (position < (asked + answered)[rollout])
+    return Place(jnp.where(real, rollout, -1), position, leader), (left < row_tokens).sum(dtype=jnp.int32)
+
+
+# ---------------------------------------------------------------- the rows of a step's rollouts
 
 
 class Columns(struct.PyTreeNode):
     """The tokens of W rows and what the loss knows of each; all arrays are [W, C]."""
 
     tokens: jax.Array  # int32
-    segments: jax.Array  # int32, the rollout's number from 1 on, 0 on padding
+    segments: Segments  # of a prompt and the responses that share it
     sequences: jax.Array  # int32 in [0, W C), a number for each rollout
     response: jax.Array  # bool, True on response tokens
     logps: jax.Array  # float32, the sampler's, of the whole distribution
@@ -72,21 +99,49 @@ class Columns(struct.PyTreeNode):
 
 
 def place_rollouts(
-    prompts: Prompts, rollouts: Rollouts, run: jax.Array, shares: jax.Array, micro_tokens: int, packed: bool
-) -> tuple[Place, jax.Array, int]:
+    prompts: Prompts, rollouts: Rollouts, run: jax.Array, shares: jax.Array, micro_tokens: int, *, packed: bool,
+    shared: bool,
+) -> tuple[Place, jax.Array, int]:  # fmt: skip
     """Where the rollouts to run, [R] bool, stand in the rows of each of U shares, [U, R / U] int32.
+
+    Args:
+        prompts, rollouts, run, shares: of the step.
+        micro_tokens: tokens of a micro-batch.
+        packed: whether a row has several rollouts.
+        shared: whether those of the same prompt share it.
 
     Returns:
         (place with leaves [U, W, C], num_rows [U] int32 of each share that hold rollouts, rows of a micro-batch).
     """
-    row_tokens = prompts.tokens.shape[1] + rollouts.tokens.shape[1]
-    micro_rows = rows_at_once(micro_tokens, row_tokens, shares.shape[1])
-    size = -(-shares.shape[1] // micro_rows) * micro_rows
-    taken = _prompt_lengths(prompts)[_prompt_of(prompts, rollouts)] + rollouts.lengths
-    taken = jnp.where(run, taken if packed else row_tokens, 0)
-    places = jax.vmap(lambda share: pack(taken[share], size, row_tokens))(shares)
-    rollout = jax.vmap(lambda share, sequence: jnp.where(sequence >= 0, share[sequence], -1))(shares, places.sequence)
-    return Place(rollout, places.position), places.num_rows, micro_rows
+    longest, count = prompts.tokens.shape[1] + rollouts.tokens.shape[1], shares.shape[1]
+    row_tokens = wide_row(prompts.tokens.shape[1], rollouts.tokens.shape[1], micro_tokens) if shared else longest
+    num_rows = min(count, 2 * count * longest // row_tokens + 1)
+    micro_rows = rows_at_once(micro_tokens, row_tokens, num_rows)
+    group = _prompt_of(prompts, rollouts)
+    asked, answered = _prompt_lengths(prompts)[group], jnp.where(run, rollouts.lengths, 0)
+    answered = answered if packed else jnp.where(answered > 0, row_tokens - asked, 0)
+    everyone = jnp.arange(count, dtype=jnp.int32)
+
+    def place(share: jax.Array) -> tuple[Place, jax.Array]:
+        found, used = pack(
+            group[share] if shared else everyone, asked[share], answered[share],
+            num_groups=prompts.tokens.shape[0] if shared else count,
+            num_rows=-(-num_rows // micro_rows) * micro_rows, row_tokens=row_tokens,
+        )  # fmt: skip
+        rollout = jnp.where(found.rollout >= 0, share[found.rollout], -1)
+        return found.replace(rollout=rollout, leader=share[found.leader]), used
+
+    return *jax.vmap(place)(shares), micro_rows
+
+
+def wide_row(prompt_tokens: int, new_tokens: int, micro_tokens: int) -> int:
+    """Columns of a row in which responses share their prompts: room for some, as far as a micro-batch has it.
+
+    Attention costs in proportion to a row's length, so rows grow to WIDEST at most; longer rollouts have rows of P + T.
+    """
+    here = micro_tokens // batch_devices(jax.sharding.get_abstract_mesh())
+    wanted = min(prompt_tokens + RESPONSES * new_tokens, WIDEST)
+    return max(prompt_tokens + new_tokens, here // max(here // wanted, 1))
 
 
 def rows_at_once(micro_tokens: int, row_tokens: int, num_rows: int) -> int:
@@ -105,6 +160,12 @@ def _prompt_lengths(prompts: Prompts) -> jax.Array:
     return jnp.asarray(prompts.mask).sum(axis=1, dtype=jnp.int32)
 
 
+def rollout_tokens(prompts: Prompts, rollouts: Rollouts, run: jax.Array) -> jax.Array:
+    """Tokens of the rollouts under run, [R] bool, each with a prompt of its own: [] float32."""
+    whole = _prompt_lengths(prompts)[_prompt_of(prompts, rollouts)] + rollouts.lengths
+    return jnp.where(run & (rollouts.lengths > 0), whole, 0).sum(dtype=jnp.float32)
+
+
 def fill_columns(place: Place, prompts: Prompts, rollouts: Rollouts, advantages: jax.Array) -> Columns:
     """Fill the columns of some rows."""
     which = jnp.maximum(place.rollout, 0)
@@ -115,10 +176,14 @@ def fill_columns(place: Place, prompts: Prompts, rollouts: Rollouts, advantages:
     real = (place.rollout >= 0) & (time < rollouts.lengths[which])
     asked, answered = jnp.asarray(prompts.tokens).at[prompt, column], rollouts.tokens.at[which, jnp.maximum(time, 0)]
     logps = rollouts.logps if rollouts.policy_logps is None else rollouts.policy_logps
-    begin = jnp.arange(place.position.size).reshape(place.position.shape) - place.position
+    begin = jnp.arange(place.position.size).reshape(place.position.shape) - jnp.maximum(time, 0)
+    segments = Segments(
+        number=jnp.where(real, place.leader + 1, 0), branch=jnp.where(real & (time >= 0), which + 1, 0),
+        position=place.position,
+    )  # fmt: skip
     return Columns(
         tokens=jnp.where(time < 0, asked.get(mode="clip"), answered.get(mode="clip")),
-        segments=jnp.where(real, which + 1, 0),
+        segments=segments,
         sequences=begin,
         response=real & (time >= 0) & (place.position > 0),
         logps=logps.at[which, jnp.maximum(time, 0)].get(mode="clip"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from krl.base.sharding import open_axes, partition_spec
 
@@ -19,11 +20,29 @@ _NOTHING = -1e30  # a logit that leaves a key no weight
 _LANES = 128  # the width of a TPU register: splash blocks and heads come in multiples of it
 
 
+class Segments(struct.PyTreeNode):
+    """Rows of prompts that each stand once before several responses, its branches.
+
+    A token sees the prompt before it and its own branch, and its position is as if it were alone with these.
+    """
+
+    number: jax.Array  # [B, T] int32, the same for a prompt and its responses, another beside it; 0 on padding
+    branch: jax.Array  # [B, T] int32, 0 on prompts, a number above 0 of each response's own
+    position: jax.Array  # [B, T] int32, of the token in its prompt and response
+
+    def previous(self) -> jax.Array:
+        """The column of the token before each, [B, T] int32; any where there is none."""
+        columns = jnp.broadcast_to(jnp.arange(self.branch.shape[1], dtype=jnp.int32), self.branch.shape)
+        prompt_end = jax.lax.cummax(jnp.where(self.branch == 0, columns, 0), axis=1)
+        begins = jnp.diff(self.branch, axis=1, prepend=0) != 0
+        return jnp.where(begins & (self.branch > 0), prompt_end, jnp.maximum(columns - 1, 0))
+
+
 def attend_rows(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: jax.Array | None,
+    segments: jax.Array | Segments | None,
     *,
     kernel: str,
     scale: float,
@@ -36,7 +55,7 @@ def attend_rows(
         query: [B, T, H, Q].
         key, value: [B, T, K, Q] of the same dtype; K divides H.
         segments: [B, T] int32, tokens see only those of their own number; None if every row is one
-            sequence that starts in column 0 (what follows its end is never seen from inside it).
+            sequence that starts in column 0 (what follows its end is never seen from inside it). Or `Segments`.
         kernel: one of KERNELS, static; "auto" takes the fastest that this backend and these shapes allow.
         scale: the logits are multiplied by it.
         softcap: logits become softcap * tanh(logits / softcap); 0 for none.
@@ -55,6 +74,7 @@ def attend_rows(
     if reason:
         raise ValueError(f"policy.attention={kernel!r} cannot be used: {reason}; take 'auto'")
     if kernel == "splash":
+        assert not isinstance(segments, Segments)
         return splash(query, key, value, segments, scale=scale, softcap=softcap, window=window)
     if kernel == "cudnn":
         local = (window - 1, 0) if window else None
@@ -64,11 +84,17 @@ def attend_rows(
     columns = jnp.arange(query.shape[1])
     keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
 
-    def attend(query: jax.Array, query_columns: jax.Array, query_segments: Any) -> jax.Array:
+    def attend(query: jax.Array, query_columns: jax.Array, mine: Any) -> jax.Array:
         behind = query_columns[:, :, None] - columns
-        visible = (behind >= 0) & (behind < window) if window else behind >= 0
-        if segments is not None:
-            visible = visible & (query_segments[:, :, None] == segments[:, None, :])
+        visible = behind >= 0
+        if isinstance(segments, Segments):
+            branch = segments.branch[:, None, :]
+            visible &= mine.number[:, :, None] == segments.number[:, None, :]
+            visible &= (branch == 0) | (mine.branch[:, :, None] == branch)
+            behind = mine.position[:, :, None] - segments.position[:, None, :]
+        elif segments is not None:
+            visible &= mine[:, :, None] == segments[:, None, :]
+        visible = visible & (behind < window) if window else visible
         bias = jax.lax.optimization_barrier(jnp.where(visible, 0.0, _NOTHING))  # else it is made again for every head
         return _attend(query, keys, values, lambda logits: logits + bias[:, None, None], scale, softcap)
 
@@ -191,7 +217,12 @@ def splash(
     return each(query, key, value, segments)
 
 
-def why_not(kernel: str, query: jax.Array, segments: jax.Array | None, softcap: float) -> str:
+def has_branches(kernel: str) -> bool:
+    """Whether `attend_rows` takes `Segments` with this kernel, and computes them as fast as rows without: by XLA."""
+    return kernel == "xla" or (kernel == "auto" and jax.default_backend() != "tpu")
+
+
+def why_not(kernel: str, query: jax.Array, segments: jax.Array | Segments | None, softcap: float) -> str:
     """Why a kernel cannot compute attention of these queries, [B, T, H, Q]; "" if it can."""
     length, size = query.shape[1], query.shape[3]
     if kernel == "cudnn":
@@ -203,6 +234,8 @@ def why_not(kernel: str, query: jax.Array, segments: jax.Array | None, softcap: 
             return "cuDNN has no soft cap of attention logits"
         if segments is not None:
             return "cuDNN has no segments for packed rows"
+    if kernel == "splash" and isinstance(segments, Segments):
+        return "splash has no prompts that several responses share"
     if kernel == "splash" and (size % _LANES or length % _LANES):
         return f"splash takes heads and rows in steps of {_LANES}, not heads of {size} and rows of {length}"
     return ""

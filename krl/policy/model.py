@@ -19,7 +19,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from krl.base.sharding import constrain, tree_sharding
-from krl.policy.attention import KERNELS, attend_cached, attend_rows
+from krl.policy.attention import KERNELS, Segments, attend_cached, attend_rows
 from krl.policy.scores import token_scores
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -145,7 +145,7 @@ def apply(
     params: dict[str, Any],
     tokens: jax.Array,
     mask: jax.Array | None = None,
-    segments: jax.Array | None = None,
+    segments: jax.Array | Segments | None = None,
 ) -> jax.Array:
     """Next-token logits of whole rows.
 
@@ -156,7 +156,8 @@ def apply(
         mask: [B, T] bool, True on the real tokens of a row, which lie together and may be padded on
             both sides; None means all.
         segments: [B, T] int32 in place of the mask, for rows packed with several sequences: each is a
-            run of columns with a number of its own in the row, and padding has number 0.
+            run of columns with a number of its own in the row, and padding has number 0. Or `Segments`, where
+            responses share their prompts.
 
     Returns:
         [B, T, V] float32; undefined on padding.
@@ -250,7 +251,7 @@ def token_logps(
     params: dict[str, Any],
     tokens: jax.Array,
     mask: jax.Array | None = None,
-    segments: jax.Array | None = None,
+    segments: jax.Array | Segments | None = None,
     *,
     start: int = 1,
     temperature: jax.Array | float = 1.0,
@@ -284,7 +285,12 @@ def token_logps(
     if not 1 <= start <= tokens.shape[1]:
         raise ValueError(f"start must be in [1, T={tokens.shape[1]}], got {start}")
     hidden, back = _hidden(config, params, tokens, mask, segments)
-    hidden, targets = back(hidden)[:, start - 1 : -1], tokens[:, start:]
+    hidden = back(hidden)
+    if isinstance(segments, Segments):
+        hidden = jnp.take_along_axis(hidden, segments.previous()[:, start:, None], axis=1)
+    else:
+        hidden = hidden[:, start - 1 : -1]
+    targets = tokens[:, start:]
 
     logps, entropies = token_scores(
         hidden, _head(config, params), targets,
@@ -301,9 +307,12 @@ def _init_boxed(config: PolicyConfig, key: jax.Array) -> dict[str, Any]:
 
 
 def _hidden(
-    config: PolicyConfig, params: dict[str, Any], tokens: jax.Array, mask: jax.Array | None, segments: jax.Array | None
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
+    config: PolicyConfig, params: dict[str, Any], tokens: jax.Array, mask: jax.Array | None,
+    segments: jax.Array | Segments | None,
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:  # fmt: skip
     """Hidden states [B, T, E] in some order of columns, and the function that restores the order."""
+    if isinstance(segments, Segments):
+        return _decoder(config, params, tokens, segments.position, segments), lambda hidden: hidden
     columns = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segments is not None:
         first = jnp.diff(segments, axis=1, prepend=-1) != 0
@@ -317,7 +326,7 @@ def _hidden(
     return _decoder(config, params, roll(tokens, -starts), columns), lambda hidden: roll(hidden, starts)
 
 
-def _decoder(config: PolicyConfig, params: dict[str, Any], *inputs: jax.Array) -> Any:
+def _decoder(config: PolicyConfig, params: dict[str, Any], *inputs: Any) -> Any:
     return Decoder(config).apply({"params": params}, *inputs)
 
 
@@ -392,7 +401,7 @@ class Block(nn.Module):
         x: jax.Array,
         slides: jax.Array | bool,
         positions: jax.Array,
-        segments: jax.Array | None,
+        segments: jax.Array | Segments | None,
         stored: Any = None,
     ) -> tuple[jax.Array, Any]:
         """(x, None), or (x, (keys, values)) with stored = (keys, values, column to write, visible [B, T, C])."""
@@ -445,8 +454,9 @@ class Block(nn.Module):
         return self.config.attention_scale or self.config.head_size**-0.5
 
     def _attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, slides: jax.Array | bool, segments: jax.Array | None
-    ) -> jax.Array:
+        self, query: jax.Array, key: jax.Array, value: jax.Array, slides: jax.Array | bool,
+        segments: jax.Array | Segments | None,
+    ) -> jax.Array:  # fmt: skip
         c = self.config
 
         def with_window(window: int) -> Callable[..., jax.Array]:
@@ -472,7 +482,9 @@ class Decoder(nn.Module):
     config: PolicyConfig
 
     @nn.compact
-    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, segments: jax.Array | Segments | None = None
+    ) -> jax.Array:
         c = self.config
         initial = nn.with_logical_partitioning(nn.initializers.normal(c.embed_size**-0.5), ("vocab", "embed"))
         embedding: Any = self.param("embedding", initial, (c.vocab_size, c.embed_size))

@@ -13,7 +13,8 @@ from krl.base.masked import divide, masked_sum
 from krl.base.sharding import constrain
 from krl.base.types import Prompts, Rollouts, TrainState
 from krl.learn.batches import accumulate, map_rows
-from krl.learn.pack import Columns, fill_columns, place_rollouts, rows_at_once
+from krl.learn.pack import Columns, fill_columns, place_rollouts, rollout_tokens, rows_at_once
+from krl.policy.attention import has_branches
 from krl.run.optimizer import Waiting, apply_gradients
 
 
@@ -40,8 +41,8 @@ def policy_update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One pass over a step's rollouts in num_updates optimiser updates, each on its share of them.
 
-    Prompts and responses lie packed in rows of P + T columns, so that computation follows real tokens. Rollouts whose
-    advantage is zero count in the mean and are never run through the model, unless a penalty or bonus gives them a
+    Prompts and responses lie packed in rows, so that computation follows real tokens, and rollouts of a prompt that come
+    to lie in a row have it once (where attention can, see `has_branches`). Rollouts whose advantage is zero count in the mean and are never run through the model, unless a penalty or bonus gives them a
     gradient. That makes the number of micro-batches data, not a new compilation.
 
     The loss is a mean over all tokens of the step: an update minimises num_updates times its share's part of it.
@@ -62,14 +63,18 @@ def policy_update(
 
     Returns:
         (new state, metrics: float32 scalars). `loss` and `grad_norm` are means over the updates, and of an optimiser
-        that waits `updated`, the share of them that were made; the ratio and clip metrics are over the tokens of the
+        that waits `updated`, the share of them that were made; `shared_tokens` is the share of the tokens of the rollouts that
+        were run which needed no computation, being a prompt that another rollout has; the ratio and clip metrics are over the tokens of the
         rollouts that were run, `mismatch` over those of the first update.
     """
     loss = learn.Loss(**{"importance_cap": 0.0} | options)
     run = rollouts.mask & ((advantages != 0) | bool(loss.kl_coefficient or loss.entropy_coefficient))
     shares = jax.random.permutation(key, advantages.shape[0]).reshape(num_updates, -1)
-    rows, num_rows, micro_rows = place_rollouts(prompts, rollouts, run, shares, micro_tokens, packed)
-    scores_of = functools.partial(_scores, config, temperature=temperature, packed=packed)
+    shared = packed and has_branches(config.attention)
+    rows, num_rows, micro_rows = place_rollouts(
+        prompts, rollouts, run, shares, micro_tokens, packed=packed, shared=shared
+    )
+    scores_of = functools.partial(_scores, config, temperature=temperature, packed=packed, shared=shared)
     loss_of = functools.partial(_loss, loss, scores_of)
     drawn = (prompts, rollouts, advantages)
 
@@ -80,6 +85,8 @@ def policy_update(
     known = {"old_logps": score(state.params)} if loss.importance_cap else {}
     if reference is not None and loss.kl_coefficient:
         known["reference_logps"] = score(reference)
+    separate = rollout_tokens(prompts, rollouts, run)
+    saved = divide(separate - (rows.rollout >= 0).sum(dtype=jnp.float32), separate) if shared else jnp.float32(0)
     tokens_in_share = jnp.where(rollouts.mask, rollouts.lengths, 0).sum(dtype=jnp.float32) / num_updates
 
     def update(state: TrainState, share):
@@ -93,7 +100,9 @@ def policy_update(
         return state, (of_update, metrics)
 
     state, (of_updates, metrics) = jax.lax.scan(update, state, (shares, rows, num_rows, known))
-    return state, _means(metrics) | {name: values.mean() for name, values in of_updates.items()}
+    return state, _means(metrics) | {name: values.mean() for name, values in of_updates.items()} | {
+        "shared_tokens": saved
+    }
 
 
 def _loss(loss: learn.Loss, scores_of: Callable, params: dict, drawn: tuple, part: tuple) -> tuple[jax.Array, dict]:
@@ -128,10 +137,11 @@ def _means(metrics):
     return means | {name: jnp.where(unseen, jnp.nan, means[name]) for name in first}
 
 
-def _scores(config, params, columns: Columns, *, temperature, packed, entropy):
+def _scores(config, params, columns: Columns, *, temperature, packed, shared, entropy):
     """Log-probabilities [W, C] of the response tokens of some rows, anything for others, and entropies or None."""
-    tokens, segments = constrain(columns.tokens, "batch", "length"), constrain(columns.segments, "batch", "length")
-    layout = {"segments": segments} if packed else {"mask": segments > 0}
+    tokens, segments = jax.tree.map(lambda part: constrain(part, "batch", "length"), (columns.tokens, columns.segments))
+    number = segments.number
+    layout = {"mask": number > 0} if not packed else {"segments": segments if shared else number}
     temperature = jnp.where(temperature > 0, temperature, 1)
     scores = policy.token_logps(
         config, params, tokens, **layout, temperature=temperature, entropy=entropy, wanted=columns.response

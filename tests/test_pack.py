@@ -1,0 +1,181 @@
+"""Rollouts in rows: every token once, prompts shared, and scores and gradients as if each rollout were alone."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from krl import policy
+from krl.base.types import Rollouts
+from krl.learn.pack import fill_columns, pack, place_rollouts, rollout_tokens, wide_row
+from krl.policy import model
+from krl.policy.attention import Segments, attend_rows, has_branches
+from tests import tiny
+
+GEMMA = dataclasses.replace(
+    tiny.CONFIG, sliding=(True, False), window=3, attention_softcap=5.0, logit_softcap=4.0, qk_norm=True,
+    norm_plus_one=True, post_norms=True, scale_embedding=True, sliding_rope_theta=100.0,
+)  # fmt: skip
+
+
+def fewest_rows(lengths, left=()):
+    """The fewest rows of 9 columns that hold all lengths, by trying everything; `left` is the room in those begun."""
+    if not lengths:
+        return len(left)
+    first, *rest = lengths
+    rows = [fewest_rows(rest, (*left, 9 - first))]
+    for row in {room: row for row, room in enumerate(left) if room >= first}.values():  # equal rooms are the same
+        rows.append(fewest_rows(rest, (*left[:row], left[row] - first, *left[row + 1 :])))
+    return min(rows)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[9] * 7, [1] * 7, [0] * 7, [5, 4, 0, 9, 3, 3, 3], [6, 6, 6, 6, 6, 6, 3], [4, 4, 3, 3, 2, 2, 0]]
+)
+def test_rollouts_of_prompts_of_their_own_are_packed_tightly(lengths):
+    asked = jnp.array([length // 2 for length in lengths])
+    place, rows = pack(jnp.arange(7), asked, jnp.array(lengths) - asked, num_groups=7, num_rows=8, row_tokens=9)
+    held = place.rollout[place.rollout >= 0].tolist()
+    assert {*zip(held, place.position[place.rollout >= 0].tolist(), strict=True)} == {
+        (rollout, at) for rollout, length in enumerate(lengths) for at in range(length)
+    }
+    assert len(held) == sum(lengths)
+    assert (place.rollout[:rows] >= 0).any(axis=1).all()
+    assert (place.rollout[rows:] < 0).all()
+    assert rows <= 11 / 9 * fewest_rows([n for n in lengths if n]) + 6 / 9  # Dosa 2007
+    for row in np.asarray(place.rollout):  # a rollout lies together
+        changes = [r for r, before in zip(row, [-2, *row[:-1]], strict=True) if r != before]
+        assert len(changes) == len(set(changes))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_shared_rows_hold_every_response_once_behind_its_prompt(seed):
+    rng = np.random.default_rng(seed)
+    counts = rng.permutation([93, 1, 2, 2, 5, 17])
+    group = rng.permutation(np.repeat(np.arange(6), counts))
+    prompts, answered = rng.integers(0 if seed % 2 else 1, 9, 6), rng.integers(0, 7, len(group))
+    columns, rows = 40, len(group)
+    place, used = pack(
+        jnp.asarray(group), jnp.asarray(prompts)[group], jnp.asarray(answered), num_groups=6, num_rows=rows,
+        row_tokens=columns,
+    )  # fmt: skip
+    taken, seen = np.zeros(rows, int), []
+    for number, row in enumerate(range(int(used))):
+        at = 0
+        while at < columns and place.rollout[row, at] >= 0:
+            leader = int(place.leader[row, at])
+            asked = prompts[group[leader]]
+            assert place.position[row, at : at + asked].tolist() == list(range(asked))
+            assert (place.rollout[row, at : at + asked] == leader).all()
+            at += asked
+            while at < columns and place.leader[row, at] == leader and place.rollout[row, at] >= 0:
+                rollout = int(place.rollout[row, at])
+                end = at + answered[rollout]
+                assert group[rollout] == group[leader]
+                assert place.position[row, at:end].tolist() == list(range(asked, asked + answered[rollout]))
+                assert (place.rollout[row, at:end] == rollout).all()
+                seen.append(rollout)
+                at = end
+        assert (place.rollout[row, at:] < 0).all()
+        taken[number] = at
+    assert sorted(seen) == np.flatnonzero(answered).tolist()
+    assert (place.rollout[used:] < 0).all()
+    pairs = taken[:used, None] + taken[None, :used]
+    assert (pairs[~np.eye(int(used), dtype=bool)] > columns).all()
+    whole = (prompts[group] + answered)[answered > 0].sum()
+    assert used <= 2 * whole // columns + 1
+    if seed % 2 == 0:
+        assert taken.sum() < 0.7 * whole
+
+
+def test_a_group_that_fits_into_a_row_has_its_prompt_once():
+    place, used = pack(
+        jnp.zeros(8, int), jnp.full(8, 5), jnp.arange(8), num_groups=1, num_rows=8, row_tokens=5 + sum(range(8))
+    )
+    assert int(used) == 1
+    assert (place.rollout[0] >= 0).all()
+    assert place.leader[0].tolist() == [7] * 33
+
+
+def alone(config, params, prompts, rollouts):
+    """The log-probabilities of responses, [R, T], each rollout in a row of its own."""
+    source = jnp.minimum(rollouts.prompt_index, len(prompts.task_ids) - 1)
+    real = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
+    tokens = jnp.concatenate([prompts.tokens[source], rollouts.tokens], axis=1)
+    mask = jnp.concatenate([prompts.mask[source], real], axis=1)
+    return policy.token_logps(config, params, tokens, mask)[:, prompts.tokens.shape[1] - 1 :]
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """All computation in float64, which no config asks for."""
+    monkeypatch.setattr(model, "DTYPES", ("float64",))
+    monkeypatch.setattr(jnp, "float32", jnp.float64)
+    jax.clear_caches()
+    with jax.enable_x64(True):
+        yield
+    jax.clear_caches()
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize("config", [tiny.CONFIG, GEMMA], ids=["llama", "gemma"])
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1), (2, 0, 0, 0), (93, 0, 1, 2), (5, 3, 4, 2)], ids=str)
+def test_scores_and_gradients_are_those_of_rollouts_alone(config, counts):
+    config = dataclasses.replace(config, dtype="float64")
+    prompts, params = tiny.prompts(), tiny.params(1, config)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), params)
+    index = np.repeat([0, 1, 2, 3, 4], [*counts, 2])  # two rows of padding
+    rollouts: Rollouts = tiny.rollouts(np.random.default_rng(0).permutation(index))
+    num, length = rollouts.tokens.shape
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(num, length)))
+    real = rollouts.mask[:, None] & (jnp.arange(length) < rollouts.lengths[:, None])
+    everyone = jnp.arange(num)[None]
+    place, rows, _ = place_rollouts(prompts, rollouts, rollouts.mask, everyone, 64, packed=True, shared=True)
+    place = jax.tree.map(lambda leaf: leaf[0, : int(rows[0])], place)
+    columns = fill_columns(place, prompts, rollouts, weights[:, 0])
+
+    def separate(params):
+        logps = alone(config, params, prompts, rollouts)
+        return jnp.where(real, logps * weights, 0.0).sum(), logps
+
+    def together(params):
+        logps = policy.token_logps(config, params, columns.tokens, segments=columns.segments, wanted=columns.response)
+        which, time = place.rollout[:, 1:], place.position[:, 1:] - prompts.mask.sum(axis=1)[
+            jnp.minimum(rollouts.prompt_index, 3)][place.rollout[:, 1:]]  # fmt: skip
+        answers = columns.response[:, 1:]
+        where = jnp.where(answers, which, num), time
+        found = jnp.zeros((num, length)).at[where].set(logps, mode="drop")
+        return jnp.where(real, found * weights, 0.0).sum(), found
+
+    (_, expected), gradient = jax.jit(jax.value_and_grad(separate, has_aux=True))(params)
+    (_, got), same = jax.jit(jax.value_and_grad(together, has_aux=True))(params)
+    np.testing.assert_allclose(jnp.where(real, got, 0), jnp.where(real, expected, 0), atol=1e-10)
+    for mine, other in zip(jax.tree.leaves(same), jax.tree.leaves(gradient), strict=True):
+        assert mine.dtype == jnp.float64
+        np.testing.assert_allclose(mine, other, atol=1e-9)
+    computed, apart = int((place.rollout >= 0).sum()), float(rollout_tokens(prompts, rollouts, rollouts.mask))
+    assert computed == apart if max(counts) == 1 else computed < apart
+    if max(counts) > 90:
+        assert computed < 0.62 * apart
+
+
+def test_rows_are_as_wide_as_micro_batches_and_attention_allow():
+    assert wide_row(48, 12, 1024) == 102  # ten in a micro-batch, each with room for 48 + 4 * 12
+    assert wide_row(48, 12, 90) == 90
+    assert wide_row(48, 12, 40) == 60
+    assert wide_row(512, 4096, 65536) == 4608
+    assert wide_row(100, 500, 8192) == 1024
+
+
+def test_branches_need_a_kernel_that_has_them(monkeypatch):
+    assert has_branches("xla")
+    assert has_branches("auto")
+    assert not has_branches("splash")
+    assert not has_branches("cudnn")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert not has_branches("auto")
+    heads, number = jnp.zeros((1, 128, 1, 128)), jnp.zeros((1, 128), jnp.int32)
+    with pytest.raises(ValueError, match="share"):
+        attend_rows(heads, heads, heads, Segments(number, number, number), kernel="splash", scale=1.0)
