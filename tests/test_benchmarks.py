@@ -337,9 +337,15 @@ def test_what_an_accelerator_is_measured_by_runs_anywhere(capsys, monkeypatch):
     )
     accelerator.main(["--toy"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [line["key"] for line in lines] == ["attention", "decode", "update", "update"]
+    kernels = lines[1:5]
+    assert [line["key"] for line in lines] == ["attention", *["packed attention"] * 4, "decode", "update", "update"]
     assert lines[0]["right"]
-    assert all(line["tokens_per_second"] > 0 for line in lines[1:])
+    assert [line["kernel"] for line in kernels] == [
+        "xla, packed", "auto, a row each", "cudnn, packed", "tokamax, packed",
+    ]  # fmt: skip
+    assert all(line["right"] and line["seconds"] > 0 for line in kernels[:2])
+    assert "cuDNN" in kernels[2]["fails"]  # there is no GPU
+    assert all(line["tokens_per_second"] > 0 for line in lines[5:])
     assert (
         subprocess.run(["bash", "-n", "benchmarks/gpu.sh"], cwd=accelerator.__file__.rsplit("/", 2)[0]).returncode == 0
     )

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from krl import policy
-from krl.base.types import Rollouts
+from krl.base.types import Rollouts, Segments
 from krl.learn.pack import fill_columns, pack, place_rollouts, rollout_tokens, wide_row
 from krl.policy import model
-from krl.policy.attention import Segments, attend_rows, has_branches
+from krl.policy.attention import attend_rows, has_branches
 from tests import tiny
 
 GEMMA = dataclasses.replace(

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
@@ -47,6 +48,24 @@ class Rollouts(struct.PyTreeNode):
     finished: jax.Array  # [R] bool, False where the response was cut at T tokens
     # [R, T] float32, nats, like logps but without top_k, top_p and min_p, as a learner computes them; None if the same
     policy_logps: jax.Array | None = None
+
+
+class Segments(struct.PyTreeNode):
+    """Rows of prompts that each stand once before several responses, its branches.
+
+    A token sees the prompt before it and its own branch, and its position is as if it were alone with these.
+    """
+
+    number: jax.Array  # [B, T] int32, the same for a prompt and its responses, another beside it; 0 on padding
+    branch: jax.Array  # [B, T] int32, 0 on prompts, a number above 0 of each response's own
+    position: jax.Array  # [B, T] int32, of the token in its prompt and response
+
+    def previous(self) -> jax.Array:
+        """The column of the token before each, [B, T] int32; any where there is none."""
+        columns = jnp.broadcast_to(jnp.arange(self.branch.shape[1], dtype=jnp.int32), self.branch.shape)
+        prompt_end = jax.lax.cummax(jnp.where(self.branch == 0, columns, 0), axis=1)
+        begins = jnp.diff(self.branch, axis=1, prepend=0) != 0
+        return jnp.where(begins & (self.branch > 0), prompt_end, jnp.maximum(columns - 1, 0))
 
 
 class TrainState(struct.PyTreeNode):

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from krl.base.sharding import batch_devices
-from krl.base.types import Prompts, Rollouts
-from krl.policy.attention import Segments
+from krl.base.types import Prompts, Rollouts, Segments
 
 RESPONSES, WIDEST = 4, 1024  # a shared row has room for so many of the longest, in at most so many columns
 

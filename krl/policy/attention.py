@@ -10,32 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from krl.base.sharding import open_axes, partition_spec
+from krl.base.types import Segments
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
+_STEP = 128  # queries that see no keys behind them
 _BLOCK = 512  # queries whose attention XLA computes at a time
 _NOTHING = -1e30  # a logit that leaves a key no weight
 _LANES = 128  # the width of a TPU register: splash blocks and heads come in multiples of it
-
-
-class Segments(struct.PyTreeNode):
-    """Rows of prompts that each stand once before several responses, its branches.
-
-    A token sees the prompt before it and its own branch, and its position is as if it were alone with these.
-    """
-
-    number: jax.Array  # [B, T] int32, the same for a prompt and its responses, another beside it; 0 on padding
-    branch: jax.Array  # [B, T] int32, 0 on prompts, a number above 0 of each response's own
-    position: jax.Array  # [B, T] int32, of the token in its prompt and response
-
-    def previous(self) -> jax.Array:
-        """The column of the token before each, [B, T] int32; any where there is none."""
-        columns = jnp.broadcast_to(jnp.arange(self.branch.shape[1], dtype=jnp.int32), self.branch.shape)
-        prompt_end = jax.lax.cummax(jnp.where(self.branch == 0, columns, 0), axis=1)
-        begins = jnp.diff(self.branch, axis=1, prepend=0) != 0
-        return jnp.where(begins & (self.branch > 0), prompt_end, jnp.maximum(columns - 1, 0))
 
 
 def attend_rows(
@@ -84,21 +67,31 @@ def attend_rows(
     columns = jnp.arange(query.shape[1])
     keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
 
-    def attend(query: jax.Array, query_columns: jax.Array, mine: Any) -> jax.Array:
-        behind = query_columns[:, :, None] - columns
+    def attend(query: jax.Array, query_columns: jax.Array, mine: Any, seen: int = query.shape[1]) -> jax.Array:
+        """Of some queries to the first `seen` keys."""
+        theirs = jax.tree.map(lambda part: part[:, None, :seen], segments)
+        behind = query_columns[:, :, None] - columns[:seen]
         visible = behind >= 0
         if isinstance(segments, Segments):
-            branch = segments.branch[:, None, :]
-            visible &= mine.number[:, :, None] == segments.number[:, None, :]
-            visible &= (branch == 0) | (mine.branch[:, :, None] == branch)
-            behind = mine.position[:, :, None] - segments.position[:, None, :]
+            visible &= mine.number[:, :, None] == theirs.number
+            visible &= (theirs.branch == 0) | (mine.branch[:, :, None] == theirs.branch)
+            behind = mine.position[:, :, None] - theirs.position
         elif segments is not None:
-            visible &= mine[:, :, None] == segments[:, None, :]
+            visible &= mine[:, :, None] == theirs
         visible = visible & (behind < window) if window else visible
         bias = jax.lax.optimization_barrier(jnp.where(visible, 0.0, _NOTHING))  # else it is made again for every head
-        return _attend(query, keys, values, lambda logits: logits + bias[:, None, None], scale, softcap)
+        hide = lambda logits: logits + bias[:, None, None]  # noqa: E731
+        return _attend(query, keys[:, :, :seen], values[:, :, :seen], hide, scale, softcap)
 
-    return _in_blocks(attend, query, columns[None], segments)
+    length = query.shape[1]
+    if length > _BLOCK:
+        return _in_blocks(attend, query, columns[None], segments)
+    parts = []
+    for begin in range(0, length, _STEP):
+        end = min(begin + _STEP, length)
+        mine = jax.tree.map(lambda part, at=slice(begin, end): part[:, at], segments)
+        parts.append(attend(query[:, begin:end], columns[None, begin:end], mine, seen=end))
+    return jnp.concatenate(parts, axis=1)
 
 
 def _on_nvidia() -> str:

@@ -19,7 +19,8 @@ from flax import struct
 from jax.sharding import Mesh
 
 from krl.base.sharding import constrain, tree_sharding
-from krl.policy.attention import KERNELS, Segments, attend_cached, attend_rows
+from krl.base.types import Segments
+from krl.policy.attention import KERNELS, attend_cached, attend_rows
 from krl.policy.scores import token_scores
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
