@@ -68,6 +68,9 @@ class Segments(struct.PyTreeNode):
         return jnp.where(begins & (self.branch > 0), prompt_end, jnp.maximum(columns - 1, 0))
 
 
+Layout = jax.Array | Segments | None  # of packed rows: [B, T] int32, a number for each sequence, or with branches
+
+
 class TrainState(struct.PyTreeNode):
     """What the optimiser changes."""
 

@@ -65,22 +65,25 @@ def pack(
     room = jnp.full(num_rows, row_tokens, jnp.int32), jnp.int32(0), jnp.int32(-1)
     (left, *_), (row, start, follows) = jax.lax.scan(put, room, (group[order], asked_of, answered_of))
 
-    columns, order = jnp.arange(row_tokens, dtype=jnp.int32), order.astype(jnp.int32)
-
-    def mark(placed: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The last of some rollouts that begins at or before each column, -1 for none, and where it does."""
-        first = jnp.full((num_rows, row_tokens), -1, jnp.int32)
-        first = first.at[jnp.where(placed, row, num_rows), at].set(order, mode="drop")
-        begin = jax.lax.cummax(jnp.where(first >= 0, columns, 0), axis=1)
-        return jnp.take_along_axis(first, begin, axis=1), begin
-
-    leader, prompt_begin = mark((answered_of > 0) & ~follows, start)
-    answer, answer_begin = mark(answered_of > 0, start + jnp.where(follows, 0, asked_of))
+    order, shape = order.astype(jnp.int32), (num_rows, row_tokens)
+    brings = (answered_of > 0) & ~follows
+    leader, prompt_begin = _begun(order, jnp.where(brings, row, num_rows), start, shape)
+    answer_start = start + jnp.where(follows, 0, asked_of)
+    answer, answer_begin = _begun(order, jnp.where(answered_of > 0, row, num_rows), answer_start, shape)
     answers = (answer >= 0) & (answer_begin >= prompt_begin)
-    position = columns - jnp.where(answers, answer_begin - asked[answer], prompt_begin)
     rollout = jnp.where(answers, answer, leader)
+    position = jnp.arange(row_tokens, dtype=jnp.int32) - jnp.where(answers, answer_begin - asked[answer], prompt_begin)
     real = (rollout >= 0) & (position < (asked + answered)[rollout])
     return Place(jnp.where(real, rollout, -1), position, leader), (left < row_tokens).sum(dtype=jnp.int32)
+
+
+def _begun(
+    rollouts: jax.Array, row: jax.Array, start: jax.Array, shape: tuple[int, int]
+) -> tuple[jax.Array, jax.Array]:
+    """Which of some rollouts began last before each column's end, [W, C] int32, -1 for none, and in which column."""
+    first = jnp.full(shape, -1, jnp.int32).at[row, start].set(rollouts, mode="drop")
+    begin = jax.lax.cummax(jnp.where(first >= 0, jnp.arange(shape[1], dtype=jnp.int32), 0), axis=1)
+    return jnp.take_along_axis(first, begin, axis=1), begin
 
 
 # ---------------------------------------------------------------- the rows of a step's rollouts

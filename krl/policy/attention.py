@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from krl.base.sharding import open_axes, partition_spec
-from krl.base.types import Segments
+from krl.base.types import Layout, Segments
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
 _STEP = 128  # queries that see no keys behind them
@@ -25,7 +25,7 @@ def attend_rows(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    segments: jax.Array | Segments | None,
+    segments: Layout,
     *,
     kernel: str,
     scale: float,
@@ -64,6 +64,20 @@ def attend_rows(
         return jax.nn.dot_product_attention(
             query, key, value, scale=scale, is_causal=True, local_window_size=local, implementation="cudnn"
         )
+    return _attend_by_xla(query, key, value, segments, scale=scale, softcap=softcap, window=window)
+
+
+def _on_nvidia() -> str:
+    """ "cudnn" where it has attention: on NVIDIA's GPUs from compute capability 8.0 on; else "xla"."""
+    device = jax.devices()[0]
+    cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
+    return "cudnn" if cuda and float(device.compute_capability) >= 8 else "xla"
+
+
+def _attend_by_xla(
+    query: jax.Array, key: jax.Array, value: jax.Array, segments: Layout, *, scale: float, softcap: float, window: int
+) -> jax.Array:
+    """`attend_rows` by products and a softmax; logits are made for so many queries at a time."""
     columns = jnp.arange(query.shape[1])
     keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
 
@@ -92,13 +106,6 @@ def attend_rows(
         mine = jax.tree.map(lambda part, at=slice(begin, end): part[:, at], segments)
         parts.append(attend(query[:, begin:end], columns[None, begin:end], mine, seen=end))
     return jnp.concatenate(parts, axis=1)
-
-
-def _on_nvidia() -> str:
-    """ "cudnn" where it has attention: on NVIDIA's GPUs from compute capability 8.0 on; else "xla"."""
-    device = jax.devices()[0]
-    cuda = device.platform == "gpu" and "cuda" in device.client.platform_version.lower()
-    return "cudnn" if cuda and float(device.compute_capability) >= 8 else "xla"
 
 
 def attend_cached(
@@ -215,7 +222,7 @@ def has_branches(kernel: str) -> bool:
     return kernel == "xla" or (kernel == "auto" and jax.default_backend() != "tpu")
 
 
-def why_not(kernel: str, query: jax.Array, segments: jax.Array | Segments | None, softcap: float) -> str:
+def why_not(kernel: str, query: jax.Array, segments: Layout, softcap: float) -> str:
     """Why a kernel cannot compute attention of these queries, [B, T, H, Q]; "" if it can."""
     length, size = query.shape[1], query.shape[3]
     if kernel == "cudnn":

@@ -19,7 +19,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from krl.base.sharding import constrain, tree_sharding
-from krl.base.types import Segments
+from krl.base.types import Layout, Segments
 from krl.policy.attention import KERNELS, attend_cached, attend_rows
 from krl.policy.scores import token_scores
 
@@ -146,7 +146,7 @@ def apply(
     params: dict[str, Any],
     tokens: jax.Array,
     mask: jax.Array | None = None,
-    segments: jax.Array | Segments | None = None,
+    segments: Layout = None,
 ) -> jax.Array:
     """Next-token logits of whole rows.
 
@@ -252,7 +252,7 @@ def token_logps(
     params: dict[str, Any],
     tokens: jax.Array,
     mask: jax.Array | None = None,
-    segments: jax.Array | Segments | None = None,
+    segments: Layout = None,
     *,
     start: int = 1,
     temperature: jax.Array | float = 1.0,
@@ -286,15 +286,10 @@ def token_logps(
     if not 1 <= start <= tokens.shape[1]:
         raise ValueError(f"start must be in [1, T={tokens.shape[1]}], got {start}")
     hidden, back = _hidden(config, params, tokens, mask, segments)
-    hidden = back(hidden)
-    if isinstance(segments, Segments):
-        hidden = jnp.take_along_axis(hidden, segments.previous()[:, start:, None], axis=1)
-    else:
-        hidden = hidden[:, start - 1 : -1]
-    targets = tokens[:, start:]
-
+    before = segments.previous()[:, start:, None] if isinstance(segments, Segments) else None
+    hidden = back(hidden)[:, start - 1 : -1] if before is None else jnp.take_along_axis(hidden, before, axis=1)
     logps, entropies = token_scores(
-        hidden, _head(config, params), targets,
+        hidden, _head(config, params), tokens[:, start:],
         temperature=temperature, softcap=config.logit_softcap, vocab_first=config.tie_embeddings, chunk=chunk,
         entropy=entropy, wanted=None if wanted is None else wanted[:, start:],
     )  # fmt: skip
@@ -308,9 +303,8 @@ def _init_boxed(config: PolicyConfig, key: jax.Array) -> dict[str, Any]:
 
 
 def _hidden(
-    config: PolicyConfig, params: dict[str, Any], tokens: jax.Array, mask: jax.Array | None,
-    segments: jax.Array | Segments | None,
-) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:  # fmt: skip
+    config: PolicyConfig, params: dict[str, Any], tokens: jax.Array, mask: jax.Array | None, segments: Layout
+) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Hidden states [B, T, E] in some order of columns, and the function that restores the order."""
     if isinstance(segments, Segments):
         return _decoder(config, params, tokens, segments.position, segments), lambda hidden: hidden
@@ -402,7 +396,7 @@ class Block(nn.Module):
         x: jax.Array,
         slides: jax.Array | bool,
         positions: jax.Array,
-        segments: jax.Array | Segments | None,
+        segments: Layout,
         stored: Any = None,
     ) -> tuple[jax.Array, Any]:
         """(x, None), or (x, (keys, values)) with stored = (keys, values, column to write, visible [B, T, C])."""
@@ -455,9 +449,8 @@ class Block(nn.Module):
         return self.config.attention_scale or self.config.head_size**-0.5
 
     def _attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, slides: jax.Array | bool,
-        segments: jax.Array | Segments | None,
-    ) -> jax.Array:  # fmt: skip
+        self, query: jax.Array, key: jax.Array, value: jax.Array, slides: jax.Array | bool, segments: Layout
+    ) -> jax.Array:
         c = self.config
 
         def with_window(window: int) -> Callable[..., jax.Array]:
@@ -483,9 +476,7 @@ class Decoder(nn.Module):
     config: PolicyConfig
 
     @nn.compact
-    def __call__(
-        self, tokens: jax.Array, positions: jax.Array, segments: jax.Array | Segments | None = None
-    ) -> jax.Array:
+    def __call__(self, tokens: jax.Array, positions: jax.Array, segments: Layout = None) -> jax.Array:
         c = self.config
         initial = nn.with_logical_partitioning(nn.initializers.normal(c.embed_size**-0.5), ("vocab", "embed"))
         embedding: Any = self.param("embedding", initial, (c.vocab_size, c.embed_size))

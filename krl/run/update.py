@@ -41,9 +41,10 @@ def policy_update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One pass over a step's rollouts in num_updates optimiser updates, each on its share of them.
 
-    Prompts and responses lie packed in rows, so that computation follows real tokens, and rollouts of a prompt that come
-    to lie in a row have it once (where attention can, see `has_branches`). Rollouts whose advantage is zero count in the mean and are never run through the model, unless a penalty or bonus gives them a
-    gradient. That makes the number of micro-batches data, not a new compilation.
+    Prompts and responses lie packed in rows, so that computation follows real tokens, and a row has the prompt of
+    several rollouts once (where attention can, see `has_branches`). Rollouts whose advantage is zero count in the mean
+    and are never run through the model, unless a penalty or bonus gives them a gradient. That makes the number of
+    micro-batches data, not a new compilation.
 
     The loss is a mean over all tokens of the step: an update minimises num_updates times its share's part of it.
 
@@ -63,9 +64,9 @@ def policy_update(
 
     Returns:
         (new state, metrics: float32 scalars). `loss` and `grad_norm` are means over the updates, and of an optimiser
-        that waits `updated`, the share of them that were made; `shared_tokens` is the share of the tokens of the rollouts that
-        were run which needed no computation, being a prompt that another rollout has; the ratio and clip metrics are over the tokens of the
-        rollouts that were run, `mismatch` over those of the first update.
+        that waits `updated`, the share of them that were made. `shared_tokens` is the share of the tokens of the
+        rollouts that were run which are prompts that another rollout of the row has. The ratio and clip metrics are
+        over the tokens of these rollouts, `mismatch` over those of the first update.
     """
     loss = learn.Loss(**{"importance_cap": 0.0} | options)
     run = rollouts.mask & ((advantages != 0) | bool(loss.kl_coefficient or loss.entropy_coefficient))
@@ -100,9 +101,8 @@ def policy_update(
         return state, (of_update, metrics)
 
     state, (of_updates, metrics) = jax.lax.scan(update, state, (shares, rows, num_rows, known))
-    return state, _means(metrics) | {name: values.mean() for name, values in of_updates.items()} | {
-        "shared_tokens": saved
-    }
+    learnt = {name: values.mean() for name, values in of_updates.items()} | {"shared_tokens": saved}
+    return state, _means(metrics) | learnt
 
 
 def _loss(loss: learn.Loss, scores_of: Callable, params: dict, drawn: tuple, part: tuple) -> tuple[jax.Array, dict]:
