@@ -41,7 +41,7 @@ PATH = {  # the files of a step, and the tests that are about each
     "krl/policy/scores.py": "scores policy",
     "krl/learn/advantage.py": "learn",
     "krl/learn/loss.py": "learn update",
-    "krl/learn/pack.py": "pack update",
+    "krl/learn/pack.py": "pack update sft",
     "krl/learn/batches.py": "update sft",
     "krl/run/update.py": "update sft train",
     "krl/run/optimizer.py": "update run",

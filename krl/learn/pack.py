@@ -9,7 +9,7 @@ from flax import struct
 from krl.base.sharding import batch_devices
 from krl.base.types import Prompts, Rollouts, Segments
 
-RESPONSES, WIDEST = 4, 1024  # a shared row has room for so many of the longest, in at most so many columns
+RESPONSES, WIDEST = 4, 512  # rows of shared prompts have room for so many of the longest, or so many columns
 
 
 class Place(struct.PyTreeNode):
@@ -26,8 +26,9 @@ def pack(
     """Give every rollout a place: its response, behind its prompt or behind another response to the same prompt.
 
     Prompts come in the order of their longest rollouts, the longest first, and each one's responses from the longest on
-    into the row that has the prompt already; into the first row that has room for both, once that is full. So any two
-    rows together hold more than C tokens, and what is left of a row but the last is less than the longest rollout.
+    behind the one before; with the prompt once more into the first row that has room for both, where that row is full.
+    So any two rows together hold more than C tokens, and what is left of a row but the last is less than the longest
+    rollout.
 
     Args:
         group: [B] int32 in [0, num_groups); rollouts with the same number have the same prompt, and share it.
@@ -115,10 +116,8 @@ def place_rollouts(
     Returns:
         (place with leaves [U, W, C], num_rows [U] int32 of each share that hold rollouts, rows of a micro-batch).
     """
-    longest, count = prompts.tokens.shape[1] + rollouts.tokens.shape[1], shares.shape[1]
-    row_tokens = wide_row(prompts.tokens.shape[1], rollouts.tokens.shape[1], micro_tokens) if shared else longest
-    num_rows = min(count, 2 * count * longest // row_tokens + 1)
-    micro_rows = rows_at_once(micro_tokens, row_tokens, num_rows)
+    count, sizes = shares.shape[1], (prompts.tokens.shape[1], rollouts.tokens.shape[1])
+    row_tokens, num_rows, micro_rows = row_shape(*sizes, micro_tokens, count, shared=shared)
     group = _prompt_of(prompts, rollouts)
     asked, answered = _prompt_lengths(prompts)[group], jnp.where(run, rollouts.lengths, 0)
     answered = answered if packed else jnp.where(answered > 0, row_tokens - asked, 0)
@@ -128,7 +127,7 @@ def place_rollouts(
         found, used = pack(
             group[share] if shared else everyone, asked[share], answered[share],
             num_groups=prompts.tokens.shape[0] if shared else count,
-            num_rows=-(-num_rows // micro_rows) * micro_rows, row_tokens=row_tokens,
+            num_rows=num_rows, row_tokens=row_tokens,
         )  # fmt: skip
         rollout = jnp.where(found.rollout >= 0, share[found.rollout], -1)
         return found.replace(rollout=rollout, leader=share[found.leader]), used
@@ -136,14 +135,26 @@ def place_rollouts(
     return *jax.vmap(place)(shares), micro_rows
 
 
-def wide_row(prompt_tokens: int, new_tokens: int, micro_tokens: int) -> int:
-    """Columns of a row in which responses share their prompts: room for some, as far as a micro-batch has it.
+def row_shape(
+    prompt_tokens: int, new_tokens: int, micro_tokens: int, num_rollouts: int, *, shared: bool
+) -> tuple[int, int, int]:
+    """How the rollouts of an update lie: (columns of a row, rows that are enough, rows of a micro-batch).
 
-    Attention costs in proportion to a row's length, so rows grow to WIDEST at most; longer rollouts have rows of P + T.
+    Rows have P + T columns. Those of shared prompts have room for RESPONSES of the longest responses, as far as WIDEST
+    and a micro-batch allow: attention costs in proportion to a row's length.
+
+    Args:
+        prompt_tokens, new_tokens: P and T.
+        micro_tokens: tokens of a micro-batch, on all devices of the mesh together.
+        num_rollouts: of the update.
+        shared: whether rollouts of the same prompt share it.
     """
-    here = micro_tokens // batch_devices(jax.sharding.get_abstract_mesh())
-    wanted = min(prompt_tokens + RESPONSES * new_tokens, WIDEST)
-    return max(prompt_tokens + new_tokens, here // max(here // wanted, 1))
+    longest, here = prompt_tokens + new_tokens, micro_tokens // batch_devices(jax.sharding.get_abstract_mesh())
+    columns = max(longest, min(prompt_tokens + RESPONSES * new_tokens, WIDEST, here)) if shared else longest
+    rows = min(num_rollouts, 2 * num_rollouts * longest // columns + 1)
+    expected = -(-num_rollouts // max((columns - prompt_tokens) // new_tokens, 1))  # rows of the longest, if all share
+    at_once = rows_at_once(micro_tokens, columns, expected)
+    return columns, -(-rows // at_once) * at_once, at_once
 
 
 def rows_at_once(micro_tokens: int, row_tokens: int, num_rows: int) -> int:

@@ -24,7 +24,7 @@ from krl import hf, policy
 from krl.base.sharding import batch_devices, make_mesh, reshape_mesh
 from krl.configs.check import check
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
-from krl.learn.pack import rows_at_once
+from krl.learn.pack import row_shape
 from krl.plan.programs import Program, abstract_sampler, compile_rollout, compile_update, gigabytes
 from krl.plan.roofline import (
     ACCELERATORS,
@@ -36,7 +36,7 @@ from krl.plan.roofline import (
     prefill_work,
     update_work,
 )
-from krl.policy.attention import why_not
+from krl.policy.attention import has_branches, why_not
 from krl.policy.model import abstract_params
 from krl.rollout.sampler import slot_bytes
 from krl.rollout.serve import SHRINK
@@ -61,11 +61,17 @@ class Plan(NamedTuple):
     prompts: int  # M
     slots: int  # S
     rows: int  # of a micro-batch, on each device
+    columns: int  # of such a row
 
     @property
-    def row(self) -> int:
+    def longest(self) -> int:
         """Tokens of the longest prompt and response."""
         return self.config.data.max_prompt_tokens + self.config.sample.max_new_tokens
+
+    @property
+    def shares(self) -> bool:
+        """Whether the rollouts of an update share their prompts."""
+        return self.config.optim.packed and has_branches(self.sizes.attention, self.longest, self.sizes.head_size)
 
     @property
     def share(self) -> int:
@@ -119,11 +125,12 @@ def plan(config: ConfigDict, topology: str, tokens: int = 0, accelerator: Accele
     found = Plan(
         config=config, sizes=sizes, mesh=mesh, decoding=decoding, tokens=tokens, parts=parts, programs=programs,
         accelerator=accelerator or _look_up(mesh.devices.flat[0], here=not topology),
-        prompts=len(sampler.work.prompts.last), slots=sampler.options.num_slots, rows=0,
+        prompts=len(sampler.work.prompts.last), slots=sampler.options.num_slots, rows=0, columns=0,
     )  # fmt: skip
+    asked, answered = config.data.max_prompt_tokens, config.sample.max_new_tokens
     with jax.set_mesh(mesh):
-        rows = rows_at_once(config.optim.micro_tokens, found.row, found.share) // batch_devices(mesh)
-    return found._replace(rows=rows)
+        columns, _, rows = row_shape(asked, answered, config.optim.micro_tokens, found.share, shared=found.shares)
+    return found._replace(rows=rows // batch_devices(mesh), columns=columns)
 
 
 def step_work(found: Plan) -> dict[str, Work]:
@@ -132,7 +139,10 @@ def step_work(found: Plan) -> dict[str, Work]:
     weights, prompts = parts["parameters for decoding"], parts["keys and values of prompts"]
     steps = math.ceil(math.ceil(config.alloc.budget / queues) / math.ceil(found.slots / queues)) * found.tokens
     sequence = config.data.max_prompt_tokens + found.tokens
-    packed = found.row // sequence if config.optim.packed else 1  # sequences in a row; all have a gradient
+    # Rollouts in a row; all have a gradient, and at best they have the same prompt.
+    packed = found.columns // sequence if config.optim.packed else 1
+    if found.shares:
+        packed = (found.columns - config.data.max_prompt_tokens) // found.tokens
     at_once = found.rows * batch_devices(found.mesh)
     batches = math.ceil(math.ceil(found.share / packed) / at_once) * config.optim.updates_per_step
     return {
@@ -140,10 +150,11 @@ def step_work(found: Plan) -> dict[str, Work]:
             found.sizes, found.decoding, found.prompts, config.data.max_prompt_tokens - 1, weights, prompts
         ),
         "decode": decode_work(
-            found.sizes, found.decoding, found.slots, steps, found.row - 1, weights + parts["keys and values of slots"]
+            found.sizes, found.decoding, found.slots, steps, found.longest - 1,
+            weights + parts["keys and values of slots"],
         ),
         "update": update_work(
-            found.sizes, found.mesh, batches, at_once * found.row, sequence,
+            found.sizes, found.mesh, batches, at_once * found.columns, sequence,
             bool(config.loss.importance_cap) + bool(config.loss.kl_coefficient),
         ),
     }  # fmt: skip
@@ -216,7 +227,7 @@ def _advise_decoding(found: Plan, accelerator: Accelerator) -> list[str]:
     """Every layout of decoding and what it would take, and the fastest."""
     sizes, parts, split, devices = found.sizes, found.parts, found.decoding.shape.get("model", 1), found.decoding.size
     divided = [devices, sizes.num_heads, sizes.num_kv_heads, sizes.mlp_size, sizes.vocab_size]
-    slot_gb = slot_bytes(sizes, found.row) / 1e9
+    slot_gb = slot_bytes(sizes, found.longest) / 1e9
     known = [found.programs[name] for name in ("prefill", "decode") if found.programs[name].compiles]
     layouts = decode_layouts(
         devices=devices, splits=[m for m in range(1, devices + 1) if all(size % m == 0 for size in divided)],
@@ -254,7 +265,7 @@ def _advise_update(found: Plan, limit: float) -> list[str]:
         return []
     return [
         f"{rows} rows a device instead of {found.rows} in a micro-batch fit: "
-        f"--config.optim.micro_tokens={rows * found.row * devices}"
+        f"--config.optim.micro_tokens={rows * found.columns * devices}"
     ]
 
 

@@ -101,7 +101,7 @@ def _attend_by_xla(
     if length > _BLOCK:
         return _in_blocks(attend, query, columns[None], segments)
     parts = []
-    for begin in range(0, length, _STEP):
+    for begin in range(0, max(length, 1), _STEP):
         end = min(begin + _STEP, length)
         mine = jax.tree.map(lambda part, at=slice(begin, end): part[:, at], segments)
         parts.append(attend(query[:, begin:end], columns[None, begin:end], mine, seen=end))
@@ -217,9 +217,15 @@ def splash(
     return each(query, key, value, segments)
 
 
-def has_branches(kernel: str) -> bool:
-    """Whether `attend_rows` takes `Segments` with this kernel, and computes them as fast as rows without: by XLA."""
-    return kernel == "xla" or (kernel == "auto" and jax.default_backend() != "tpu")
+def has_branches(kernel: str, length: int, head_size: int) -> bool:
+    """Whether `attend_rows` with a kernel computes packed rows by XLA, which takes `Segments` as fast as numbers.
+
+    Args:
+        kernel: one of KERNELS.
+        length, head_size: of the rows without branches, T, and of a head.
+    """
+    splash = jax.default_backend() == "tpu" and not (length % _LANES or head_size % _LANES)
+    return kernel == "xla" or (kernel == "auto" and not splash)
 
 
 def why_not(kernel: str, query: jax.Array, segments: Layout, softcap: float) -> str:

@@ -157,8 +157,7 @@ def apply(
         mask: [B, T] bool, True on the real tokens of a row, which lie together and may be padded on
             both sides; None means all.
         segments: [B, T] int32 in place of the mask, for rows packed with several sequences: each is a
-            run of columns with a number of its own in the row, and padding has number 0. Or `Segments`, where
-            responses share their prompts.
+            run of columns with a number of its own in the row, and padding has number 0. Or `Segments`.
 
     Returns:
         [B, T, V] float32; undefined on padding.
@@ -286,10 +285,12 @@ def token_logps(
     if not 1 <= start <= tokens.shape[1]:
         raise ValueError(f"start must be in [1, T={tokens.shape[1]}], got {start}")
     hidden, back = _hidden(config, params, tokens, mask, segments)
-    before = segments.previous()[:, start:, None] if isinstance(segments, Segments) else None
-    hidden = back(hidden)[:, start - 1 : -1] if before is None else jnp.take_along_axis(hidden, before, axis=1)
+    if isinstance(segments, Segments):  # in float32, for the sum of the gradients of all responses to a prompt
+        hidden = jnp.take_along_axis(hidden.astype(jnp.float32), segments.previous()[:, start:, None], axis=1)
+    else:
+        hidden = back(hidden)[:, start - 1 : -1]
     logps, entropies = token_scores(
-        hidden, _head(config, params), tokens[:, start:],
+        hidden.astype(config.dtype), _head(config, params), tokens[:, start:],
         temperature=temperature, softcap=config.logit_softcap, vocab_first=config.tie_embeddings, chunk=chunk,
         entropy=entropy, wanted=None if wanted is None else wanted[:, start:],
     )  # fmt: skip

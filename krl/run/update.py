@@ -41,10 +41,10 @@ def policy_update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One pass over a step's rollouts in num_updates optimiser updates, each on its share of them.
 
-    Prompts and responses lie packed in rows, so that computation follows real tokens, and a row has the prompt of
-    several rollouts once (where attention can, see `has_branches`). Rollouts whose advantage is zero count in the mean
-    and are never run through the model, unless a penalty or bonus gives them a gradient. That makes the number of
-    micro-batches data, not a new compilation.
+    Prompts and responses lie packed in rows, so that computation follows real tokens, and several rollouts lie behind
+    their prompt (where attention can, see `has_branches`). Rollouts whose advantage is zero count in the mean and are
+    never run through the model, unless a penalty or bonus gives them a gradient. That makes the number of micro-batches
+    data, not a new compilation.
 
     The loss is a mean over all tokens of the step: an update minimises num_updates times its share's part of it.
 
@@ -71,7 +71,8 @@ def policy_update(
     loss = learn.Loss(**{"importance_cap": 0.0} | options)
     run = rollouts.mask & ((advantages != 0) | bool(loss.kl_coefficient or loss.entropy_coefficient))
     shares = jax.random.permutation(key, advantages.shape[0]).reshape(num_updates, -1)
-    shared = packed and has_branches(config.attention)
+    longest = prompts.tokens.shape[1] + rollouts.tokens.shape[1]
+    shared = packed and has_branches(config.attention, longest, config.head_size)
     rows, num_rows, micro_rows = place_rollouts(
         prompts, rollouts, run, shares, micro_tokens, packed=packed, shared=shared
     )
