@@ -62,7 +62,7 @@ def test_shared_rows_hold_every_response_once_behind_its_prompt(seed):
         row_tokens=columns,
     )  # fmt: skip
     taken, seen = np.zeros(rows, int), []
-    for number, row in enumerate(range(int(used))):
+    for row in range(int(used)):
         at = 0
         while at < columns and place.rollout[row, at] >= 0:
             leader = int(place.leader[row, at])
@@ -79,7 +79,7 @@ def test_shared_rows_hold_every_response_once_behind_its_prompt(seed):
                 seen.append(rollout)
                 at = end
         assert (place.rollout[row, at:] < 0).all()
-        taken[number] = at
+        taken[row] = at
     assert sorted(seen) == np.flatnonzero(answered).tolist()
     assert (place.rollout[used:] < 0).all()
     pairs = taken[:used, None] + taken[None, :used]

@@ -120,6 +120,17 @@ def test_packed_rows_give_the_gradient_of_padded_rows_and_of_one_rollout_at_a_ti
     assert floats(metrics) == pytest.approx(floats(same), rel=1e-4, abs=1e-5)
 
 
+def test_shared_tokens_are_the_prompts_that_another_rollout_has():
+    lengths = np.asarray(tiny.rollouts(INDEX).lengths)
+    two = np.where(np.arange(16) < 2, 1.0, 0.0)  # of the first prompt, which has 3 tokens
+    _, metrics = step(advantages=two)
+    assert float(metrics["shared_tokens"]) == pytest.approx(3 / (2 * 3 + lengths[:2].sum()))
+    _, metrics = step(advantages=two, packed=False)
+    assert float(metrics["shared_tokens"]) == 0
+    _, metrics = step(advantages=np.zeros(16))
+    assert float(metrics["shared_tokens"]) == 0
+
+
 def test_an_entropy_bonus_is_the_mean_entropy_of_the_response_tokens():
     prompts, rollouts = tiny.prompts(), tiny.rollouts(INDEX)
     real = np.arange(4)[None, :] < np.asarray(rollouts.lengths)[:, None]
