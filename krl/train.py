@@ -38,7 +38,7 @@ from krl.run.checkpoint import Checkpoints, stop_on_signal
 from krl.run.command import run_program
 from krl.run.compiled import for_this_backend
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
-from krl.run.learner import Learner, find_advantages, rewards_to_compare, saved, start_or_continue
+from krl.run.learner import Learner, find_advantages, rewards_to_compare, saved, start_or_continue, whole
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
     CompileCounter,
@@ -57,7 +57,7 @@ from krl.run.metrics import (
 from krl.run.optimizer import skipped_updates
 from krl.run.result import Result
 from krl.run.scoring import FaultWatch
-from krl.run.setup import NAMES, Setup, about_run, describe_step, name_own, set_up
+from krl.run.setup import NAMES, Setup, about_run, describe_policy, describe_step, name_own, set_up
 from krl.run.spend import (
     allocate,
     check_counts,
@@ -106,10 +106,9 @@ def train(
     with stop_on_signal() as asked, hold_workdir(workdir) if processes.is_first() else contextlib.nullcontext():
         with processes.first_before_others("set up"):
             parts = set_up(config, workdir, own)
-        size = sum(leaf.size for leaf in jax.tree.leaves(parts.params))
         processes.say(
             f"krl: {config.alloc.rule} budgets, {describe_step(config, parts.candidates, parts.served)}, "
-            f"{len(parts.train)} training prompts ({parts.train.dropped} too long), {size:,} parameters, "
+            f"{len(parts.train)} training prompts ({parts.train.dropped} too long), {describe_policy(parts)}, "
             f"mesh {dict(parts.mesh.shape)} of {jax.devices()[0].device_kind}"
         )
         say_ends(config, parts.ends, parts.train)
@@ -157,7 +156,7 @@ def take_steps(
         profile(workdir / "profile", begin=step + 2, steps=config.profile.steps * processes.is_first()) as record,
     ):
         if step == 0 and config.eval.every and not should_stop():
-            newest = evaluate_start(config, parts, learner, log, hear)
+            newest = evaluate_start(config, parts, whole(parts, learner, reference), log, hear)
             show(0, f"accuracy {short(newest)}")
         if config.steps == 0:
             save(checkpoints, step, learner, about)
@@ -173,7 +172,7 @@ def take_steps(
             every = processes.gather({k: v for k, v in metrics.items() if k.startswith("seconds/")} | memory_used())
             metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)} | over_processes(every)
             if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
-                metrics |= evaluate_held_out(config, parts, learner, log, step, hear)
+                metrics |= evaluate_held_out(config, parts, whole(parts, learner, reference), log, step, hear)
                 newest = metrics["eval/accuracy"]
                 if newest > highest:
                     highest = newest
@@ -188,7 +187,7 @@ def take_steps(
         save(checkpoints, step, learner, about)
         processes.say(f"krl: stopped after step {step}; the same command continues from there")
         return "stopped", {}
-    return "finished", learner.state.params
+    return "finished", whole(parts, learner, reference)
 
 
 def save(checkpoints: Checkpoints, step: int, learner: Learner, about: dict[str, Any]) -> None:
@@ -197,9 +196,11 @@ def save(checkpoints: Checkpoints, step: int, learner: Learner, about: dict[str,
     checkpoints.save(step, saved(learner), about | {"step": step})
 
 
-def evaluate_start(config: ConfigDict, parts: Setup, learner: Learner, log: MetricsLog, hear: FaultWatch) -> float:
+def evaluate_start(
+    config: ConfigDict, parts: Setup, params: dict[str, Any], log: MetricsLog, hear: FaultWatch
+) -> float:
     """The accuracy before the first step, which is the log's first row."""
-    metrics = {"rollouts_total": 0} | evaluate_held_out(config, parts, learner, log, 0, hear)
+    metrics = {"rollouts_total": 0} | evaluate_held_out(config, parts, params, log, 0, hear)
     log.write(0, metrics)
     return metrics["eval/accuracy"]
 
@@ -263,7 +264,7 @@ def take_step(
         learner: before the step; its buffers are given away.
         step: steps done before this one; it decides prompts and random keys.
         draw: how often it was taken before, and undone: every time its rollouts are others.
-        reference: the parameters to stay close to, if there is a penalty.
+        reference: the parameters to stay close to, if there is a penalty; with adapters those that they stand on.
 
     Returns:
         (learner after the step, its metrics, [M] quantities of its groups, its rollouts with [R] quantities of each);
@@ -276,7 +277,8 @@ def take_step(
     with clock.phase("budget"):
         task_ids, (before, known, features, chances), chosen = choose_prompts(config, parts, learner, step)
         prompts = place(Prompts(parts.train.tokens[task_ids], parts.train.mask[task_ids], task_ids))
-    drawn = spend_budget(config, parts, state.params, prompts, known, step, sample_key, clock, chosen)
+    params = whole(parts, learner, reference)
+    drawn = spend_budget(config, parts, params, prompts, known, step, sample_key, clock, chosen)
     rollouts, rewards, scored, said = drawn.rollouts, drawn.rewards, drawn.scored, drawn.verdicts
     heard = rollouts.replace(mask=scored)  # a rollout without a reward teaches nothing
     with clock.phase("update"):

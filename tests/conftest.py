@@ -4,6 +4,7 @@ import os
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 # Tests compile thousands of programs that run for milliseconds, so XLA is asked for quick compilations and not for quick
@@ -32,4 +33,15 @@ for name, value in (
 def no_programs_of_other_files():
     """A process may map 65,530 pieces of memory; XLA takes some for every program and crashes when there are none left."""
     yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """All computation in float64, which no config asks for."""
+    monkeypatch.setattr("krl.policy.config.DTYPES", ("float64",))
+    monkeypatch.setattr(jnp, "float32", jnp.float64)
+    jax.clear_caches()
+    with jax.enable_x64(True):
+        yield
     jax.clear_caches()

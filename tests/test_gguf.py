@@ -13,7 +13,7 @@ import sentencepiece
 
 from krl import hf
 from krl.hf.gguf import convert, main
-from krl.policy.model import RopeScaling
+from krl.policy.config import RopeScaling
 from tests.bpe import CHATML, TEXTS, byte_level
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"

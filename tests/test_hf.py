@@ -307,8 +307,8 @@ SEES = LLAMA | {"model_type": "gemma3_text"}
     ("files", "message"),
     [
         ({}, "nothing in it is a checkpoint's"),
-        ({"adapter_config.json": {}, "adapter_model.safetensors": {}, "tokenizer.json": {}}, "adapter .* merge it into its base"),
-        ({"config.json": LLAMA, "adapter_config.json": {}, "adapter_model.safetensors": {}}, "adapter .* merge it into its base"),
+        ({"adapter_config.json": {}, "adapter_model.safetensors": {}, "tokenizer.json": {}}, "adapters .* name it in config.policy.adapter"),
+        ({"config.json": LLAMA, "adapter_config.json": {}, "adapter_model.safetensors": {}}, "adapters .* name it in config.policy.adapter"),
         ({"config.json": {"model_type": "gemma3", "text_config": SEES, "vision_config": {}}, "model.safetensors": {}}, "'gemma3' is a model with a text_config .* 'gemma3_text'"),
         ({"config.json": LLAMA, "model-00001-of-00002.safetensors": {}}, r"model-00001-of-00002\.safetensors is told by model\.safetensors\.index\.json, which is not there"),
         ({"config.json": LLAMA, "model.safetensors.index.json": {"weight_map": {"a": "model-1.safetensors"}}, "flax_model.msgpack": {}}, "model-1.safetensors is missing; .*fetch it, too"),

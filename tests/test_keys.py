@@ -25,7 +25,7 @@ import numpy as np
 import optax
 import pytest
 
-from krl import budget, learn, policy, rollout
+from krl import budget, hf, learn, policy, rollout
 from krl import train as script
 from krl.configs import default
 from krl.configs.check import check, flatten
@@ -462,6 +462,20 @@ RUNS = {
         "policy.path": lambda run: (run.policy.vocab_size, run.policy.mlp_size) == (320, 32),
         "tokenizer.path": lambda run: "other" in (run.workdir / "policy/tokenizer_config.json").read_text(),
     }),
+    "adapters": Trial({
+        "policy.lora_rank": 2, "policy.lora_alpha": 5.0, "policy.lora_modules": ("query", "down"), "policy.dtype": "bfloat16",
+    }, {
+        "policy.lora_rank": lambda run: sizes(run)["query_lora_a"] == (1, 8, 2),
+        "policy.lora_alpha": lambda run: run.policy.lora.scale == 2.5,
+        "policy.lora_modules": lambda run: sorted(run.begun["blocks"]) == ["down_lora_a", "down_lora_b", "query_lora_a", "query_lora_b"],
+    }),
+    "adapters of a checkpoint": Trial({
+        "data.source": "dataset", "data.path": "HERE/train.jsonl", "data.prompt_field": "q", "data.answer_field": "a",
+        "data.max_prompt_tokens": 24, "policy.path": "HERE/qwen", "policy.adapter": "HERE/adapter", "policy.lora_rank": 3,
+        "policy.lora_alpha": 6.0, "policy.lora_modules": ("gate",),
+    }, {
+        "policy.adapter": lambda run: bool((run.begun["blocks"]["gate_lora_b"] == 0.5).all()),
+    }),
     "watched": Trial({
         "steps": 3, "eval.every": 1, "eval.prompts": 2, "eval.samples": 3, "checkpoint.every": 1, "checkpoint.keep": 3,
         "checkpoint.dir": "HERE/kept", "profile.steps": 1, "log.rollouts_gb": 0.0, "log.texts_every": 1, "log.wandb": "project",
@@ -715,6 +729,9 @@ def files(tmp_path_factory) -> pathlib.Path:
     about = [{"config_name": level, "data_files": [{"split": split, "path": f"{level}_{split}.jsonl"} for split in ("learn", "check")]} for level in ("easy", "hard")]  # fmt: skip
     (here / "hub" / "README.md").write_text(f"---\nconfigs: {json.dumps(about)}\n---\n")
     bpe.write_qwen(here / "qwen")
+    adapted = hf.read_config(here / "qwen", lora=policy.Lora(3, 6.0, ("gate",)))
+    fresh = policy.trained(adapted, policy.init(adapted, jax.random.key(0)))
+    hf.save_adapters(here / "adapter", adapted, jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.5), fresh))
     bpe.write_qwen(here / "other")
     told = json.loads((here / "other" / "tokenizer_config.json").read_text())
     told["chat_template"] = "{{ name or 'other' }} " + bpe.CHATML.replace("<|im_start|>", "").replace("<|im_end|>", "")

@@ -10,7 +10,6 @@ import pytest
 from krl import policy
 from krl.base.types import Rollouts, Segments
 from krl.learn.pack import fill_columns, pack, place_rollouts, rollout_tokens, row_shape
-from krl.policy import model
 from krl.policy.attention import attend_rows, has_branches
 from tests import tiny
 
@@ -126,17 +125,6 @@ def alone(config, params, prompts, rollouts):
     tokens = jnp.concatenate([prompts.tokens[source], rollouts.tokens], axis=1)
     mask = jnp.concatenate([prompts.mask[source], real], axis=1)
     return policy.token_logps(config, params, tokens, mask)[:, prompts.tokens.shape[1] - 1 :]
-
-
-@pytest.fixture
-def double(monkeypatch):
-    """All computation in float64, which no config asks for."""
-    monkeypatch.setattr(model, "DTYPES", ("float64",))
-    monkeypatch.setattr(jnp, "float32", jnp.float64)
-    jax.clear_caches()
-    with jax.enable_x64(True):
-        yield
-    jax.clear_caches()
 
 
 @pytest.mark.usefixtures("double")

@@ -131,7 +131,7 @@ def test_a_run_with_a_penalty_continues_only_towards_the_policy_that_it_began_fr
 
     with monkeypatch.context() as patch:
         patch.setattr(learner, "start_params", another)
-        told = f"holds the run to is not the one that it began from: {about['reference']} at step 1, .* now; bring back"
+        told = f"hold the run to is not the one that it began from: {about['reference']} at step 1, .* now; bring back"
         with pytest.raises(ValueError, match=told):
             run_here(tmp_path, **keys, steps=2)
     assert run_here(tmp_path, **keys, steps=2).metrics["step"] == 2

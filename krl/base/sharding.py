@@ -20,6 +20,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "mlp": ("model",),
     "layers": (),
     "head": (),
+    "rank": (),
     "length": (),
 }
 

@@ -74,7 +74,7 @@ Layout = jax.Array | Segments | None  # of packed rows: [B, T] int32, a number f
 class TrainState(struct.PyTreeNode):
     """What the optimiser changes."""
 
-    params: dict[str, Any]  # the policy's parameters, float32
+    params: dict[str, Any]  # the policy's parameters, or its adapters alone: `krl.policy.trained`; float32
     opt_state: optax.OptState
 
 

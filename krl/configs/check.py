@@ -111,6 +111,7 @@ def check(config: ConfigDict, names: Names, own: Mapping[str, Any] = MappingProx
     need(callable(rule), "alloc.rule", f"the name of a function; this is a {type(rule).__name__}")
     if "prior" not in own:
         find(config.alloc.prior, {"shared": None} | dict(names.priors), "config.alloc.prior=")
+    _check_adapters(config, need)
     _check_loss(config, need, names)
     _check_budget(config, need, names, rule)
     _check_mesh(config, need)
@@ -126,6 +127,15 @@ def _check_size(key: str, value: Any, need: Need) -> None:
     if kind is int:
         most = _LAST_SEED if key == "seed" else _LAST
         need(value <= most, key, f"at most {most}")
+
+
+def _check_adapters(config: ConfigDict, need: Need) -> None:
+    """The part about adapters; `need` refuses."""
+    policy = config.policy
+    must = "left empty: they are adapters of the checkpoint in policy.path, and there is none"
+    need(not policy.adapter or bool(policy.path), "policy.adapter", must)
+    must = "left empty with sft.steps and policy.lora_rank above 0: fine-tuning is of the policy without adapters"
+    need(not (policy.adapter and policy.lora_rank and config.sft.steps), "policy.adapter", must)
 
 
 def _check_loss(config: ConfigDict, need: Need, names: Names) -> None:

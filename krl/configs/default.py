@@ -48,6 +48,11 @@ PLACE = Range(
 )
 LETTERS = Range("from 1 to 2704, the pairs of letters there are", lambda value: 1 <= value <= 2704)
 SIDE = Range("at least 2: a maze of one cell has no path", lambda value: value >= 2)
+MODULES = ("query", "key", "value", "output", "gate", "up", "down")  # of a layer
+ADAPTED = Range(
+    f"different ones of {', '.join(MODULES)}",
+    lambda value: 0 < len(set(value) & set(MODULES)) == len(value),
+)
 DTYPE = Range("'float32' or 'bfloat16'", lambda value: value in ("float32", "bfloat16"))
 SOURCE = Range(
     "'arithmetic', 'operators', 'maze', 'reasoning_gym' or 'dataset'", lambda value: value in (*EMBEDDED, "dataset")
@@ -240,6 +245,14 @@ KEYS: dict[str, Key] = {
     # ---------------------------------------------------------------- policy
     "policy.path": Key("", ANY, FIXED,
         'directory with config.json and safetensors, which then decide the sizes and tie_embeddings; "" for none'),
+    "policy.lora_rank": Key(0, FROM_0, FIXED,
+        "rank of low-rank adapters (LoRA), which are then all that is trained: the policy that the first step begins "
+        "with is frozen, and kept in policy.dtype. 0 trains all parameters"),
+    "policy.lora_alpha": Key(32.0, ABOVE_0, FIXED, "what adapters add counts lora_alpha / lora_rank times"),
+    "policy.lora_modules": Key(MODULES, ADAPTED, FIXED, "weights of each layer that have an adapter"),
+    "policy.adapter": Key("", ANY, FIXED,
+        "directory of adapters of policy.path in the format of PEFT, to go on from; merged into it with lora_rank=0. "
+        '"" for none'),
     "policy.embed_size": Key(64, FROM_1, FIXED, "E, size of an embedding"),
     "policy.num_layers": Key(2, FROM_1, FIXED, "L, layers"),
     "policy.num_heads": Key(4, FROM_1, FIXED, "H, query heads"),
@@ -248,7 +261,7 @@ KEYS: dict[str, Key] = {
     "policy.mlp_size": Key(256, FROM_1, FIXED, "hidden size of the gated unit"),
     "policy.tie_embeddings": Key(True, ANY, FIXED, "input embeddings are the output layer too"),
     "policy.dtype": Key("float32", DTYPE, FIXED,
-        'type of the computation: "float32" or "bfloat16"; parameters are always float32'),
+        'type of the computation: "float32" or "bfloat16"; parameters that are trained are always float32'),
     "policy.unroll": Key(2, FROM_1, FREE, "layers compiled in a row; 1 compiles a deep decoder fastest"),
     "policy.remat": Key("none", ANY, FREE,
         'what the backward pass computes again to save memory: "none", "full" (whole layers), or "dots" (all but '

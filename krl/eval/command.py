@@ -35,9 +35,10 @@ from krl.policy.model import abstract_params
 from krl.rewards.functions import parse_rewards
 from krl.rewards.pool import VerifierPool
 from krl.rewards.verify import answer_key
-from krl.run.checkpoint import Checkpoints, check_workdir, make_workdir, write_json
+from krl.run.checkpoint import Checkpoints, check_workdir, digest, make_workdir, write_json
 from krl.run.command import run_program
 from krl.run.data import encode, load_task_sets, make_verifiers
+from krl.run.learner import merged, read_frozen, with_adapters
 from krl.run.metrics import progress
 from krl.run.processes import first_before_others, is_first, place_whole, say
 from krl.run.scoring import FaultWatch
@@ -192,18 +193,29 @@ def load_params(
     """Words that identify the policy, and its parameters on the mesh; without a work directory, policy.path."""
     if workdir is None:
         path = pathlib.Path(config.policy.path)
-        _, params = hf.load_hf(path, mesh)
-        return f"checkpoint {fingerprint(path)}", params
+        sizes, params = hf.load_hf(path, mesh)
+        identity = f"checkpoint {fingerprint(path)}"
+        if not config.policy.adapter:
+            return identity, params
+        params = merged(*with_adapters(config.policy.adapter, sizes, params, mesh))
+        return f"{identity} with adapters {digest(params)}", params
     name, keep = ("best", 1) if config.eval.best else ("checkpoints", config.checkpoint.keep)
-    directory = epath.Path(config.checkpoint.dir or workdir) / name
+    directory, like = epath.Path(config.checkpoint.dir or workdir) / name, abstract_params(policy_config, mesh)
     with Checkpoints(directory, keep=keep) as checkpoints:
-        restored = checkpoints.restore({"params": abstract_params(policy_config, mesh)}, move_aside=False)
+        restored = checkpoints.restore({"params": policy.trained(policy_config, like)}, move_aside=False)
     if restored is None:
         until = "it has evaluated once" if config.eval.best else f"it has taken {config.checkpoint.every} steps"
         raise ValueError(f"{directory} holds no checkpoint yet; let train.py run until {until}")
     step, trees = restored
     undone = trees["about"].get("rollbacks", 0)  # steps that were taken again have the same numbers
-    return f"step {step}" + (f" after {undone} rollbacks" if undone else ""), trees["params"]
+    params = trees["params"]
+    if policy_config.lora:
+        place = directory.with_name("frozen")
+        frozen = read_frozen(policy.frozen(policy_config, like), place)
+        if frozen is None:
+            raise ValueError(f"{place} holds no checkpoint: the adapters of the run stand on what was there")
+        params = policy.join(frozen, params)
+    return f"step {step}" + (f" after {undone} rollbacks" if undone else ""), params
 
 
 def run_command() -> None:

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from krl.base.types import Rollouts
 from krl.eval.sample import evaluate, first_reward, score_rollouts
 from krl.run.checkpoint import write_json
-from krl.run.learner import Learner
 from krl.run.metrics import MetricsLog, PhaseClock
 from krl.run.processes import is_first, place_whole
 from krl.run.scoring import FaultWatch, decode_rollouts
@@ -52,11 +51,11 @@ def measure(
 
 
 def evaluate_held_out(
-    config: ConfigDict, parts: Setup, learner: Learner, log: MetricsLog, step: int, hear: FaultWatch
+    config: ConfigDict, parts: Setup, params: dict[str, Any], log: MetricsLog, step: int, hear: FaultWatch
 ) -> dict[str, float]:
     """The metrics of the held-out prompts after some steps; what `measure` says of single ones goes to the log."""
     with PhaseClock(config.stuck_seconds).phase("evaluation"):
-        measured, solved, said = measure(config, parts, learner.state.params, hear)
+        measured, solved, said = measure(config, parts, params, hear)
     spent = step * config.alloc.budget
     log.write_evaluation(step, rollouts_total=spent, samples=config.eval.samples, solved=solved, said=said)
     return {f"eval/{name}": value for name, value in measured.items()}

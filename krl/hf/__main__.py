@@ -1,6 +1,6 @@
 """The newest checkpoint of a training run as a directory that transformers and vLLM open.
 
-python -m krl.hf export WORKDIR OUT [--dtype bfloat16]
+python -m krl.hf export WORKDIR OUT [--dtype bfloat16] [--adapters]
 """
 
 import argparse
@@ -19,9 +19,12 @@ def main() -> None:
     command.add_argument(
         "--dtype", choices=list(STORED_TYPES.values()), help="of the tensors; that of the start if absent"
     )
+    command.add_argument(
+        "--adapters", action="store_true", help="the adapters alone, for peft; else they are merged into the policy"
+    )
     given = parser.parse_args()
     with one_line_errors("krl.hf"):
-        step = export(given.workdir, given.out, dtype=given.dtype)
+        step = export(given.workdir, given.out, dtype=given.dtype, adapters=given.adapters)
     print(f"wrote step {step} of {given.workdir} to {given.out}")
 
 

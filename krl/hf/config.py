@@ -5,7 +5,7 @@ import json
 import pathlib
 from typing import Any
 
-from krl.policy.model import PolicyConfig, RopeScaling
+from krl.policy.config import PolicyConfig, RopeScaling
 
 # The types that a checkpoint's tensors may have, by their names in safetensors.
 STORED_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -63,8 +63,8 @@ _HARMLESS = {
 _SAVE = "with transformers (from_pretrained, save_pretrained)"
 _EXPORT = "write its policy with python -m krl.hf export WORKDIR OUT and name OUT"
 _OTHERS: dict[str, tuple[str, ...]] = {
-    "it is an adapter (such as LoRA): merge it into its base model with peft (merge_and_unload, save_pretrained) and "
-    "name what that writes": ("adapter_config.json", "adapter_model.*"),
+    "it holds adapters (such as LoRA): name it in config.policy.adapter, and the checkpoint that it adapts in "
+    "config.policy.path": ("adapter_config.json", "adapter_model.*"),
     "it holds GGUF files, made for llama.cpp; convert one with python -m krl.hf.gguf FILE OUT and name OUT": (
         "*.gguf",
     ),

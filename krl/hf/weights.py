@@ -8,7 +8,7 @@ import math
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,14 +22,16 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from krl.hf.config import STORED_TYPES, config_json, read_config, what_else
-from krl.policy.model import PolicyConfig, abstract_params
+from krl.policy import lora
+from krl.policy.config import Lora, PolicyConfig
+from krl.policy.model import abstract_params
 
 INDEX = "model.safetensors.index.json"
 _HEAD = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Tensor:
+class Tensor:
     """Where a tensor of a checkpoint lies in the parameters."""
 
     path: tuple[str, ...]  # keys of the parameter tree
@@ -37,7 +39,7 @@ class _Tensor:
     groups: tuple[tuple[int, ...], ...]  # for each axis of the tensor, the axes of the parameter that make it
 
 
-def _tensors(config: PolicyConfig) -> dict[str, _Tensor]:
+def tensors_of(config: PolicyConfig) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name, in the order of a forward pass."""
     attention, mlp = "self_attn.{}_proj.weight", "mlp.{}_proj.weight"
     block: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]] = {
@@ -58,21 +60,22 @@ def _tensors(config: PolicyConfig) -> dict[str, _Tensor]:
             "post_feedforward_layernorm": "mlp_post_norm",
         }
     block |= {f"{theirs}.weight": ((ours, "weight"), ((0,),)) for theirs, ours in norms.items()}
-    tensors = {"model.embed_tokens.weight": _Tensor(("embedding",), None, ((0,), (1,)))}
+    tensors = {"model.embed_tokens.weight": Tensor(("embedding",), None, ((0,), (1,)))}
     for layer in range(config.num_layers):
         for name, (path, groups) in block.items():
-            tensors[f"model.layers.{layer}.{name}"] = _Tensor(("blocks", *path), layer, groups)
-    tensors["model.norm.weight"] = _Tensor(("final_norm", "weight"), None, ((0,),))
+            tensors[f"model.layers.{layer}.{name}"] = Tensor(("blocks", *path), layer, groups)
+    tensors["model.norm.weight"] = Tensor(("final_norm", "weight"), None, ((0,),))
     if not config.tie_embeddings:
-        tensors[_HEAD] = _Tensor(("head",), None, ((1,), (0,)))
+        tensors[_HEAD] = Tensor(("head",), None, ((1,), (0,)))
     return tensors
 
 
-def _first_device() -> Mesh:
+def first_device() -> Mesh:
+    """The mesh of what goes to no mesh in particular."""
     return Mesh(np.array(jax.devices()[:1]), ("data",))
 
 
-def _shape(tensor: _Tensor, leaf: tuple[int, ...]) -> tuple[int, ...]:
+def stored_shape(tensor: Tensor, leaf: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a tensor, from its parameter's."""
     shape = leaf if tensor.layer is None else leaf[1:]
     return tuple(math.prod(shape[axis] for axis in group) for group in tensor.groups)
@@ -97,7 +100,7 @@ def load_hf(path: str | pathlib.Path, mesh: Mesh | None = None, **options: Any) 
             that are missing, unexpected or of another shape; the message names them.
     """
     config, files = check_hf(path, **options)
-    tensors, like = _tensors(config), flatten_dict(abstract_params(config, mesh or _first_device()))
+    tensors, like = tensors_of(config), flatten_dict(abstract_params(config, mesh or first_device()))
     embedding = tensors["model.embed_tokens.weight"]
     leaves: dict[tuple[str, ...], jax.Array] = {}
     spare = None
@@ -106,12 +109,12 @@ def load_hf(path: str | pathlib.Path, mesh: Mesh | None = None, **options: Any) 
             for name in names:
                 if tensor := tensors.get(name):
                     at = tensor.path
-                    leaves[at] = _read(opened.get_slice(name), tensor, like[at], leaves.get(at))
+                    leaves[at] = read_tensor(opened.get_slice(name), tensor, like[at], leaves.get(at))
                 elif name == _HEAD:
                     spare = file
     if spare is not None:  # beside an embedding it should equal: one of the two was trained
         with safetensors.safe_open(spare, framework="np") as opened:
-            head = _read(opened.get_slice(_HEAD), embedding, like[embedding.path], None)
+            head = read_tensor(opened.get_slice(_HEAD), embedding, like[embedding.path], None)
         if not bool((head == leaves[embedding.path]).all()):
             raise ValueError(
                 f"{spare} stores a {_HEAD} that is not the embedding, and config.json says tie_word_embeddings; "
@@ -120,7 +123,7 @@ def load_hf(path: str | pathlib.Path, mesh: Mesh | None = None, **options: Any) 
     return config, unflatten_dict(leaves)
 
 
-def _read(stored: Any, tensor: _Tensor, like: jax.ShapeDtypeStruct, whole: jax.Array | None) -> jax.Array:
+def read_tensor(stored: Any, tensor: Tensor, like: jax.ShapeDtypeStruct, whole: jax.Array | None) -> jax.Array:
     """Put one tensor of an open file, shard by shard, into its parameter, of which nothing has been read if None."""
     if whole is None:
         whole = jax.jit(jnp.zeros, static_argnums=0, out_shardings=like.sharding)(like.shape)
@@ -163,8 +166,8 @@ def check_hf(path: str | pathlib.Path, **options: Any) -> tuple[PolicyConfig, di
         ValueError: as `load_hf`.
     """
     config, path = read_config(path, **options), pathlib.Path(path)
-    tensors = _tensors(config)
-    like = flatten_dict(abstract_params(config, _first_device()))
+    tensors = tensors_of(config)
+    like = flatten_dict(abstract_params(config, first_device()))
     files: dict[pathlib.Path, list[str]] = {}
     found, kinds = {}, {}
     for file in _weight_files(path):
@@ -176,12 +179,12 @@ def check_hf(path: str | pathlib.Path, **options: Any) -> tuple[PolicyConfig, di
                     found[name], kinds[name] = tuple(view.get_shape()), view.get_dtype()
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"cannot read {file}: {error}; it may be cut off or a pointer, fetch it again") from None
-    wanted = {name: _shape(tensor, like[tensor.path].shape) for name, tensor in tensors.items()}
+    wanted = {name: stored_shape(tensor, like[tensor.path].shape) for name, tensor in tensors.items()}
     spare = {_HEAD} if config.tie_embeddings else set()
     unexpected = [n for n in found if n not in wanted and n not in spare and not n.endswith("rotary_emb.inv_freq")]
     missing = [n for n in wanted if n not in found]
     problems = [
-        f"{len(names)} {what} ({_few(names)})"
+        f"{len(names)} {what} ({few(names)})"
         for what, names in (("missing", missing), ("unexpected", unexpected))
         if names
     ]
@@ -216,13 +219,14 @@ def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
         parts = sorted(file.name for file in path.glob("model*.safetensors"))
         told = "fetch it, too" if parts or index.exists() else what_else(path)
         if parts and not index.exists():
-            told = f"what is in {_few(parts)} is told by {INDEX}, which is not there; fetch that, too"
+            told = f"what is in {few(parts)} is told by {INDEX}, which is not there; fetch that, too"
         told = f"; {told}" if told else ""
-        raise ValueError(f"{path / missing[0]} is missing; the checkpoint needs {_few(names)}{told}")
+        raise ValueError(f"{path / missing[0]} is missing; the checkpoint needs {few(names)}{told}")
     return [path / name for name in names]
 
 
-def _few(names: Sequence[str]) -> str:
+def few(names: Sequence[str]) -> str:
+    """The first of some names, for a message."""
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
@@ -242,7 +246,7 @@ def save_hf(
     Args:
         path: a new or empty directory.
         config: of the policy; one from `load_hf` is written back as it was read.
-        params: float32, on any devices.
+        params: of `krl.policy.init` or `load_hf`, on any devices; adapters are merged.
         dtype: of the tensors: "float32", "bfloat16" or "float16"; None for that of the checkpoint the
             policy came from. 16 bits round parameters that were trained in between.
         files: more files to copy, such as the tokenizer's.
@@ -255,11 +259,11 @@ def save_hf(
     stored = dtype or config.stored_dtype
     if stored not in STORED_TYPES.values():
         raise ValueError(f"dtype {stored!r} must be one of {', '.join(STORED_TYPES.values())}")
-    path = pathlib.Path(path).resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is not empty; choose another directory for the checkpoint")
-    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, abstract_params(config, _first_device())):
+    path = check_new(path)
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, abstract_params(config, first_device())):
         raise ValueError("the parameters are not of this config: their names or shapes differ")
+    if config.lora:
+        params, config = jax.jit(lora.merge, static_argnums=0)(config, params), dataclasses.replace(config, lora=None)
     text, itemsize = config_json(config, dtype), np.dtype(stored).itemsize
     leaves = flatten_dict(params)
     shards = _plan_shards(config, leaves, itemsize, shard_bytes)
@@ -268,7 +272,7 @@ def save_hf(
     try:
         with appearing_whole(path) as partial:
             for name, shard in zip(names, shards, strict=True):
-                arrays = {n: _write(leaves[tensor.path], tensor).astype(stored) for n, tensor in shard.items()}
+                arrays = {n: write_tensor(leaves[tensor.path], tensor).astype(stored) for n, tensor in shard.items()}
                 if partial is not None:
                     safetensors.numpy.save_file(arrays, partial / name, metadata={"format": "pt"})
                     (partial / name).chmod(0o644)  # else only its owner may read it
@@ -283,6 +287,14 @@ def save_hf(
                     (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     except OSError as error:
         raise ValueError(f"cannot write the checkpoint {path}: {error}") from None
+
+
+def check_new(path: str | pathlib.Path) -> pathlib.Path:
+    """The whole path of a directory to be made; refuses one that holds something."""
+    path = pathlib.Path(path).resolve()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path} is not empty; choose another directory for the checkpoint")
+    return path
 
 
 @contextlib.contextmanager
@@ -305,31 +317,54 @@ def appearing_whole(path: pathlib.Path) -> Iterator[pathlib.Path | None]:
         raise
 
 
-def export(workdir: str | pathlib.Path, path: str | pathlib.Path, *, dtype: str | None = None) -> int:
+def export(
+    workdir: str | pathlib.Path, path: str | pathlib.Path, *, dtype: str | None = None, adapters: bool = False
+) -> int:
     """Write the newest checkpoint of a training run as a Hugging Face directory.
 
     Args:
         workdir: of train.py; its folder policy holds config.json and the tokenizer's files.
         path, dtype: as for `save_hf`.
+        adapters: write the adapters of the run alone, in PEFT's format; by default they are merged.
 
     Returns:
         The step of the checkpoint.
 
     Raises:
-        ValueError: there is no checkpoint that can be read, or `save_hf` refuses.
+        ValueError: there is no checkpoint that can be read, the run has no adapters, or `save_hf` refuses.
     """
-    import orbax.checkpoint as ocp  # slow to import, and only an export needs it
+    from krl.hf.adapters import save_adapters
 
     workdir = pathlib.Path(workdir)
     if not (workdir / "policy").is_dir():
         raise ValueError(f"{workdir} holds no run; give the --workdir of a train.py run")
-    config = read_config(workdir / "policy")
     run = workdir / "config.json"
-    elsewhere = json.loads(run.read_text()).get("checkpoint.dir") if run.exists() else ""
-    directory = epath.Path(elsewhere or workdir.absolute()) / "checkpoints"
+    keys = json.loads(run.read_text()) if run.exists() else {}
+    config = read_config(workdir / "policy", **adapters_of(keys))
+    place, like = epath.Path(keys.get("checkpoint.dir") or workdir.absolute()), abstract_params(config, first_device())
+    step, params = _newest(place / "checkpoints", lora.trained(config, like))
+    if adapters:
+        save_adapters(path, config, params, base=keys["policy.path"])
+        return step
+    if config.lora:
+        params = lora.join(_newest(place / "frozen", lora.frozen(config, like))[1], params)
+    others = [file for file in sorted((workdir / "policy").iterdir()) if file.name != "config.json"]
+    save_hf(path, config, params, dtype=dtype, files=others)
+    return step
+
+
+def adapters_of(keys: Mapping[str, Any]) -> dict[str, Lora | None]:
+    """The adapters that the flat keys of a run's config ask for, as an option of `read_config`."""
+    rank, alpha, modules = (keys.get(f"policy.lora_{name}") for name in ("rank", "alpha", "modules"))
+    return {"lora": Lora(rank, alpha, tuple(modules)) if rank and alpha and modules else None}
+
+
+def _newest(directory: epath.Path, like: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    """The step and the parameters of the newest checkpoint in a directory."""
+    import orbax.checkpoint as ocp  # slow to import, and only an export needs it
+
     if not directory.is_dir():
         raise ValueError(f"{directory.parent} holds no checkpoint yet; let train.py take a few steps")
-    like = abstract_params(config, _first_device())
     with ocp.CheckpointManager(directory) as manager:
         step = manager.latest_step()
         if step is None:
@@ -338,19 +373,17 @@ def export(workdir: str | pathlib.Path, path: str | pathlib.Path, *, dtype: str 
             found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))
         except (ValueError, KeyError, FileNotFoundError) as error:
             raise ValueError(f"cannot read checkpoint {directory / str(step)}: {str(error).splitlines()[0]}") from None
-    others = [file for file in sorted((workdir / "policy").iterdir()) if file.name != "config.json"]
-    save_hf(path, config, found["params"], dtype=dtype, files=others)
-    return step
+    return step, found["params"]
 
 
 def _plan_shards(
     config: PolicyConfig, leaves: dict[tuple[str, ...], Any], itemsize: int, shard_bytes: int
-) -> list[dict[str, _Tensor]]:
+) -> list[dict[str, Tensor]]:
     """Tensors in their order, cut into runs of at most shard_bytes."""
-    shards: list[dict[str, _Tensor]] = [{}]
+    shards: list[dict[str, Tensor]] = [{}]
     size = 0
-    for name, tensor in _tensors(config).items():
-        more = math.prod(_shape(tensor, leaves[tensor.path].shape)) * itemsize
+    for name, tensor in tensors_of(config).items():
+        more = math.prod(stored_shape(tensor, leaves[tensor.path].shape)) * itemsize
         if shards[-1] and size + more > shard_bytes:
             shards, size = [*shards, {}], 0
         shards[-1][name] = tensor
@@ -358,7 +391,7 @@ def _plan_shards(
     return shards
 
 
-def _write(leaf: Any, tensor: _Tensor) -> np.ndarray:
+def write_tensor(leaf: Any, tensor: Tensor) -> np.ndarray:
     """One tensor of a checkpoint on the host, contiguous, of its parameter's type."""
     leaf = leaf if tensor.layer is None else leaf[tensor.layer]
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:

@@ -106,17 +106,21 @@ def plan(config: ConfigDict, topology: str, tokens: int = 0, accelerator: Accele
     mesh, tokens = find_mesh(config, topology), tokens or config.sample.max_new_tokens
     sizes, decoding = find_sizes(config, on_tpu=bool(topology)), reshape_mesh(mesh, tuple(config.mesh.decode))
     optimizer = find_optimizer(config)
-    with jax.set_mesh(mesh):
-        learner = abstract_state(sizes, optimizer, abstract_params(sizes, mesh))
-    parts = {"parameters": gigabytes(learner.params), "optimiser": gigabytes(learner.opt_state)}
-    if config.loss.kl_coefficient:
+    params = abstract_params(sizes, mesh)
+    learner = abstract_state(sizes, optimizer, policy.trained(sizes, params))
+    # What the penalty holds a policy to is the one that it began with; adapters have it beside them.
+    reference = policy.frozen(sizes, params) if sizes.lora else params if config.loss.kl_coefficient else {}
+    parts = {"parameters": gigabytes(params), "optimiser": gigabytes(learner.opt_state)}
+    if reference and not sizes.lora:
         parts["parameters of the reference"] = parts["parameters"]
     with jax.set_mesh(decoding):
         abstract_params(sizes, decoding)  # refuses a layout that does not divide them
-        sampler = abstract_sampler(config, sizes, learner.params, decoding)
+        sampler = abstract_sampler(config, sizes, params, decoding)
         programs = compile_rollout(sizes, sampler, sum(parts.values()))
     with jax.set_mesh(mesh):
-        programs["update"] = compile_update(config, sizes, optimizer, learner, mesh, here=not topology)
+        programs["update"] = compile_update(
+            config, sizes, optimizer, learner, reference or None, mesh, here=not topology
+        )
     parts |= {
         "parameters for decoding": gigabytes(sampler.work.layers),
         "keys and values of prompts": gigabytes(sampler.work.prompts.cache),
@@ -182,8 +186,9 @@ def find_mesh(config: ConfigDict, topology: str) -> Mesh:
     shape, names = tuple(config.mesh.shape), tuple(config.mesh.axis_names)
     if not topology:
         return make_mesh(shape, names)
+    host = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(shape) == 1 else {}  # else the least is a whole host
     try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology, **host)
     except RuntimeError as error:  # no libtpu, or one that knows no such topology
         reason = " ".join(str(error).split())
         raise ValueError(

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from krl import policy
 from krl.base.sharding import batch_devices, named_sharding
 from krl.base.types import Prompts, Rollouts, TrainState
-from krl.rollout.sampler import PROGRAMS, Asked, Work, decoding_axes
+from krl.rollout.sampler import PROGRAMS, Asked, Work, decoding_axes, slots_of_a_cpu
 from krl.rollout.serve import Options, Settings, State, drains
 from krl.run.compiled import for_this_backend
 from krl.run.setup import find_learning, find_rule, find_slots, prompts_of_a_step
@@ -67,10 +67,11 @@ def abstract_sampler(config: ConfigDict, policy_config: policy.PolicyConfig, par
         )
 
     sizes, prompts = config.sample, _prompts(config, mesh)
-    rollouts = config.alloc.budget
+    rollouts, slots = config.alloc.budget, find_slots(config, policy_config, mesh)
+    if slots is None and mesh.devices.flat[0].platform == "cpu":
+        slots = slots_of_a_cpu(policy_config, params, config.data.max_prompt_tokens + sizes.max_new_tokens)
     options = Options(
-        num_rollouts=rollouts, num_slots=min(find_slots(config, policy_config, mesh) or rollouts, rollouts),
-        pad_id=0, eos_ids=(0,),
+        num_rollouts=rollouts, num_slots=min(slots or rollouts, rollouts), pad_id=0, eos_ids=(0,),
         max_new_tokens=sizes.max_new_tokens, limits=(sizes.top_k, sizes.top_p, sizes.min_p),
     )  # fmt: skip
     counts, expected = (_array(mesh, prompts.task_ids.shape, dtype) for dtype in (jnp.int32, jnp.float32))
@@ -107,14 +108,14 @@ def compile_rollout(policy_config: policy.PolicyConfig, sampler: Sampler, kept: 
 
 
 def compile_update(
-    config: ConfigDict, policy_config: policy.PolicyConfig, optimizer: Any, learner: TrainState, mesh: Mesh, *,
-    here: bool
+    config: ConfigDict, policy_config: policy.PolicyConfig, optimizer: Any, learner: TrainState,
+    reference: dict[str, Any] | None, mesh: Mesh, *, here: bool
 ) -> Program:  # fmt: skip
     """`policy_update` on a step's rollouts; to be called inside `jax.set_mesh(mesh)`.
 
     Args:
         config, policy_config, optimizer: of the run; the policy's sizes.
-        learner: the training state, abstract.
+        learner, reference: the training state, and the parameters that it began with or None, abstract.
         mesh: of the update.
         here: whether the devices are this process's own.
     """
@@ -123,7 +124,6 @@ def compile_update(
         update = for_this_backend(policy_update, policy_config, optimizer, **options)
     else:
         update = jax.jit(functools.partial(policy_update, policy_config, optimizer, **options), donate_argnums=0)
-    reference = learner.params if config.loss.kl_coefficient else None
     return _compile(
         update, gigabytes(learner) + gigabytes(reference), learner, _prompts(config, mesh), _rollouts(config, mesh),
         _array(mesh, (config.alloc.budget,), jnp.float32), jax.eval_shape(jax.random.key, 0), reference=reference,

@@ -110,18 +110,19 @@ def update_work(
     """
     tokens, layers = micro_batches * micro_tokens, sizes.num_layers
     again = sizes.remat == "full"  # the backward pass computes layers again, but for the last product of each
-    passes = scorings + 1 + again + 2  # forward, and the backward pass, which has twice the products
+    whole = sizes.lora is None  # frozen weights have no gradient; what adapters take is little
+    passes = scorings + 1 + again + 1 + whole  # forward, and the backward pass, which has twice the products or as many
     a_token = (
         passes * _forward(sizes, layers, (length + 1) / 2) - again * 2 * layers * sizes.embed_size * sizes.mlp_size
     )
-    a_token += (scorings + 4) * _forward(sizes, 0, 0, 1)  # logits are computed again in any case
+    a_token += (scorings + 3 + whole) * _forward(sizes, 0, 0, 1)  # logits are computed again in any case
 
     matrices = layers * _layer(sizes) + (2 - sizes.tie_embeddings) * sizes.embed_size * sizes.vocab_size
     weights = matrices * _itemsize(sizes) / mesh.shape.get("model", 1) / 1e9
     # Along "fsdp" each scoring, forward and backward pass gathers the parameters, and one more adds up the gradients,
     # which "data" adds up, too. Along "model" a layer adds up activations twice in a pass.
     data, fsdp = (mesh.shape.get(name, 1) for name in ("data", "fsdp"))
-    a_batch = weights * ((scorings + 3) * (1 - 1 / fsdp) + 2 * (1 - 1 / data) / fsdp)
+    a_batch = weights * ((scorings + 2 + whole) * (1 - 1 / fsdp) + whole * 2 * (1 - 1 / data) / fsdp)
     sums = layers * (2 * (passes - 1) - again) * _summed_gb(sizes, mesh, tokens)
     return Work(tokens * a_token / mesh.size / 1e12, micro_batches * passes * weights, micro_batches * a_batch + sums)
 

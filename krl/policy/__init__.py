@@ -4,9 +4,11 @@ import importlib
 from typing import Any
 
 from krl import _moved
+from krl.policy.config import Lora, PolicyConfig
+from krl.policy.lora import frozen, join, merge, trained
 from krl.policy.model import (
     Cache,
-    PolicyConfig,
+    adapt,
     apply,
     decode,
     for_decoding,
@@ -19,18 +21,24 @@ from krl.policy.model import (
 
 __all__ = [
     "Cache",
+    "Lora",
     "PolicyConfig",
+    "adapt",
     "apply",
     "decode",
     "for_decoding",
+    "frozen",
     "init",
     "init_cache",
+    "join",
     "load_hf",
+    "merge",
     "param_axes",
     "read",
     "read_config",
     "save_hf",
     "token_logps",
+    "trained",
 ]
 
 

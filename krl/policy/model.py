@@ -8,6 +8,7 @@ norms, rotary positions, grouped-query attention and a gated unit, and what thes
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,94 +21,10 @@ from jax.sharding import Mesh
 
 from krl.base.sharding import constrain, tree_sharding
 from krl.base.types import Layout, Segments
-from krl.policy.attention import KERNELS, attend_cached, attend_rows
+from krl.policy import lora
+from krl.policy.attention import attend_cached, attend_rows
+from krl.policy.config import ACTIVATIONS, REMAT, PolicyConfig
 from krl.policy.scores import token_scores
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nn.silu,
-    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-}
-DTYPES = ("float32", "bfloat16", "float16")
-REMAT = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the length of the pre-training."""
-
-    kind: str  # "linear" (all divided by factor) or "llama3" (low ones divided, high ones kept)
-    factor: float
-    low_frequency_factor: float = 1.0  # llama3: wavelengths above original_length / this are divided
-    high_frequency_factor: float = 4.0  # and below original_length / this are kept
-    original_length: int = 8192  # positions of the pre-training
-
-
-@dataclasses.dataclass(frozen=True)
-class PolicyConfig:
-    """Sizes and options of the decoder; hashable, so that it can be a static argument."""
-
-    vocab_size: int  # V
-    embed_size: int = 64  # E
-    num_layers: int = 2  # L
-    num_heads: int = 4  # H
-    num_kv_heads: int = 2  # K, divides H
-    head_size: int = 16  # Q, even
-    mlp_size: int = 256
-    rope_theta: float = 10000.0
-    norm_epsilon: float = 1e-6
-    tie_embeddings: bool = True
-
-    qkv_bias: bool = False  # Qwen 2
-    qk_norm: bool = False  # queries and keys are normalised per head: Qwen 3, Gemma 3
-    rope_scaling: RopeScaling | None = None  # of layers that do not slide: Llama 3.1, Gemma 3
-    activation: str = "silu"  # a key of ACTIVATIONS
-    norm_plus_one: bool = False  # norms multiply by 1 + weight: Gemma
-    post_norms: bool = False  # attention and unit are also normalised before they are added: Gemma
-    scale_embedding: bool = False  # embeddings are multiplied by sqrt(E): Gemma
-    attention_scale: float = 0.0  # of attention logits; 0 means Q^-1/2
-    attention_softcap: float = 0.0  # bound on attention logits, 0 for none: Gemma 2
-    logit_softcap: float = 0.0  # bound on logits, 0 for none: Gemma 2
-    window: int = 0  # positions that a sliding layer sees, the query's own counted
-    sliding: tuple[bool, ...] = ()  # which of the L layers slide; () for none
-    sliding_rope_theta: float = 0.0  # of sliding layers, 0 for rope_theta: Gemma 3
-
-    dtype: str = "float32"  # of the computation; "bfloat16" on accelerators
-    attention: str = "auto"  # one of krl.policy.attention.KERNELS
-    unroll: int = 1  # layers per iteration of the scan; more is faster for few small layers
-    remat: str = "none"  # what the backward pass recomputes: "none", "full" layers, or all but their "dots"
-
-    # Where a checkpoint came from, for its export; no part of the computation or of equality.
-    source: str = dataclasses.field(default="", repr=False, compare=False)  # text of its config.json
-    stored_dtype: str = dataclasses.field(default="float32", repr=False, compare=False)  # of its tensors
-
-    def __post_init__(self) -> None:
-        for name in ("vocab_size", "embed_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "mlp_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
-        factors = {"rope_theta": self.rope_theta, "norm_epsilon": self.norm_epsilon}
-        if self.rope_scaling:
-            factors["rope_scaling factor"] = self.rope_scaling.factor
-        for name, value in factors.items():
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
-                raise ValueError(f"{name} {value!r} must be a number above 0")
-        if type(self.tie_embeddings) is not bool:
-            raise ValueError(f"tie_embeddings {self.tie_embeddings!r} must be true or false")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_size % 2:
-            raise ValueError(f"head_size {self.head_size} must be even for rotary positions")
-        if self.sliding and len(self.sliding) != self.num_layers:
-            raise ValueError(f"sliding names {len(self.sliding)} layers and num_layers is {self.num_layers}")
-        if any(self.sliding) and self.window < 1:
-            raise ValueError(f"window {self.window} must be at least 1 where layers slide")
-        for name, allowed in (("activation", ACTIVATIONS), ("remat", REMAT), ("attention", KERNELS), ("dtype", DTYPES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} must be one of {sorted(allowed)}")
 
 
 class Cache(struct.PyTreeNode):
@@ -123,8 +40,28 @@ class Cache(struct.PyTreeNode):
 
 @functools.partial(jax.jit, static_argnames="config")
 def init(config: PolicyConfig, key: jax.Array) -> dict[str, Any]:
-    """Fresh float32 parameters. The key is consumed."""
-    return nn.meta.unbox(_init_boxed(config, key))
+    """Fresh parameters, with adapters if the config has any: see `adapt`. The key is consumed."""
+    params: dict[str, Any] = nn.meta.unbox(_init_boxed(dataclasses.replace(config, lora=None), key))
+    return adapt(config, params, key) if config.lora else params
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def adapt(config: PolicyConfig, params: dict[str, Any], key: jax.Array) -> dict[str, Any]:
+    """The parameters of a policy with fresh adapters beside them, with which it computes what it did.
+
+    Args:
+        config: with lora.
+        params: float32, of the policy without adapters; what is frozen becomes of the compute dtype, but for norms.
+        key: of the adapters.
+    """
+    fresh: dict[str, Any] = nn.meta.unbox(_init_boxed(config, key))
+    kept = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, lora.frozen(config, fresh))
+    return lora.join(kept, lora.trained(config, fresh))
+
+
+def kept_dtype(config: PolicyConfig) -> Any:
+    """The type of parameters that are neither norms nor adapters: what is frozen needs no more than compute takes."""
+    return jnp.dtype(config.dtype) if config.lora else jnp.float32
 
 
 @functools.cache  # it traces the whole decoder, and set-up and updates ask several times
@@ -174,7 +111,7 @@ def init_cache(config: PolicyConfig, rows: int, columns: int) -> Cache:
 
 
 def for_decoding(config: PolicyConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as `decode` reads them: in the compute dtype, but for norms, and apart for each layer.
+    """Parameters as `decode` reads them: adapters merged, in the compute dtype but for norms, apart for each layer.
 
     Args:
         config: the decoder's sizes.
@@ -184,10 +121,11 @@ def for_decoding(config: PolicyConfig, params: dict[str, Any]) -> dict[str, Any]
     def cast(leaf: jax.Array) -> jax.Array:
         return leaf if leaf.ndim == 1 else leaf.astype(config.dtype)
 
-    layers = tuple(
-        jax.tree.map(lambda leaf, layer=layer: cast(leaf[layer]), params["blocks"])
-        for layer in range(config.num_layers)
-    )
+    def read(layer: int) -> dict[str, Any]:
+        block = jax.tree.map(lambda leaf: leaf[layer], params["blocks"])
+        return jax.tree.map(cast, lora.merge_layer(config, block, jnp.dtype(config.dtype)))
+
+    layers = tuple(read(layer) for layer in range(config.num_layers))
     return jax.tree.map(cast, {name: part for name, part in params.items() if name != "blocks"}) | {"blocks": layers}
 
 
@@ -412,8 +350,7 @@ class Block(nn.Module):
             mixed = attend_cached(query, keys, values, visible, scale=self._scale(), softcap=c.attention_softcap)
             stored = (keys, values)
         shape = (c.num_heads, c.head_size, c.embed_size)
-        output = self._weight("output", shape, ("heads", "head", "embed"), c.num_heads * c.head_size)
-        attended = jnp.einsum("bthq,hqe->bte", mixed, output)
+        attended = self._times(mixed, "output", shape, ("heads", "head", "embed"), inputs=2)
         if c.post_norms:
             attended = Norm(c, name="attention_post_norm")(attended)
         x = constrain(x + attended, "batch", "length", None)
@@ -422,10 +359,26 @@ class Block(nn.Module):
             fed = Norm(c, name="mlp_post_norm")(fed)
         return constrain(x + fed, "batch", "length", None), stored
 
-    def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int) -> jax.Array:
-        initial = nn.initializers.truncated_normal(inputs**-0.5) if inputs else nn.initializers.zeros
-        weight: Any = self.param(name, nn.with_logical_partitioning(initial, axes), shape)
+    def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], deviation: float, kept: Any) -> Any:
+        initial = nn.initializers.truncated_normal(deviation) if deviation else nn.initializers.zeros
+        weight: Any = self.param(name, nn.with_logical_partitioning(initial, axes), shape, kept)
         return weight.astype(self.config.dtype)
+
+    def _times(
+        self, x: jax.Array, name: str, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1
+    ) -> jax.Array:
+        """x times a weight whose first `inputs` axes are x's last ones, and what its adapter adds if there is one."""
+        size, adapter = math.prod(shape[:inputs]), self.config.lora
+        product = jnp.tensordot(x, self._weight(name, shape, axes, size**-0.5, kept_dtype(self.config)), inputs)
+        if not adapter or name not in adapter.modules:
+            return product
+        if not self.is_initializing() and not self.has_variable("params", name + lora.A):
+            return product
+        first, last = (*shape[:inputs], adapter.rank), (adapter.rank, *shape[inputs:])
+        # The variance of A is that of PEFT, and with a B of zeros the policy begins as it is.
+        into = self._weight(name + lora.A, first, (*axes[:inputs], "rank"), (3 * size) ** -0.5, jnp.float32)
+        out = self._weight(name + lora.B, last, ("rank", *axes[inputs:]), 0.0, jnp.float32)
+        return product + adapter.scale * jnp.tensordot(jnp.tensordot(x, into, inputs), out, 1)
 
     def _heads(
         self, x: jax.Array, slides: jax.Array | bool, positions: jax.Array
@@ -435,8 +388,10 @@ class Block(nn.Module):
 
         def project(name: str, heads: int, axis: str) -> jax.Array:
             shape, axes = (c.embed_size, heads, c.head_size), ("embed", axis, "head")
-            projected = jnp.einsum("bte,ehq->bthq", x, self._weight(name, shape, axes, c.embed_size))
-            return projected + self._weight(f"{name}_bias", shape[1:], axes[1:], 0) if c.qkv_bias else projected
+            projected = self._times(x, name, shape, axes)
+            if c.qkv_bias:
+                projected = projected + self._weight(f"{name}_bias", shape[1:], axes[1:], 0.0, kept_dtype(c))
+            return projected
 
         query, key = project("query", c.num_heads, "heads"), project("key", c.num_kv_heads, "kv_heads")
         value = project("value", c.num_kv_heads, "kv_heads")
@@ -465,10 +420,8 @@ class Block(nn.Module):
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         c = self.config
-        gate = x @ self._weight("gate", (c.embed_size, c.mlp_size), ("embed", "mlp"), c.embed_size)
-        up = x @ self._weight("up", (c.embed_size, c.mlp_size), ("embed", "mlp"), c.embed_size)
-        down = self._weight("down", (c.mlp_size, c.embed_size), ("mlp", "embed"), c.mlp_size)
-        return (ACTIVATIONS[c.activation](gate) * up) @ down
+        gate, up = (self._times(x, name, (c.embed_size, c.mlp_size), ("embed", "mlp")) for name in ("gate", "up"))
+        return self._times(ACTIVATIONS[c.activation](gate) * up, "down", (c.mlp_size, c.embed_size), ("mlp", "embed"))
 
 
 class Decoder(nn.Module):
@@ -480,10 +433,11 @@ class Decoder(nn.Module):
     def __call__(self, tokens: jax.Array, positions: jax.Array, segments: Layout = None) -> jax.Array:
         c = self.config
         initial = nn.with_logical_partitioning(nn.initializers.normal(c.embed_size**-0.5), ("vocab", "embed"))
-        embedding: Any = self.param("embedding", initial, (c.vocab_size, c.embed_size))
+        kept = kept_dtype(c)
+        embedding: Any = self.param("embedding", initial, (c.vocab_size, c.embed_size), kept)
         if not c.tie_embeddings:
             initial = nn.with_logical_partitioning(nn.initializers.normal(c.embed_size**-0.5), ("embed", "vocab"))
-            self.param("head", initial, (c.embed_size, c.vocab_size))
+            self.param("head", initial, (c.embed_size, c.vocab_size), kept)
         policy = REMAT[c.remat]
         blocks = nn.scan(
             nn.remat(Block, prevent_cse=False, policy=policy) if policy else Block,

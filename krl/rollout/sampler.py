@@ -6,6 +6,7 @@ used again in turn: T of them hold a response wherever it began. Nothing is move
 that of the slots and the prompts, whatever R is.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -291,7 +292,7 @@ def decoding_axes(config: policy.PolicyConfig) -> dict[str, Any]:
     def split(axes: PartitionSpec) -> PartitionSpec:
         return PartitionSpec(*(None if axis == "embed" else axis for axis in axes))
 
-    axes = jax.tree.map(split, policy.param_axes(config))
+    axes = jax.tree.map(split, policy.param_axes(dataclasses.replace(config, lora=None)))  # they are merged
     one_layer = jax.tree.map(lambda axes: PartitionSpec(*axes[1:]), axes["blocks"])
     return axes | {"blocks": (one_layer,) * config.num_layers}
 

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from krl import budget, hf, learn, policy
 from krl.base.types import Rollouts, TrainState
+from krl.policy.model import abstract_params
 from krl.rewards.functions import as_float32
 from krl.run.checkpoint import Checkpoints, digest
 from krl.run.lock import wait_for
@@ -37,8 +39,9 @@ SAME = {
     ),
     "config_digest": ("{directory} has checkpoints of a run with another config; choose another config.checkpoint.dir"),
     "reference": (
-        "the policy that config.loss.kl_coefficient holds the run to is not the one that it began from: {was} at step "
-        "{step}, {now} now; bring back what config.policy.path or config.sft.dir held, or choose another --workdir"
+        "the policy that config.loss.kl_coefficient or adapters hold the run to is not the one that it began from: {was} "
+        "at step {step}, {now} now; bring back what config.policy.path, config.sft.dir or frozen/ held, or choose "
+        "another --workdir"
     ),
 }
 
@@ -57,25 +60,34 @@ def start_or_continue(
     """Read the newest checkpoint, or begin, after fine-tuning.
 
     Returns:
-        (steps done, learner, parameters to stay close to). The learner is None if it should stop before
-        fine-tuning was finished; the parameters are None without a penalty, and else about["reference"] tells them.
+        (steps done, learner, the parameters that the run began with). The learner is None if it should stop before
+        fine-tuning was finished; the parameters are None without adapters, which stand on them, and a penalty, which
+        holds the policy close to them, and else about["reference"] tells them.
     """
     place, alloc = functools.partial(place_whole, parts.mesh), config.alloc
     kept = {name: alloc[name] for name in ("discount", "discount_mixed", "fade")}
     belief = place(budget.init_belief(len(parts.train), prompt_tokens=parts.train.mask.sum(axis=1), **kept))
     prior = None if parts.prior is None else place(budget.init_prior(parts.prior, parts.num_features))
     begins = checkpoints.latest_step() is None
-    params: dict | None = {}
-    if begins or config.loss.kl_coefficient:
-        params = start_params(config, parts, should_stop)
-    if params is None:
-        return 0, None, None
-    reference = jax.tree.map(jnp.copy, params) if config.loss.kl_coefficient else None
-    if reference is not None:
-        about["reference"] = digest(reference)
+    reference: dict | None = None
+    penalty, adapted = config.loss.kl_coefficient, parts.policy_config.lora
+    if begins or penalty or adapted:
+        find = functools.partial(start_params, config, parts, should_stop)
+        reference = find_frozen(parts, checkpoints.directory.with_name("frozen"), find) if adapted else find()
+        if reference is None:
+            return 0, None, None
+        if penalty or adapted:
+            about["reference"] = digest(reference)
     if begins:
-        return 0, Learner(init_state(parts.policy_config, parts.optimizer, params), belief, prior), reference
-    like = saved(Learner(abstract_state(parts.policy_config, parts.optimizer, parts.params), belief, prior))
+        assert reference is not None
+        if adapted:
+            params = begin_adapters(config, parts, reference)
+        else:
+            params = jax.tree.map(jnp.copy, reference) if penalty else reference  # a step gives its buffers away
+        learner = Learner(init_state(parts.policy_config, parts.optimizer, params), belief, prior)
+        return 0, learner, reference if penalty or adapted else None
+    changed = policy.trained(parts.policy_config, parts.params)
+    like = saved(Learner(abstract_state(parts.policy_config, parts.optimizer, changed), belief, prior))
     found = checkpoints.restore(like)
     assert found is not None  # latest_step has seen it
     first, trees = found
@@ -97,8 +109,57 @@ def saved(learner: Learner) -> dict:
     return trees if prior is None else trees | {"prior": prior}
 
 
+def whole(parts: Setup, learner: Learner, reference: dict | None) -> dict:
+    """The parameters of the policy: what a run changes, and what its adapters stand on."""
+    return policy.join(reference or {}, learner.state.params) if parts.policy_config.lora else learner.state.params
+
+
+def find_frozen(parts: Setup, directory: epath.Path, begin: Callable[[], dict | None]) -> dict | None:
+    """What the adapters of a run stand on: kept in a directory of its own, so that checkpoints need not hold it.
+
+    Args:
+        parts: of the run.
+        directory: whose only checkpoint it is; written if there is none.
+        begin: makes the float32 parameters of the first step; None if it should stop before.
+    """
+    like = policy.frozen(parts.policy_config, parts.params)
+    if (found := read_frozen(like, directory)) is not None:
+        return found
+    if (params := begin()) is None:
+        return None
+    narrow = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, like)
+    with Checkpoints(directory, keep=1) as kept:
+        kept.save(0, {"params": narrow})
+    return narrow
+
+
+def read_frozen(like: dict, directory: epath.Path) -> dict | None:
+    """What `find_frozen` has written in a directory, placed as `like`; None if there is nothing."""
+    with Checkpoints(directory, keep=1) as kept:
+        found = kept.restore({"params": like}, move_aside=False)
+    return found and found[1]["params"]
+
+
+def begin_adapters(config: ConfigDict, parts: Setup, frozen: dict) -> dict:
+    """The adapters of the first step: those in config.policy.adapter, or fresh ones."""
+    sizes, changed = parts.policy_config, policy.trained(parts.policy_config, parts.params)
+    if config.policy.adapter:
+        found, adapters = hf.load_adapters(config.policy.adapter, sizes, parts.mesh)
+        if found != sizes.lora:
+            raise ValueError(
+                f"config.policy.adapter={config.policy.adapter!r} has rank {found.rank}, alpha {found.alpha:g} and "
+                f"modules {found.modules}: give these as policy.lora_rank, lora_alpha and lora_modules, or "
+                "policy.lora_rank=0 to merge it"
+            )
+        return adapters
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, changed)
+    fresh = jax.jit(lambda key: policy.trained(sizes, policy.adapt(sizes, frozen, key)), out_shardings=shardings)
+    return fresh(jax.random.key(config.seed))
+
+
 def start_params(config: ConfigDict, parts: Setup, should_stop: Callable[[], bool]) -> dict | None:
-    """The parameters of the first step, fine-tuned if there are pairs; to be called inside `jax.set_mesh(parts.mesh)`.
+    """The parameters, float32, that a run begins with, before it has adapters: those of the config's policy,
+    fine-tuned if there are pairs; to be called inside `jax.set_mesh(parts.mesh)`.
 
     Args:
         config, parts: of the run. Of runs that share `parts.cache` one fine-tunes, and others wait.
@@ -111,21 +172,25 @@ def start_params(config: ConfigDict, parts: Setup, should_stop: Callable[[], boo
         ValueError: the checkpoint in policy.path is another than the run began from.
         FloatingPointError: too many updates of fine-tuning in a row were not finite.
     """
-    path, cache = config.policy.path, parts.cache
+    path, adapter, cache = config.policy.path, config.policy.adapter, parts.cache
+    sizes = dataclasses.replace(parts.policy_config, lora=None)
+    like = abstract_params(sizes, parts.mesh)
     if path == GIVEN:
-        params = copy_params(parts.given, parts.params)
+        params = copy_params(parts.given, parts.mesh)
     elif path:
         found, params = hf.load_hf(path, parts.mesh)
         if dataclasses.replace(found, **computed_by(config)) != parts.policy_config:
             raise ValueError(f"{path} is not what this run began from; choose another --workdir")
     else:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, parts.params)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
         initialise = jax.jit(policy.init, static_argnums=0, out_shardings=shardings)
-        params = initialise(parts.policy_config, jax.random.key(config.seed))
+        params = initialise(sizes, jax.random.key(config.seed))
+    if adapter and not parts.policy_config.lora:
+        params = merged(*with_adapters(adapter, sizes, params, parts.mesh))
     if parts.pairs is None:
         return params
     if path:
-        began = digest(params) if path == GIVEN else fingerprint(pathlib.Path(path))
+        began = digest(params) if path == GIVEN or adapter else fingerprint(pathlib.Path(path))
         cache = cache.with_name(f"{cache.name}_{began}")
     if is_first():
         make_cache(cache)
@@ -138,7 +203,7 @@ def start_params(config: ConfigDict, parts: Setup, should_stop: Callable[[], boo
         if not ours:
             return None
         params, finished = finetune(
-            parts.policy_config, optimizer, params, parts.pairs, cache, steps=config.sft.steps,
+            sizes, optimizer, params, parts.pairs, cache, steps=config.sft.steps,
             batch_size=config.sft.batch_size, micro_tokens=config.optim.micro_tokens, seed=config.seed,
             save_every=config.sft.save_every, max_bad_updates=config.max_bad_updates, should_stop=should_stop,
             place=functools.partial(place_whole, parts.mesh), report=lambda step, loss: show(step, f"loss {loss:.3f}"),
@@ -146,8 +211,19 @@ def start_params(config: ConfigDict, parts: Setup, should_stop: Callable[[], boo
     return params if finished else None
 
 
-def copy_params(given: tuple[policy.PolicyConfig, dict] | None, like: dict) -> dict:
-    """A copy of the parameters of a policy that was given, placed as `like`: a step gives its buffers away.
+merged = jax.jit(policy.merge, static_argnums=0)
+
+
+def with_adapters(
+    path: str, sizes: policy.PolicyConfig, params: dict, mesh: jax.sharding.Mesh
+) -> tuple[policy.PolicyConfig, dict]:
+    """A policy and the adapters in a directory beside it."""
+    lora, adapters = hf.load_adapters(path, sizes, mesh)
+    return dataclasses.replace(sizes, lora=lora), policy.join(params, adapters)
+
+
+def copy_params(given: tuple[policy.PolicyConfig, dict] | None, mesh: jax.sharding.Mesh) -> dict:
+    """A copy of the parameters of a policy that was given, its adapters merged, on the mesh: a step gives buffers away.
 
     Raises:
         ValueError: there is none.
@@ -160,7 +236,9 @@ def copy_params(given: tuple[policy.PolicyConfig, dict] | None, like: dict) -> d
         whole = np.asarray(to_host(leaf) if elsewhere else leaf)  # whatever mesh it is on
         return jnp.copy(jax.device_put(whole.astype(at.dtype), at.sharding))
 
-    return jax.tree.map(copied, given[1], like)
+    sizes, params = given
+    params = jax.tree.map(copied, params, abstract_params(sizes, mesh))
+    return merged(sizes, params) if sizes.lora else params
 
 
 # ---------------------------------------------------------------- a step's rollouts, by the keys of the config

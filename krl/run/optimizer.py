@@ -92,8 +92,10 @@ def abstract_state(config: policy.PolicyConfig, optimizer: optax.GradientTransfo
         config, optimizer: as for `init_state`.
         params: a tree of jax.ShapeDtypeStruct with shardings.
     """
-    shapes = jax.eval_shape(functools.partial(init_state, config, optimizer), params)
-    whole = named_sharding(jax.tree.leaves(params)[0].sharding.mesh)
+    mesh = jax.tree.leaves(params)[0].sharding.mesh
+    with jax.set_mesh(mesh):
+        shapes = jax.eval_shape(functools.partial(init_state, config, optimizer), params)
+    whole = named_sharding(mesh)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer, lambda leaf, param: leaf.update(sharding=param.sharding), shapes.opt_state, params,
         transform_non_params=lambda leaf: leaf.update(sharding=whole),
@@ -103,7 +105,8 @@ def abstract_state(config: policy.PolicyConfig, optimizer: optax.GradientTransfo
 
 def lay_out(config: policy.PolicyConfig, optimizer: optax.GradientTransformation, state: TrainState) -> TrainState:
     """Constrain parameters and moments to the sharding rules, so that steps keep one layout."""
-    axes, place = policy.param_axes(config), lambda leaf, logical: constrain(leaf, *logical)
+    axes = policy.trained(config, policy.param_axes(config))
+    place = lambda leaf, logical: constrain(leaf, *logical)  # noqa: E731
     opt_state = optax.tree_utils.tree_map_params(optimizer, place, state.opt_state, axes)
     return TrainState(params=jax.tree.map(place, state.params, axes), opt_state=opt_state)
 

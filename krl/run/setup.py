@@ -113,7 +113,7 @@ def set_up(config: ConfigDict, workdir: pathlib.Path, own: Mapping[str, Any] = M
         pairs = find_pairs(config, encode(config, tokenizer, tasks["sft"]), tokenizer) if config.sft.steps else None
         params = abstract_params(policy_config, mesh)
         if given:
-            check_given(given[1], params)
+            check_given(given[1], abstract_params(dataclasses.replace(policy_config, lora=given[0].lora), mesh))
         decode = reshape_mesh(mesh, tuple(config.mesh.decode))
         abstract_params(policy_config, decode)  # refuses a layout that does not divide them
         claim_workdir(workdir, flatten(config), config_json(policy_config, policy_config.stored_dtype), tokenizer)
@@ -216,6 +216,15 @@ def describe_step(config: ConfigDict, candidates: int, served: int) -> str:
     return f"up to {served} of {candidates} prompts and {rollouts}" + unused * (
         f" (prompts_per_step={asked} is not used with alloc.n_min=0: alloc.candidates and alloc.group take its place)"
     )
+
+
+def describe_policy(parts: Setup) -> str:
+    """How many parameters there are, for the line at the start."""
+    size, trained = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (parts.params, policy.trained(parts.policy_config, parts.params))
+    )
+    return f"{size:,} parameters" + f", of which {trained:,} in adapters are trained" * (trained < size)
 
 
 def find_slots(config: ConfigDict, policy_config: policy.PolicyConfig, mesh: jax.sharding.Mesh) -> int | None:

@@ -17,7 +17,7 @@ from krl import hf, policy
 from krl.base.types import Tokenizer
 from krl.configs.check import FREE_KEYS, flatten
 from krl.hf.tokenizer import check_vocabulary, train_sentencepiece
-from krl.hf.weights import check_hf
+from krl.hf.weights import adapters_of, check_hf
 from krl.rollout import Ends
 from krl.rollout.stop import describe_ends, missing_end
 from krl.run.processes import say
@@ -25,6 +25,7 @@ from krl.run.sft import Pairs, encode_pairs, pack_pairs
 from krl.tasks import EncodedTasks, TaskSet
 
 GIVEN = "(given)"  # config.policy.path of a run whose policy was given in Python
+_OF_ADAPTERS = tuple(f"policy.{name}" for name in ("adapter", "lora_rank", "lora_alpha", "lora_modules"))
 
 
 def find_tokenizer(config: ConfigDict, tasks: TaskSet, folder: pathlib.Path, workdir: pathlib.Path) -> pathlib.Path:
@@ -73,16 +74,18 @@ def find_policy(
 
 def sized_policy(config: ConfigDict, vocab_size: int) -> policy.PolicyConfig:
     """The decoder of the config's own sizes."""
-    sizes = {name: value for name, value in config.policy.items() if name != "path"}
+    apart = ("policy.path", *_OF_ADAPTERS)
+    sizes = {name: value for name, value in config.policy.items() if f"policy.{name}" not in apart}
     try:
-        return policy.PolicyConfig(vocab_size=vocab_size, **sizes)
+        return policy.PolicyConfig(vocab_size=vocab_size, **sizes | computed_by(config))
     except ValueError as error:
         raise ValueError(f"config.policy: {error}") from None
 
 
 def computed_by(config: ConfigDict) -> dict[str, Any]:
-    """The options of a decoder that are about its computation and not its checkpoint."""
-    return {name: config.policy[name] for name in ("dtype", "unroll", "remat", "attention")}
+    """The options of a decoder that are about its computation and not its checkpoint, and its adapters."""
+    computation = {name: config.policy[name] for name in ("dtype", "unroll", "remat", "attention")}
+    return computation | adapters_of(flatten(config))
 
 
 def say_ends(config: ConfigDict, ends: Ends, prompts: EncodedTasks) -> None:
@@ -106,7 +109,8 @@ def sft_cache(folder: pathlib.Path, config: ConfigDict, vocab_size: int, pairs: 
         pairs: from `find_pairs`; they say all that fine-tuning sees of data, template and tokenizer.
     """
     flat = flatten(config)
-    chosen = {k: flat[k] for k in sorted(flat) if k.startswith(("seed", "policy.", "sft.")) and k not in FREE_KEYS}
+    left_out = (*FREE_KEYS, *_OF_ADAPTERS)  # fine-tuning is of the policy without adapters
+    chosen = {k: flat[k] for k in sorted(flat) if k.startswith(("seed", "policy.", "sft.")) and k not in left_out}
     told = [f"{part.dtype} {part.shape}" for part in pairs]
     return folder / _digest(json.dumps([chosen, vocab_size, told]).encode(), *map(np.ascontiguousarray, pairs))
 

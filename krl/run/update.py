@@ -58,7 +58,8 @@ def policy_update(
         micro_tokens: tokens that go through the model at once, in whole rows, as many on every device.
         packed: False gives every rollout a row of its own; the gradient is the same.
         temperature: what the rollouts were sampled with.
-        reference: the parameters to stay close to; not used with a kl_coefficient of 0.
+        reference: the parameters to stay close to; not used with a kl_coefficient of 0. Of a policy with adapters,
+            those that they stand on, in any case.
         options: the fields of `krl.learn.Loss`, but importance_cap is 0 by default: that trusts the sampler. Above 0,
             log-probabilities are computed again before the first update, for the ratios.
 
@@ -78,13 +79,14 @@ def policy_update(
     )
     scores_of = functools.partial(_scores, config, temperature=temperature, packed=packed, shared=shared)
     loss_of = functools.partial(_loss, loss, scores_of)
+    frozen = (reference or {}) if config.lora else {}
     drawn = (prompts, rollouts, advantages)
 
     def score(params: dict) -> jax.Array:
         one = lambda place: scores_of(params, fill_columns(place, *drawn), entropy=False)[0]  # noqa: E731
         return map_rows(one, rows, num_rows, micro_rows)
 
-    known = {"old_logps": score(state.params)} if loss.importance_cap else {}
+    known = {"old_logps": score(policy.join(frozen, state.params))} if loss.importance_cap else {}
     if reference is not None and loss.kl_coefficient:
         known["reference_logps"] = score(reference)
     separate = rollout_tokens(prompts, rollouts, run)
@@ -93,7 +95,9 @@ def policy_update(
 
     def update(state: TrainState, share):
         members, rows, num_rows, known = share
-        (loss_sum, metrics), grads = accumulate(loss_of, state.params, drawn, (rows, known), num_rows, micro_rows)
+        (loss_sum, metrics), grads = accumulate(
+            loss_of, state.params, (frozen, drawn), (rows, known), num_rows, micro_rows
+        )
         learnt = (rollouts.mask & (advantages != 0))[members].sum(dtype=jnp.float32)
         state, grad_norm = apply_gradients(config, optimizer, state, grads, loss_sum, tokens_in_share, learnt)
         of_update = {"loss": divide(loss_sum, tokens_in_share), "grad_norm": grad_norm}
@@ -106,14 +110,14 @@ def policy_update(
     return state, _means(metrics) | learnt
 
 
-def _loss(loss: learn.Loss, scores_of: Callable, params: dict, drawn: tuple, part: tuple) -> tuple[jax.Array, dict]:
+def _loss(loss: learn.Loss, scores_of: Callable, params: dict, given: tuple, part: tuple) -> tuple[jax.Array, dict]:
     """(loss sum, metrics) of some rows: where their rollouts stand, and [W, C] log-probabilities computed before.
 
-    What was drawn is (prompts, rollouts, advantages).
+    What is given are parameters that are not trained, and what was drawn: (prompts, rollouts, advantages).
     """
-    place, known = part
+    (place, known), (frozen, drawn) = part, given
     columns = fill_columns(place, *drawn)
-    logps, entropies = scores_of(params, columns, entropy=bool(loss.entropy_coefficient))
+    logps, entropies = scores_of(policy.join(frozen, params), columns, entropy=bool(loss.entropy_coefficient))
     known = known | {"sampler_logps" if loss.importance_cap else "old_logps": columns.logps}
     (loss_sum, _), metrics = learn.policy_loss(
         logps=logps, advantages=columns.advantages, mask=columns.response, sequences=columns.sequences,

@@ -1,6 +1,6 @@
 """Make the golden checkpoints of tests/test_hf.py with transformers and torch, which no test needs.
 
-    pip install torch==2.13.0 transformers==5.23.0 && python tests/golden/make.py
+    pip install torch==2.13.0 transformers==5.23.0 peft==0.21.2 && python tests/golden/make.py
 
 Each family gets a directory with a tiny random checkpoint as transformers writes it and golden.npz:
 logits of three sequences, and 64 greedy tokens after each, in float32. Weights are larger than a fresh
@@ -13,6 +13,7 @@ import pathlib
 import sys
 
 import numpy as np
+import peft
 import torch
 import transformers
 
@@ -50,6 +51,10 @@ FAMILIES = {
     ),
 }
 SEQUENCES = (24, 17, 9)
+ADAPTERS = {
+    "qwen2": {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"},
+    "gemma2": {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "o_proj", "down_proj"], "use_rslora": True},
+}
 
 
 def make(family: str) -> None:
@@ -84,6 +89,26 @@ def make(family: str) -> None:
     (HERE / family / "generation_config.json").unlink(missing_ok=True)
 
 
+def make_adapters(family: str) -> None:
+    """Write a family's adapters, and the logits of its sequences with them."""
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_pretrained(
+        HERE / family, dtype=torch.float32, attn_implementation="eager"
+    )
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **ADAPTERS[family])).eval()
+    with torch.no_grad():
+        for path, weight in model.named_parameters():
+            if "lora_" in path:
+                weight.copy_(torch.randn_like(weight) * 0.3)
+    model.peft_config["default"].base_model_name_or_path = family
+    model.save_pretrained(HERE / family / "adapter")
+    known = np.load(HERE / family / "golden.npz")
+    with torch.no_grad():
+        golden = {f"logits{i}": model(torch.tensor(known[f"tokens{i}"])[None]).logits[0].numpy() for i in range(3)}
+    np.savez_compressed(HERE / family / "adapter" / "golden.npz", **golden)
+    (HERE / family / "adapter" / "README.md").unlink(missing_ok=True)
+
+
 def write_config(family: str) -> None:
     """Write config_v4.json."""
     name, options, dtype = FAMILIES[family]
@@ -94,5 +119,11 @@ def write_config(family: str) -> None:
 
 
 if __name__ == "__main__":
+    only = sys.argv[1:]
     for each in FAMILIES:
-        write_config(each) if "--configs-only" in sys.argv else make(each)
+        if not only:
+            make(each)
+        if "--configs-only" in only:
+            write_config(each)
+        elif each in ADAPTERS:
+            make_adapters(each)

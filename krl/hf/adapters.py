@@ -1,0 +1,162 @@
+"""Low-rank adapters in and out, as PEFT keeps them: adapter_model.safetensors beside an adapter_config.json."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
+
+from krl.hf.config import STORED_TYPES
+from krl.hf.weights import (
+    Tensor,
+    appearing_whole,
+    check_new,
+    few,
+    first_device,
+    read_tensor,
+    stored_shape,
+    tensors_of,
+    write_tensor,
+)
+from krl.policy import lora
+from krl.policy.config import MODULES, Lora, PolicyConfig
+from krl.policy.model import abstract_params
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Fields of adapter_config.json that say nothing about what is computed, or nothing that the tensors do not say. All
+# others but "r", "lora_alpha" and "use_rslora" ask for more than an adapter if they have a value.
+_ASIDE = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "inference_mode",
+    "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "megatron_config", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
+}  # fmt: skip
+# What that value may be where it is one.
+_PLAIN = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
+
+
+def _names(config: PolicyConfig) -> dict[str, Tensor]:
+    """Every tensor of the adapters of a policy by its name in PEFT, in the order of a forward pass."""
+    found = {}
+    for name, tensor in tensors_of(config).items():
+        if tensor.layer is None or config.lora is None or tensor.path[-1] not in config.lora.modules:
+            continue
+        stem, (blocks, own), (outputs, inputs) = name.removesuffix("weight"), tensor.path, tensor.groups
+        into = tuple(range(len(inputs))), (len(inputs),)  # A [inputs, r] is stored as [r, inputs]
+        out = (0,), tuple(range(1, 1 + len(outputs)))  # and B [r, outputs] as [outputs, r]
+        for suffix, kind, groups in (("A", lora.A, into), ("B", lora.B, out)):
+            path = (blocks, own + kind)
+            found[f"base_model.model.{stem}lora_{suffix}.weight"] = Tensor(path, tensor.layer, groups[::-1])
+    return found
+
+
+def load_adapters(
+    path: str | pathlib.Path, config: PolicyConfig, mesh: Mesh | None = None
+) -> tuple[Lora, dict[str, Any]]:
+    """Read adapters that PEFT or `save_adapters` has written.
+
+    Args:
+        path: a directory with adapter_config.json and adapter_model.safetensors.
+        config: of the policy that they are of; its own lora is not asked.
+        mesh: where they go, by the sharding rules; None for the default device.
+
+    Returns:
+        (their rank, alpha and modules; the parameters that `krl.policy.trained` tells, float32).
+
+    Raises:
+        ValueError: a file that is missing or cannot be read, a kind of adapter that is not supported, or tensors that
+            are missing, unexpected or of another shape; the message names them.
+    """
+    path = pathlib.Path(path)
+    fields = _read_fields(path / CONFIG)
+    try:
+        with safetensors.safe_open(path / WEIGHTS, framework="np") as opened:
+            stored = {name: opened.get_slice(name) for name in list(opened.keys())}
+            kinds = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in stored.items()}
+            found = Lora(fields["r"], fields["alpha"], _modules(path / WEIGHTS, config, list(stored)))
+            config = dataclasses.replace(config, lora=found)
+            tensors = _names(config)
+            like = flatten_dict(lora.trained(config, abstract_params(config, mesh or first_device())))
+            leaves: dict[tuple[str, ...], Any] = {}
+            for name, tensor in tensors.items():
+                shape, (has, kind) = stored_shape(tensor, like[tensor.path].shape), kinds.get(name, ((), ""))
+                if name not in stored:
+                    raise ValueError(f"{path / WEIGHTS}: {name} is missing; every layer must have the same adapters")
+                if has != shape or kind not in STORED_TYPES:
+                    raise ValueError(
+                        f"{path / WEIGHTS}: {name} is {kind} of shape {has}; r={found.rank} and the policy ask for "
+                        f"{shape}, {' or '.join(STORED_TYPES)}"
+                    )
+                leaves[tensor.path] = read_tensor(stored[name], tensor, like[tensor.path], leaves.get(tensor.path))
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"cannot read {path / WEIGHTS}: {error}; name a directory of adapters, whole") from None
+    return found, unflatten_dict(leaves)
+
+
+def _read_fields(file: pathlib.Path) -> dict[str, Any]:
+    """The rank "r" and "alpha" of an adapter_config.json; refuses all that is no plain LoRA."""
+    try:
+        fields = json.loads(file.read_text())
+        kind, rank, alpha = fields["peft_type"], fields["r"], fields["lora_alpha"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file.parent} holds no adapters: cannot read {file} ({error!r})") from None
+    if kind != "LORA":
+        raise ValueError(f"{file}: peft_type {kind!r} is not supported; 'LORA' is")
+    for name in fields.keys() - _ASIDE - {"r", "lora_alpha", "use_rslora"}:
+        if fields[name] and fields[name] not in _PLAIN.get(name, ()):
+            raise ValueError(
+                f"{file}: {name}={fields[name]!r} is not supported; merge the adapter into its base model with peft "
+                "(merge_and_unload, save_pretrained) and name what that writes in config.policy.path"
+            )
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise ValueError(f"{file}: r={rank!r} must be a whole number and lora_alpha={alpha!r} a number, above 0")
+    return {"r": rank, "alpha": float(alpha) * (math.sqrt(rank) if fields.get("use_rslora") else 1)}
+
+
+def _modules(file: pathlib.Path, config: PolicyConfig, names: list[str]) -> tuple[str, ...]:
+    """Which weights the tensors of a file are adapters of."""
+    known = {name: tensor.path[-1] for name, tensor in _names(dataclasses.replace(config, lora=Lora(1, 1.0))).items()}
+    unexpected = [name for name in names if name not in known]
+    if unexpected or not names:
+        raise ValueError(
+            f"{file}: {len(unexpected)} tensors that are no adapters of this policy ({few(unexpected)}); adapters may "
+            f"be of {', '.join(MODULES)} in each of its {config.num_layers} layers"
+        )
+    of = {known[name].removesuffix(lora.A).removesuffix(lora.B) for name in names}
+    return tuple(name for name in MODULES if name in of)
+
+
+def save_adapters(path: str | pathlib.Path, config: PolicyConfig, params: dict[str, Any], *, base: str = "") -> None:
+    """Write adapters as a directory that `peft.PeftModel.from_pretrained` opens, float32.
+
+    Args:
+        path: a new or empty directory, which appears whole or not at all.
+        config: of the policy, with lora.
+        params: of the policy, or its adapters alone, on any devices.
+        base: the checkpoint that they are adapters of, for base_model_name_or_path.
+
+    Raises:
+        ValueError: the policy has no adapters, or the directory holds something or cannot be written.
+    """
+    if config.lora is None:
+        raise ValueError("the policy has no adapters (config.policy.lora_rank=0); write all of it")
+    path, leaves, tensors = check_new(path), flatten_dict(lora.trained(config, params)), _names(config)
+    projections = {name.split(".")[-3] for name in tensors}
+    fields = {
+        "base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "init_lora_weights": True, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0, "peft_type": "LORA",
+        "r": config.lora.rank, "target_modules": sorted(projections), "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+    try:
+        with appearing_whole(path) as partial:
+            arrays = {name: write_tensor(leaves[tensor.path], tensor) for name, tensor in tensors.items()}
+            if partial is not None:
+                safetensors.numpy.save_file(arrays, partial / WEIGHTS, metadata={"format": "pt"})
+                (partial / WEIGHTS).chmod(0o644)
+                (partial / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write the adapters {path}: {error}") from None
