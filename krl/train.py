@@ -45,6 +45,7 @@ from krl.run.metrics import (
     MetricsLog,
     PhaseClock,
     belief_metrics,
+    give_back_memory,
     memory_used,
     over_processes,
     profile,
@@ -279,6 +280,7 @@ def take_step(
         prompts = place(Prompts(parts.train.tokens[task_ids], parts.train.mask[task_ids], task_ids))
     params = whole(parts, learner, reference)
     drawn = spend_budget(config, parts, params, prompts, known, step, sample_key, clock, chosen)
+    give_back_memory(params)
     rollouts, rewards, scored, said = drawn.rollouts, drawn.rewards, drawn.scored, drawn.verdicts
     heard = rollouts.replace(mask=scored)  # a rollout without a reward teaches nothing
     with clock.phase("update"):
@@ -296,6 +298,7 @@ def take_step(
             sampled=drawn.counts > 0, fit_discounts=config.alloc.fit_discounts,
         )  # fmt: skip
         learner = jax.block_until_ready(Learner(state, belief, prior))
+    give_back_memory(params)
     processes.check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
     metrics = learnt | step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages, scored)
     metrics = {name: float(value) for name, value in metrics.items()} | belief_metrics(belief, step)

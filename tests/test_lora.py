@@ -335,17 +335,51 @@ def test_a_run_of_adapters_is_measured_and_exported_merged_and_alone(finished, t
     measured = measure(config_with(**ADAPTED), workdir)["held_out"]
     assert measured["avg@2"]["value"] == pytest.approx(rows(workdir)[-1]["eval/accuracy"])
     assert hf.export(workdir, tmp_path / "merged") == 4
-    bare, merged = hf.load_hf(tmp_path / "merged")
+    _, merged = hf.load_hf(tmp_path / "merged")
     assert same(merged, policy.merge(result.policy, result.params))
     assert hf.export(workdir, tmp_path / "alone", adapters=True) == 4
-    lora, adapters = hf.load_adapters(tmp_path / "alone", bare)
+    base, frozen = hf.load_hf(tmp_path / "alone" / "base")  # nobody else has what was fine-tuned
+    assert json.loads((tmp_path / "alone" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "alone" / "base"
+    )
+    lora, adapters = hf.load_adapters(tmp_path / "alone", base)
+    together = dataclasses.replace(base, lora=lora), policy.join(frozen, adapters)
+    assert same(policy.merge(*together), merged)
     assert (lora.rank, lora.alpha, lora.modules) == (2, 32.0, ("query", "value", "up"))
     assert same(adapters, policy.trained(result.policy, result.params))
     assert result.generate(["1+1="]) == result.generate(["1+1="])
-    shutil.copytree(workdir, tmp_path / "lost")
-    shutil.rmtree(tmp_path / "lost" / "frozen")
-    with pytest.raises(ValueError, match="frozen holds no checkpoint"):
-        measure(config_with(**ADAPTED), tmp_path / "lost")
+    with pytest.raises(ValueError, match="written in float32"):
+        hf.export(workdir, tmp_path / "again", adapters=True, dtype="bfloat16")
+
+
+def test_a_frozen_policy_that_is_not_the_one_of_the_run_is_refused(finished, tmp_path):
+    workdir, _ = finished
+    run_here(tmp_path / "other", **ADAPTED | {"seed": 1, "sft.steps": 0, "steps": 0})
+    for name, fault in (("lost", "frozen"), ("swapped", "frozen does not hold"), ("damaged", "checkpoint .*frozen/0")):
+        shutil.copytree(workdir, tmp_path / name)
+        frozen = tmp_path / name / "frozen"
+        if name != "damaged":
+            shutil.rmtree(frozen)
+        if name == "swapped":
+            shutil.copytree(tmp_path / "other" / "frozen", frozen)
+        if name == "damaged":
+            for file in (file for file in frozen.rglob("d/*") if file.is_file()):
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with pytest.raises(ValueError, match=fault):
+            measure(config_with(**ADAPTED), tmp_path / name)
+        with pytest.raises(ValueError, match=fault):
+            hf.export(tmp_path / name, tmp_path / "out")
+        assert frozen.exists() == (name != "lost")
+
+
+def test_a_frozen_policy_that_another_run_left_is_refused_before_the_first_checkpoint(finished, tmp_path):
+    keys = ADAPTED | {"sft.steps": 0, "eval.every": 0, "checkpoint.dir": str(tmp_path / "kept"), "steps": 1}
+    run_here(tmp_path / "first", **keys)
+    shutil.rmtree(tmp_path / "kept" / "checkpoints")
+    assert run_here(tmp_path / "first", **keys).metrics["step"] == 1
+    shutil.rmtree(tmp_path / "kept" / "checkpoints")
+    with pytest.raises(ValueError, match="frozen has checkpoints of a run with another config"):
+        run_here(tmp_path / "second", **keys | {"seed": 5})
 
 
 def test_a_policy_with_adapters_is_given_merged(finished, tmp_path):
@@ -378,8 +412,14 @@ def test_a_run_goes_on_from_adapters_or_merges_them(tmp_path):
     merged = run_here(tmp_path / "merged", **keys)
     _, base = hf.load_hf(start)
     assert same(merged.params, policy.merge(config, policy.join(base, moved)))
-    with pytest.raises(ValueError, match="has rank 2, alpha 32 and modules"):
+    with pytest.raises(
+        ValueError, match=r"goes on with policy.lora_rank=2, lora_alpha=32.0 and lora_modules=\('query'"
+    ):
         run_here(tmp_path / "other", **keys | ADAPTED | {"policy.lora_rank": 3})
+    assert list((tmp_path / "other").iterdir()) == []  # which is free for the right values
+    alone = hf.export(tmp_path / "on", tmp_path / "alone", adapters=True)
+    assert (alone, [file.name for file in (tmp_path / "alone").iterdir() if file.is_dir()]) == (0, [])
+    assert json.loads((tmp_path / "alone" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(start)
     measured = measure(config_with(**keys), tmp_path / "measured")
     assert "_with_adapters_" in next(iter((tmp_path / "measured" / "eval").iterdir())).name
     assert measured["held_out"]["tasks"] == 6

@@ -22,6 +22,7 @@ import pytest
 from rich.console import Console
 
 from krl import learn, policy
+from krl.base.digest import digest
 from krl.base.sharding import make_mesh, named_sharding, tree_sharding
 from krl.base.types import Rollouts
 from krl.configs import (
@@ -576,7 +577,7 @@ def test_a_digest_tells_parameters_apart_and_not_their_layout():
     mesh = make_mesh((4, 2), ("fsdp", "model"))
     spread = jax.device_put(params, tree_sharding(mesh, policy.param_axes(tiny.CONFIG), jax.eval_shape(tiny.params)))
     with jax.set_mesh(mesh):
-        assert checkpoint.digest(spread) == checkpoint.digest(params)
+        assert digest(spread) == digest(params)
     a, b = np.arange(6, dtype=np.float32).reshape(2, 3), np.zeros(3, np.float32)
     minus, one_bit, last = b.copy(), a.copy(), a.copy()
     minus[1], one_bit[0, 1], last[1, 2] = -0.0, np.nextafter(a[0, 1], 9, dtype=np.float32), np.nan
@@ -584,7 +585,7 @@ def test_a_digest_tells_parameters_apart_and_not_their_layout():
         {"a": a, "b": b}, {"a": one_bit, "b": b}, {"a": last, "b": b}, {"a": a, "b": minus}, {"a": a[::-1], "b": b}, {"a": a.T, "b": b},
         {"a": a.reshape(3, 2), "b": b}, {"b": a, "a": b}, {"a": a}, {"a": a[[0, 0]], "b": b},
     ]  # fmt: skip
-    assert len({checkpoint.digest(jax.tree.map(jnp.asarray, each)) for each in different}) == len(different)
+    assert len({digest(jax.tree.map(jnp.asarray, each)) for each in different}) == len(different)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
@@ -799,3 +800,17 @@ def test_a_step_is_one_line_of_a_terminal_with_its_steps_and_the_time_left(monke
     assert len(line) <= width
     assert line.startswith("knapsack_log") == (width == 120)
     assert status_line(seen | {"reward_mean": -1.5e300}, 0.5).startswith("reward -1.5e+300  effective 0.34")
+
+
+@pytest.mark.parametrize(
+    ("size", "backend", "libc", "times"),
+    [(3, "cpu", True, 1), (2, "cpu", True, 0), (3, "tpu", True, 0), (3, "cpu", False, 0)],
+)
+def test_memory_is_given_back_where_large_policies_compute_on_cpus(monkeypatch, size, backend, libc, times):
+    given = []
+    known = {"malloc_trim": given.append} if libc else {}
+    monkeypatch.setattr(metrics_module, "LARGE", 3)
+    monkeypatch.setattr(metrics_module.ctypes, "CDLL", lambda name: SimpleNamespace(**known))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    metrics_module.give_back_memory({"weight": np.zeros(size)})
+    assert given == [0] * times

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from krl import budget, hf, policy, rollout
+from krl.base.digest import digest
 from krl.base.sharding import make_mesh, reshape_mesh
 from krl.base.types import Tokenizer
 from krl.configs.check import FREE_KEYS, check, flatten
@@ -35,7 +36,7 @@ from krl.policy.model import abstract_params
 from krl.rewards.functions import parse_rewards
 from krl.rewards.pool import VerifierPool
 from krl.rewards.verify import answer_key
-from krl.run.checkpoint import Checkpoints, check_workdir, digest, make_workdir, write_json
+from krl.run.checkpoint import Checkpoints, check_workdir, make_workdir, write_json
 from krl.run.command import run_program
 from krl.run.data import encode, load_task_sets, make_verifiers
 from krl.run.learner import merged, read_frozen, with_adapters
@@ -211,10 +212,10 @@ def load_params(
     params = trees["params"]
     if policy_config.lora:
         place = directory.with_name("frozen")
-        frozen = read_frozen(policy.frozen(policy_config, like), place)
-        if frozen is None:
-            raise ValueError(f"{place} holds no checkpoint: the adapters of the run stand on what was there")
-        params = policy.join(frozen, params)
+        found = read_frozen(policy.frozen(policy_config, like), place) if place.exists() else None
+        if found is None or found[1]["reference"] != trees["about"].get("reference"):
+            raise ValueError(f"{place} does not hold what the adapters of this run stand on; bring it back")
+        params = policy.join(found[0], params)
     return f"step {step}" + (f" after {undone} rollbacks" if undone else ""), params
 
 

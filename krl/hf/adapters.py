@@ -36,7 +36,11 @@ _ASIDE = {
     "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
 # What that value may be where it is one.
-_PLAIN = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
+_PLAIN = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
+_MERGE = (
+    "; merge the adapter into its base model with peft (merge_and_unload, save_pretrained) and name what that writes in "
+    "config.policy.path"
+)
 
 
 def _names(config: PolicyConfig) -> dict[str, Tensor]:
@@ -68,53 +72,70 @@ def load_adapters(
         (their rank, alpha and modules; the parameters that `krl.policy.trained` tells, float32).
 
     Raises:
+        ValueError: as `check_adapters`.
+    """
+    config = dataclasses.replace(config, lora=check_adapters(path, config))
+    assert config.lora is not None
+    like = flatten_dict(lora.trained(config, abstract_params(config, mesh or first_device())))
+    leaves: dict[tuple[str, ...], Any] = {}
+    with safetensors.safe_open(pathlib.Path(path) / WEIGHTS, framework="np") as opened:
+        for name, tensor in _names(config).items():
+            at = tensor.path
+            leaves[at] = read_tensor(opened.get_slice(name), tensor, like[at], leaves.get(at))
+    return config.lora, unflatten_dict(leaves)
+
+
+def check_adapters(path: str | pathlib.Path, config: PolicyConfig) -> Lora:
+    """The rank, alpha and modules of the adapters in a directory, by its adapter_config.json and its tensors' headers.
+
+    Args:
+        path, config: as for `load_adapters`.
+
+    Raises:
         ValueError: a file that is missing or cannot be read, a kind of adapter that is not supported, or tensors that
             are missing, unexpected or of another shape; the message names them.
     """
     path = pathlib.Path(path)
-    fields = _read_fields(path / CONFIG)
+    rank, alpha = _read_fields(path / CONFIG)
+    file = path / WEIGHTS
     try:
-        with safetensors.safe_open(path / WEIGHTS, framework="np") as opened:
-            stored = {name: opened.get_slice(name) for name in list(opened.keys())}
-            kinds = {name: (tuple(one.get_shape()), one.get_dtype()) for name, one in stored.items()}
-            found = Lora(fields["r"], fields["alpha"], _modules(path / WEIGHTS, config, list(stored)))
-            config = dataclasses.replace(config, lora=found)
-            tensors = _names(config)
-            like = flatten_dict(lora.trained(config, abstract_params(config, mesh or first_device())))
-            leaves: dict[tuple[str, ...], Any] = {}
-            for name, tensor in tensors.items():
-                shape, (has, kind) = stored_shape(tensor, like[tensor.path].shape), kinds.get(name, ((), ""))
-                if name not in stored:
-                    raise ValueError(f"{path / WEIGHTS}: {name} is missing; every layer must have the same adapters")
-                if has != shape or kind not in STORED_TYPES:
-                    raise ValueError(
-                        f"{path / WEIGHTS}: {name} is {kind} of shape {has}; r={found.rank} and the policy ask for "
-                        f"{shape}, {' or '.join(STORED_TYPES)}"
-                    )
-                leaves[tensor.path] = read_tensor(stored[name], tensor, like[tensor.path], leaves.get(tensor.path))
+        with safetensors.safe_open(file, framework="np") as opened:
+            views = {name: opened.get_slice(name) for name in list(opened.keys())}
+            stored = {name: (tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise ValueError(f"cannot read {path / WEIGHTS}: {error}; name a directory of adapters, whole") from None
-    return found, unflatten_dict(leaves)
+        raise ValueError(f"cannot read {file}: {error}; name a directory of adapters, whole") from None
+    found = Lora(rank, alpha, _modules(file, config, list(stored)))
+    config = dataclasses.replace(config, lora=found)
+    like = flatten_dict(lora.trained(config, abstract_params(config, first_device())))
+    for name, tensor in _names(config).items():
+        if name not in stored:
+            raise ValueError(f"{file}: {name} is missing; every layer must have the same adapters{_MERGE}")
+        shape, (has, kind) = stored_shape(tensor, like[tensor.path].shape), stored[name]
+        if has != shape or kind not in STORED_TYPES:
+            raise ValueError(
+                f"{file}: {name} is {kind} of shape {has}; r={rank} and the policy ask for {shape}, "
+                f"{' or '.join(STORED_TYPES)}"
+            )
+    return found
 
 
-def _read_fields(file: pathlib.Path) -> dict[str, Any]:
-    """The rank "r" and "alpha" of an adapter_config.json; refuses all that is no plain LoRA."""
+def _read_fields(file: pathlib.Path) -> tuple[int, float]:
+    """(rank, alpha) of an adapter_config.json; refuses all that is no plain LoRA."""
     try:
         fields = json.loads(file.read_text())
         kind, rank, alpha = fields["peft_type"], fields["r"], fields["lora_alpha"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file.parent} holds no adapters: cannot read {file} ({error!r})") from None
+        inside = next(file.parent.glob(f"*/{CONFIG}"), None)
+        told = f"; {inside.parent} does: name it" if inside else ""
+        raise ValueError(f"{file.parent} holds no adapters: cannot read {file} ({error!r}){told}") from None
     if kind != "LORA":
         raise ValueError(f"{file}: peft_type {kind!r} is not supported; 'LORA' is")
     for name in fields.keys() - _ASIDE - {"r", "lora_alpha", "use_rslora"}:
         if fields[name] and fields[name] not in _PLAIN.get(name, ()):
-            raise ValueError(
-                f"{file}: {name}={fields[name]!r} is not supported; merge the adapter into its base model with peft "
-                "(merge_and_unload, save_pretrained) and name what that writes in config.policy.path"
-            )
+            raise ValueError(f"{file}: {name}={fields[name]!r} is not supported{_MERGE}")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
         raise ValueError(f"{file}: r={rank!r} must be a whole number and lora_alpha={alpha!r} a number, above 0")
-    return {"r": rank, "alpha": float(alpha) * (math.sqrt(rank) if fields.get("use_rslora") else 1)}
+    return rank, float(alpha) * (math.sqrt(rank) if fields.get("use_rslora") else 1)
 
 
 def _modules(file: pathlib.Path, config: PolicyConfig, names: list[str]) -> tuple[str, ...]:
@@ -124,7 +145,7 @@ def _modules(file: pathlib.Path, config: PolicyConfig, names: list[str]) -> tupl
     if unexpected or not names:
         raise ValueError(
             f"{file}: {len(unexpected)} tensors that are no adapters of this policy ({few(unexpected)}); adapters may "
-            f"be of {', '.join(MODULES)} in each of its {config.num_layers} layers"
+            f"be of {', '.join(MODULES)} in each of its {config.num_layers} layers{_MERGE}"
         )
     of = {known[name].removesuffix(lora.A).removesuffix(lora.B) for name in names}
     return tuple(name for name in MODULES if name in of)

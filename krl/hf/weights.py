@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from krl.base.digest import digest
 from krl.hf.config import STORED_TYPES, config_json, read_config, what_else
 from krl.policy import lora
 from krl.policy.config import Lora, PolicyConfig
@@ -325,7 +326,8 @@ def export(
     Args:
         workdir: of train.py; its folder policy holds config.json and the tokenizer's files.
         path, dtype: as for `save_hf`.
-        adapters: write the adapters of the run alone, in PEFT's format; by default they are merged.
+        adapters: write the adapters of the run alone, in PEFT's format; by default they are merged. What they stand on
+            goes beside them, to the directory base in path, unless it is the checkpoint in config.policy.path.
 
     Returns:
         The step of the checkpoint.
@@ -341,15 +343,28 @@ def export(
     run = workdir / "config.json"
     keys = json.loads(run.read_text()) if run.exists() else {}
     config = read_config(workdir / "policy", **adapters_of(keys))
-    place, like = epath.Path(keys.get("checkpoint.dir") or workdir.absolute()), abstract_params(config, first_device())
-    step, params = _newest(place / "checkpoints", lora.trained(config, like))
-    if adapters:
-        save_adapters(path, config, params, base=keys["policy.path"])
+    if adapters and (dtype or not config.lora):
+        why = "are written in float32: leave dtype out" if config.lora else "are not there (config.policy.lora_rank=0)"
+        raise ValueError(f"the adapters of {workdir} {why}")
+    path, like = check_new(path), abstract_params(config, first_device())
+    place = epath.Path(keys.get("checkpoint.dir") or workdir.absolute())
+    files = [file for file in sorted((workdir / "policy").iterdir()) if file.name != "config.json"]
+    step, params, about = _newest(place / "checkpoints", lora.trained(config, like))
+    if not config.lora:
+        save_hf(path, config, params, dtype=dtype, files=files)
         return step
-    if config.lora:
-        params = lora.join(_newest(place / "frozen", lora.frozen(config, like))[1], params)
-    others = [file for file in sorted((workdir / "policy").iterdir()) if file.name != "config.json"]
-    save_hf(path, config, params, dtype=dtype, files=others)
+    if not (place / "frozen").is_dir():
+        raise ValueError(f"{place / 'frozen'} is missing; a run's adapters stand on what is there: bring it back")
+    _, frozen, _ = _newest(place / "frozen", lora.frozen(config, like))
+    if digest(frozen) != about.get("reference"):
+        raise ValueError(f"{place / 'frozen'} does not hold what the adapters of this run stand on; bring it back")
+    if not adapters:
+        save_hf(path, config, lora.join(frozen, params), dtype=dtype, files=files)
+        return step
+    known = pathlib.Path(keys["policy.path"]).is_dir() and not keys["sft.steps"]  # nobody else has a fine-tuned one
+    save_adapters(path, config, params, base=keys["policy.path"] if known else str(path / "base"))
+    if not known:
+        save_hf(path / "base", dataclasses.replace(config, lora=None), frozen, files=files)
     return step
 
 
@@ -359,8 +374,8 @@ def adapters_of(keys: Mapping[str, Any]) -> dict[str, Lora | None]:
     return {"lora": Lora(rank, alpha, tuple(modules)) if rank and alpha and modules else None}
 
 
-def _newest(directory: epath.Path, like: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """The step and the parameters of the newest checkpoint in a directory."""
+def _newest(directory: epath.Path, like: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """The step, the parameters, and what is said about them, of the newest checkpoint in a directory."""
     import orbax.checkpoint as ocp  # slow to import, and only an export needs it
 
     if not directory.is_dir():
@@ -370,10 +385,13 @@ def _newest(directory: epath.Path, like: dict[str, Any]) -> tuple[int, dict[str,
         if step is None:
             raise ValueError(f"{directory.parent} holds no checkpoint yet; let train.py take a few steps")
         try:
-            found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise ValueError(f"cannot read checkpoint {directory / str(step)}: {str(error).splitlines()[0]}") from None
-    return step, found["params"]
+            told = {"about": ocp.args.JsonRestore()} if (directory / str(step) / "about").exists() else {}
+            asked = ocp.args.Composite(params=ocp.args.StandardRestore(like), **told)
+            found = manager.restore(step, args=asked)
+        except Exception as error:  # Orbax raises a plain one for damaged arrays
+            reason = str(error).splitlines()[0][:200]
+            raise ValueError(f"cannot read checkpoint {directory / str(step)}: {reason}; it may be damaged") from None
+    return step, found["params"], found["about"] if told else {}
 
 
 def _plan_shards(

@@ -1,7 +1,6 @@
 """Checkpoints by Orbax: everything a run needs to continue, written whole or not at all."""
 
 import contextlib
-import hashlib
 import json
 import os
 import pathlib
@@ -13,12 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 from etils import epath, epy
 
 from krl.base.types import Tokenizer
 from krl.hf.tokenizer import save_end_ids
-from krl.run.processes import any_process, is_first, say, to_host
+from krl.run.processes import any_process, is_first, say
 
 with epy.lazy_imports():  # Orbax takes most of a second, for which help and refusals need not wait
     import orbax.checkpoint as ocp
@@ -171,35 +169,6 @@ class Checkpoints(contextlib.AbstractContextManager):
                 (self.directory / str(step)).rename(aside / f"{step}_{time.time_ns()}")
         any_process(False)  # all wait until they are gone
         self._manager.reload()
-
-
-def digest(params: dict) -> str:
-    """What tells parameters from all others, whatever mesh they lie on: a digest of names, shapes and bits.
-
-    Args:
-        params: a tree of floating-point arrays; narrow ones count as the float32 of the same value.
-    """
-    named = jax.tree_util.tree_leaves_with_path(params)
-    names = [f"{jax.tree_util.keystr(path)} {leaf.shape}" for path, leaf in named]
-    sums = to_host(_sums_of_bits([leaf for _, leaf in named]))
-    return hashlib.blake2b("\n".join(names).encode() + sums.tobytes(), digest_size=8).hexdigest()
-
-
-@jax.jit
-def _sums_of_bits(leaves: Sequence[jax.Array]) -> jax.Array:
-    """Two sums over the bits of each array, mixed with where they stand, [n, 2] uint32; their order changes nothing."""
-
-    def sums(leaf: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-        place = jnp.zeros_like(bits)
-        for axis, size in enumerate(bits.shape):
-            place = place * size + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        mixed = bits ^ (place * jnp.uint32(0x9E3779B9))
-        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # the finaliser of MurmurHash3
-            mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
-        return jnp.stack([mixed.sum(dtype=jnp.uint32), ((mixed >> 7) * (2 * place + 1)).sum(dtype=jnp.uint32)])
-
-    return jnp.stack([sums(leaf) for leaf in leaves])
 
 
 def _first_cause(error: BaseException) -> BaseException:

@@ -14,10 +14,11 @@ from etils import epath
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from krl import budget, hf, learn, policy
+from krl.base.digest import digest
 from krl.base.types import Rollouts, TrainState
 from krl.policy.model import abstract_params
 from krl.rewards.functions import as_float32
-from krl.run.checkpoint import Checkpoints, digest
+from krl.run.checkpoint import Checkpoints
 from krl.run.lock import wait_for
 from krl.run.metrics import progress
 from krl.run.optimizer import abstract_state, init_state, make_optimizer
@@ -73,7 +74,8 @@ def start_or_continue(
     penalty, adapted = config.loss.kl_coefficient, parts.policy_config.lora
     if begins or penalty or adapted:
         find = functools.partial(start_params, config, parts, should_stop)
-        reference = find_frozen(parts, checkpoints.directory.with_name("frozen"), find) if adapted else find()
+        frozen = checkpoints.directory.with_name("frozen")
+        reference = find_frozen(parts, frozen, about, find) if adapted else find()
         if reference is None:
             return 0, None, None
         if penalty or adapted:
@@ -114,44 +116,53 @@ def whole(parts: Setup, learner: Learner, reference: dict | None) -> dict:
     return policy.join(reference or {}, learner.state.params) if parts.policy_config.lora else learner.state.params
 
 
-def find_frozen(parts: Setup, directory: epath.Path, begin: Callable[[], dict | None]) -> dict | None:
+def find_frozen(parts: Setup, directory: epath.Path, about: dict, begin: Callable[[], dict | None]) -> dict | None:
     """What the adapters of a run stand on: kept in a directory of its own, so that checkpoints need not hold it.
 
     Args:
         parts: of the run.
         directory: whose only checkpoint it is; written if there is none.
+        about: the run, of which config_digest is kept beside it.
         begin: makes the float32 parameters of the first step; None if it should stop before.
+
+    Raises:
+        ValueError: the directory is another run's, or does not hold what was written.
     """
     like = policy.frozen(parts.policy_config, parts.params)
-    if (found := read_frozen(like, directory)) is not None:
-        return found
-    if (params := begin()) is None:
+    if directory.exists() and (found := read_frozen(like, directory)):
+        params, was = found
+        if was.get("config_digest") != about["config_digest"]:
+            raise ValueError(SAME["config_digest"].format(directory=directory))
+        return params
+    if (begun := begin()) is None:
         return None
-    narrow = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, like)
+    narrow = jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), begun, like)
     with Checkpoints(directory, keep=1) as kept:
-        kept.save(0, {"params": narrow})
+        kept.save(0, {"params": narrow}, {"config_digest": about["config_digest"], "reference": digest(narrow)})
     return narrow
 
 
-def read_frozen(like: dict, directory: epath.Path) -> dict | None:
-    """What `find_frozen` has written in a directory, placed as `like`; None if there is nothing."""
+def read_frozen(like: dict, directory: epath.Path) -> tuple[dict, dict] | None:
+    """What `find_frozen` has written in a directory, placed as `like`, and about it; None if there is nothing.
+
+    Raises:
+        ValueError: it cannot be read, or is not what was written.
+    """
     with Checkpoints(directory, keep=1) as kept:
         found = kept.restore({"params": like}, move_aside=False)
-    return found and found[1]["params"]
+    if found is None:
+        return None
+    params, about = found[1]["params"], found[1]["about"]
+    if digest(params) != about.get("reference"):
+        raise ValueError(f"{directory} does not hold what was written there; remove it, and the run writes it again")
+    return params, about
 
 
 def begin_adapters(config: ConfigDict, parts: Setup, frozen: dict) -> dict:
     """The adapters of the first step: those in config.policy.adapter, or fresh ones."""
     sizes, changed = parts.policy_config, policy.trained(parts.policy_config, parts.params)
     if config.policy.adapter:
-        found, adapters = hf.load_adapters(config.policy.adapter, sizes, parts.mesh)
-        if found != sizes.lora:
-            raise ValueError(
-                f"config.policy.adapter={config.policy.adapter!r} has rank {found.rank}, alpha {found.alpha:g} and "
-                f"modules {found.modules}: give these as policy.lora_rank, lora_alpha and lora_modules, or "
-                "policy.lora_rank=0 to merge it"
-            )
-        return adapters
+        return hf.load_adapters(config.policy.adapter, sizes, parts.mesh)[1]
     shardings = jax.tree.map(lambda leaf: leaf.sharding, changed)
     fresh = jax.jit(lambda key: policy.trained(sizes, policy.adapt(sizes, frozen, key)), out_shardings=shardings)
     return fresh(jax.random.key(config.seed))

@@ -63,6 +63,8 @@ def find_policy(
             found = dataclasses.replace(given, **computed_by(config))
         else:
             found, _ = check_hf(config.policy.path, **computed_by(config))
+        if config.policy.adapter and not (workdir / "config.json").exists():
+            check_adapter(config, found)
         check_vocabulary(tokenizer, found.vocab_size)
         row = config.data.max_prompt_tokens + config.sample.max_new_tokens
         longest = json.loads(found.source or "{}").get("max_position_embeddings") or row
@@ -70,6 +72,17 @@ def find_policy(
             say(f"krl: rows of {row} tokens are longer than the {longest} that the checkpoint was made for")
         return found
     return sized_policy(config, tokenizer.vocab_size)
+
+
+def check_adapter(config: ConfigDict, sizes: policy.PolicyConfig) -> None:
+    """Refuse a directory of adapters that a run cannot begin from."""
+    found = hf.check_adapters(config.policy.adapter, sizes)
+    if sizes.lora and found != sizes.lora:
+        keys = f"lora_rank={found.rank}, lora_alpha={found.alpha!r} and lora_modules={found.modules}"
+        raise ValueError(
+            f"config.policy.adapter={config.policy.adapter!r} goes on with policy.{keys} alone: give these, or "
+            "policy.lora_rank=0 to merge it"
+        )
 
 
 def sized_policy(config: ConfigDict, vocab_size: int) -> policy.PolicyConfig:
