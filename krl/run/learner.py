@@ -74,8 +74,7 @@ def start_or_continue(
     penalty, adapted = config.loss.kl_coefficient, parts.policy_config.lora
     if begins or penalty or adapted:
         find = functools.partial(start_params, config, parts, should_stop)
-        frozen = checkpoints.directory.with_name("frozen")
-        reference = find_frozen(parts, frozen, about, find) if adapted else find()
+        reference = find_frozen(parts, checkpoints.directory.with_name("frozen"), about, find) if adapted else find()
         if reference is None:
             return 0, None, None
         if penalty or adapted:
