@@ -38,8 +38,8 @@ _ASIDE = {
 # What that value may be where it is one.
 _PLAIN = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "eva", "orthogonal")}
 _MERGE = (
-    "; merge the adapter into its base model with peft (merge_and_unload, save_pretrained) and name what that writes in "
-    "config.policy.path"
+    "; merge the adapter into its base model with peft (merge_and_unload, save_pretrained) and name what that writes "
+    "in config.policy.path"
 )
 
 

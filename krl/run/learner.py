@@ -40,9 +40,9 @@ SAME = {
     ),
     "config_digest": ("{directory} has checkpoints of a run with another config; choose another config.checkpoint.dir"),
     "reference": (
-        "the policy that config.loss.kl_coefficient or adapters hold the run to is not the one that it began from: {was} "
-        "at step {step}, {now} now; bring back what config.policy.path, config.sft.dir or frozen/ held, or choose "
-        "another --workdir"
+        "the policy that config.loss.kl_coefficient or adapters hold the run to is not the one that it began from: "
+        "{was} at step {step}, {now} now; bring back what config.policy.path, config.sft.dir or frozen/ held, or "
+        "choose another --workdir"
     ),
 }
 
