@@ -169,7 +169,7 @@ def test_eight_devices_train_adapters_as_one(shape, names):
     for mine, other in zip(jax.tree.leaves(eight.params), jax.tree.leaves(one.params), strict=True):
         np.testing.assert_allclose(mine, other, atol=2e-4)
     for name in ("loss", "kl", "grad_norm"):
-        np.testing.assert_allclose(told[name], said[name], atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(told[name], said[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_what_is_frozen_takes_the_type_of_the_computation_and_adapters_stay_whole():
@@ -316,8 +316,8 @@ def test_a_run_trains_adapters_and_keeps_what_they_stand_on_once(finished, capsy
     assert float(np.abs(np.asarray(result.params["blocks"]["query_lora_b"])).max()) > 0  # it has learnt something
     assert [path.name for path in (workdir / "frozen").iterdir()] == ["0"]
     assert not list((workdir / "checkpoints").glob("*/params/*embedding*"))
-    assert rows(workdir)[1]["kl"] == pytest.approx(0, abs=1e-6)
-    assert rows(workdir)[-1]["kl"] > 0
+    first, *_, last = (row["kl"] for row in rows(workdir)[1:])
+    assert 0 <= first < 5e-6 < last  # it begins at the policy that is frozen, and leaves it
     assert all(np.isfinite(row["loss"]) for row in rows(workdir)[1:])
 
 
