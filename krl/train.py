@@ -38,7 +38,7 @@ from krl.run.checkpoint import Checkpoints, stop_on_signal
 from krl.run.command import run_program
 from krl.run.compiled import for_this_backend
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
-from krl.run.learner import Learner, find_advantages, rewards_to_compare, saved, start_or_continue, whole
+from krl.run.learner import Learner, find_advantages, rewards_to_compare, saved, start_or_continue, whole_policy
 from krl.run.lock import hold_workdir
 from krl.run.metrics import (
     CompileCounter,
@@ -157,7 +157,7 @@ def take_steps(
         profile(workdir / "profile", begin=step + 2, steps=config.profile.steps * processes.is_first()) as record,
     ):
         if step == 0 and config.eval.every and not should_stop():
-            newest = evaluate_start(config, parts, whole(parts, learner, reference), log, hear)
+            newest = evaluate_start(config, parts, whole_policy(parts, learner, reference), log, hear)
             show(0, f"accuracy {short(newest)}")
         if config.steps == 0:
             save(checkpoints, step, learner, about)
@@ -173,7 +173,7 @@ def take_steps(
             every = processes.gather({k: v for k, v in metrics.items() if k.startswith("seconds/")} | memory_used())
             metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)} | over_processes(every)
             if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
-                metrics |= evaluate_held_out(config, parts, whole(parts, learner, reference), log, step, hear)
+                metrics |= evaluate_held_out(config, parts, whole_policy(parts, learner, reference), log, step, hear)
                 newest = metrics["eval/accuracy"]
                 if newest > highest:
                     highest = newest
@@ -188,7 +188,7 @@ def take_steps(
         save(checkpoints, step, learner, about)
         processes.say(f"krl: stopped after step {step}; the same command continues from there")
         return "stopped", {}
-    return "finished", whole(parts, learner, reference)
+    return "finished", whole_policy(parts, learner, reference)
 
 
 def save(checkpoints: Checkpoints, step: int, learner: Learner, about: dict[str, Any]) -> None:
@@ -278,7 +278,7 @@ def take_step(
     with clock.phase("budget"):
         task_ids, (before, known, features, chances), chosen = choose_prompts(config, parts, learner, step)
         prompts = place(Prompts(parts.train.tokens[task_ids], parts.train.mask[task_ids], task_ids))
-    params = whole(parts, learner, reference)
+    params = whole_policy(parts, learner, reference)
     drawn = spend_budget(config, parts, params, prompts, known, step, sample_key, clock, chosen)
     give_back_memory(params)
     rollouts, rewards, scored, said = drawn.rollouts, drawn.rewards, drawn.scored, drawn.verdicts

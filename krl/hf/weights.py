@@ -335,7 +335,7 @@ def export(
     Raises:
         ValueError: there is no checkpoint that can be read, the run has no adapters, or `save_hf` refuses.
     """
-    from krl.hf.adapters import save_adapters
+    from krl.hf.adapters import save_adapters  # which stands on this module
 
     workdir = pathlib.Path(workdir)
     if not (workdir / "policy").is_dir():

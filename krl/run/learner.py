@@ -22,11 +22,11 @@ from krl.run.checkpoint import Checkpoints
 from krl.run.lock import wait_for
 from krl.run.metrics import progress
 from krl.run.optimizer import abstract_state, init_state, make_optimizer
-from krl.run.processes import is_first, place_whole, say, to_host
+from krl.run.processes import any_process, is_first, place_whole, say, to_host
 from krl.run.scoring import Verdicts
 from krl.run.setup import Setup
 from krl.run.sft import finetune
-from krl.run.start import GIVEN, computed_by, fingerprint, make_cache
+from krl.run.start import GIVEN, check_adapter, computed_by, fingerprint, make_cache
 
 # What a checkpoint says of its run and is as it was where the run continues -> what is told where it is not.
 SAME = {
@@ -82,7 +82,7 @@ def start_or_continue(
     if begins:
         assert reference is not None
         if adapted:
-            params = begin_adapters(config, parts, reference)
+            params = begin_adapters(config, parts)
         else:
             params = jax.tree.map(jnp.copy, reference) if penalty else reference  # a step gives its buffers away
         learner = Learner(init_state(parts.policy_config, parts.optimizer, params), belief, prior)
@@ -110,7 +110,7 @@ def saved(learner: Learner) -> dict:
     return trees if prior is None else trees | {"prior": prior}
 
 
-def whole(parts: Setup, learner: Learner, reference: dict | None) -> dict:
+def whole_policy(parts: Setup, learner: Learner, reference: dict | None) -> dict:
     """The parameters of the policy: what a run changes, and what its adapters stand on."""
     return policy.join(reference or {}, learner.state.params) if parts.policy_config.lora else learner.state.params
 
@@ -128,7 +128,8 @@ def find_frozen(parts: Setup, directory: epath.Path, about: dict, begin: Callabl
         ValueError: the directory is another run's, or does not hold what was written.
     """
     like = policy.frozen(parts.policy_config, parts.params)
-    if directory.exists() and (found := read_frozen(like, directory)):
+    # All processes decide alike, though the first to come makes the directory.
+    if any_process(directory.exists()) and (found := read_frozen(like, directory)):
         params, was = found
         if was.get("config_digest") != about["config_digest"]:
             raise ValueError(SAME["config_digest"].format(directory=directory))
@@ -157,22 +158,23 @@ def read_frozen(like: dict, directory: epath.Path) -> tuple[dict, dict] | None:
     return params, about
 
 
-def begin_adapters(config: ConfigDict, parts: Setup, frozen: dict) -> dict:
+def begin_adapters(config: ConfigDict, parts: Setup) -> dict:
     """The adapters of the first step: those in config.policy.adapter, or fresh ones."""
-    sizes, changed = parts.policy_config, policy.trained(parts.policy_config, parts.params)
+    sizes = parts.policy_config
     if config.policy.adapter:
+        check_adapter(config, sizes)  # it may be another than when the run was set up
         return hf.load_adapters(config.policy.adapter, sizes, parts.mesh)[1]
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, changed)
-    fresh = jax.jit(lambda key: policy.trained(sizes, policy.adapt(sizes, frozen, key)), out_shardings=shardings)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, policy.trained(sizes, parts.params))
+    fresh = jax.jit(lambda key: policy.trained(sizes, policy.init(sizes, key)), out_shardings=shardings)
     return fresh(jax.random.key(config.seed))
 
 
 def start_params(config: ConfigDict, parts: Setup, should_stop: Callable[[], bool]) -> dict | None:
-    """The parameters, float32, that a run begins with, before it has adapters: those of the config's policy,
-    fine-tuned if there are pairs; to be called inside `jax.set_mesh(parts.mesh)`.
+    """The float32 parameters that a run begins with, fine-tuned if there are pairs, without the adapters it trains.
 
     Args:
-        config, parts: of the run. Of runs that share `parts.cache` one fine-tunes, and others wait.
+        config, parts: of the run, inside `jax.set_mesh(parts.mesh)`. Of runs that share `parts.cache` one fine-tunes,
+            and others wait.
         should_stop: whether fine-tuning should save and leave, asked before each update.
 
     Returns:
