@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +17,18 @@ import safetensors.numpy
 from krl import hf, policy, rollout
 from krl.base.sharding import make_mesh
 from krl.base.types import Prompts
+from krl.configs import default
+from krl.hf import __main__ as command
+from krl.hf import families
 from krl.hf.weights import INDEX
+from krl.policy.experts import Experts, apply_experts
+from krl.run import start
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
+
+
+TOKENIZER = types.SimpleNamespace(vocab_size=96, pad_id=0, eos_ids=(2,))  # all that its sizes are asked of
 
 
 @functools.cache
@@ -39,7 +49,12 @@ def padded(sequences, side):
 
 
 def test_every_family_has_a_golden_checkpoint():
-    assert FAMILIES == ["gemma2", "gemma3", "llama2", "llama3", "qwen2", "qwen2_sliding", "qwen3"]
+    assert FAMILIES == [
+        "gemma2", "gemma3", "gemma3_images", "granite", "llama2", "llama3", "mistral", "olmo2", "olmo3", "olmoe",
+        "phi3", "phi4", "qwen2", "qwen2_sliding", "qwen2_yarn", "qwen3", "qwen3_moe", "smollm3",
+    ]  # fmt: skip
+    known = {json.loads((GOLDEN / family / "config.json").read_text())["model_type"] for family in FAMILIES}
+    assert known - {"gemma3"} | {"gemma3_text", "ministral"} == set(families.FAMILIES)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -88,15 +103,21 @@ def test_greedy_continuations_equal_those_of_transformers(family):
 def test_saving_what_was_loaded_gives_the_same_bytes(family, tmp_path):
     config, params, *_ = checkpoint(family)
     hf.save_hf(tmp_path / "out", config, params, shard_bytes=7000)
-    assert (tmp_path / "out/config.json").read_bytes() == (GOLDEN / family / "config.json").read_bytes()
     before, after = read(GOLDEN / family), read(tmp_path / "out")
+    if family == "gemma3_images":  # its language model alone
+        inner = "language_model."
+        before = {name.removeprefix(inner): array for name, array in before.items() if name.startswith(inner)}
+        assert json.loads((tmp_path / "out/config.json").read_text())["architectures"] == ["Gemma3ForCausalLM"]
+    else:
+        assert (tmp_path / "out/config.json").read_bytes() == (GOLDEN / family / "config.json").read_bytes()
     assert before.keys() == after.keys()
     for name, array in before.items():
         assert array.dtype == after[name].dtype
         assert array.tobytes() == after[name].tobytes(), name
     assert max(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")) < 9500
-    config, again = hf.load_hf(tmp_path / "out")
-    jax.tree.map(np.testing.assert_array_equal, params, again)
+    again, loaded = hf.load_hf(tmp_path / "out")
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, params, loaded)
 
 
 def read(directory):
@@ -116,7 +137,7 @@ def test_both_generations_of_config_json_describe_the_same_model(family, tmp_pat
     assert hf.read_config(tmp_path) == hf.read_config(GOLDEN / family)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "phi3", "olmo2"])
 def test_a_mesh_shards_the_parameters_and_changes_nothing(family, tmp_path):
     config, whole, sequences, logits, _ = checkpoint(family)
     mesh = make_mesh((2, 2, 2), ("data", "fsdp", "model"))
@@ -130,6 +151,61 @@ def test_a_mesh_shards_the_parameters_and_changes_nothing(family, tmp_path):
     hf.save_hf(tmp_path / "out", config, params)
     before, after = read(GOLDEN / family), read(tmp_path / "out")
     assert all(array.tobytes() == after[name].tobytes() for name, array in before.items())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
+def test_experts_and_their_gradients_are_the_same_on_eight_devices(family, tmp_path):
+    config, whole, sequences, logits, _ = checkpoint(family)
+    mesh = make_mesh((2, 2, 2), ("data", "fsdp", "model"))
+    _, params = hf.load_hf(GOLDEN / family, mesh)
+    jax.tree.map(np.testing.assert_array_equal, whole, params)
+    assert params["blocks"]["down"].sharding.spec[1:] == ("model", None, "fsdp")
+    tokens = jnp.array([np.resize(sequence, 24) for sequence in (*sequences, sequences[0])], jnp.int32)
+    directions = jax.random.normal(jax.random.key(0), (4, 24, config.vocab_size))
+
+    def along(params):
+        return (policy.apply(config, params, tokens) * directions).sum()
+
+    expected = jax.grad(along)(whole)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(policy.apply(config, params, tokens)[0], logits[0], atol=1e-4)
+        got = jax.jit(jax.grad(along))(params)
+    assert all(leaf.any() for leaf in jax.tree.leaves(expected))
+    jax.tree.map(lambda leaf, other: np.testing.assert_allclose(leaf, other, atol=2e-3, rtol=1e-4), got, expected)
+    hf.save_hf(tmp_path / "out", config, params)
+    before, after = read(GOLDEN / family), read(tmp_path / "out")
+    assert all(array.tobytes() == after[name].tobytes() for name, array in before.items())
+
+
+def test_an_expert_is_a_unit_and_a_token_sees_its_own_alone():
+    """Against every expert computed for every token."""
+    experts, keys = Experts(5, 2), jax.random.split(jax.random.key(0), 5)
+    x, scores = jax.random.normal(keys[0], (2, 7, 4)), jax.nn.softmax(jax.random.normal(keys[1], (2, 7, 5)))
+    gate, up = (jax.random.normal(key, (5, 4, 3)) for key in keys[2:4])
+    down = jax.random.normal(keys[4], (5, 3, 4))
+    each = jnp.einsum(
+        "btxm,xme->btxe", jnp.tanh(jnp.einsum("bte,xem->btxm", x, gate)) * jnp.einsum("bte,xem->btxm", x, up), down
+    )
+    best = jnp.argsort(scores, axis=-1)[..., -2:]
+    kept = jnp.where(jax.nn.one_hot(best, 5).sum(2) > 0, scores, 0)
+    for normalised in (False, True):
+        weights = kept / kept.sum(-1, keepdims=True) if normalised else kept
+        expected = jnp.einsum("btxe,btx->bte", each, weights)
+        got = apply_experts(dataclasses.replace(experts, normalised=normalised), x, scores, gate, up, down, jnp.tanh)
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_experts_have_no_adapters():
+    with pytest.raises(ValueError, match="leave gate, up and down out"):
+        dataclasses.replace(checkpoint("olmoe")[0], lora=policy.Lora(2, 2.0))
+    config = dataclasses.replace(checkpoint("olmoe")[0], lora=policy.Lora(2, 2.0, ("query", "output")))
+    fresh = policy.adapt(config, checkpoint("olmoe")[1], jax.random.key(0))
+    assert sorted(policy.trained(config, fresh)["blocks"]) == [
+        "output_lora_a",
+        "output_lora_b",
+        "query_lora_a",
+        "query_lora_b",
+    ]
 
 
 def test_only_the_slices_of_a_device_are_read(monkeypatch):
@@ -187,9 +263,11 @@ def changed(tmp_path, family="qwen2", **fields):
         ("mlp_bias", True, "mlp_bias"),
         ("attention_dropout", 0.1, "attention_dropout"),
         ("hidden_act", "relu", "'relu' is not supported"),
-        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}, "'yarn'"),
+        ("rope_parameters", {"rope_type": "proportional", "factor": 4.0, "rope_theta": 1e4}, "'proportional'"),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "finetuned": True}, "finetuned"),
+        ("rope_parameters", {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0]}, "1 numbers, not 2"),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}, "partial"),
-        ("rope_scaling", {"type": "dynamic", "factor": 2.0}, "'dynamic'"),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0, "alpha": 1000.0}, "alpha"),
         ("layer_types", ["full_attention", "chunked_attention", "full_attention"], "layer_types"),
         ("quantization_config", {"quant_method": "fp8"}, "quantization_config"),
         ("num_experts", 8, "num_experts"),
@@ -216,6 +294,100 @@ def test_fields_that_change_the_computation_are_refused_by_name(tmp_path, field,
     with pytest.raises(ValueError, match=message) as error:
         hf.read_config(changed(tmp_path, **{field: value}, **others))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value", "message"),
+    [
+        ("mistral", "layer_types", ["full_attention"] * 3, "layer_types"),
+        ("mistral", "attention_bias", True, "attention_bias"),
+        ("smollm3", "no_rope_layers", [1], "unrotated names 1 layers"),
+        ("smollm3", "mlp_bias", True, "mlp_bias"),
+        ("gemma3", "use_bidirectional_attention", True, "use_bidirectional_attention"),
+        ("gemma3", "attn_logit_softcapping", 5.0, "attn_logit_softcapping"),
+        ("olmo2", "clip_qkv", 8.0, "clip_qkv"),
+        ("olmo3", "layer_types", ["linear_attention"] * 3, "layer_types"),
+        ("phi3", "resid_pdrop", 0.1, "resid_pdrop"),
+        ("phi3", "partial_rotary_factor", 0.9, "rotary_size 3"),
+        ("phi3", "lm_head_bias", True, "lm_head_bias"),
+        ("granite", "num_local_experts", 8, "num_local_experts"),
+        ("qwen3_moe", "decoder_sparse_step", 2, "decoder_sparse_step"),
+        ("qwen3_moe", "mlp_only_layers", [0], "mlp_only_layers"),
+        ("qwen3_moe", "num_experts_per_tok", 7, "of 6 experts 7"),
+        ("olmoe", "clip_qkv", 2.0, "clip_qkv"),
+        ("granite", "logits_scaling", 0.0, "logit_divisor"),
+        ("qwen2_yarn", "partial_rotary_factor", 0.5, "partial_rotary_factor"),
+    ],
+)
+def test_what_a_family_may_ask_for_and_is_not_there_is_refused_by_name(tmp_path, family, field, value, message):
+    with pytest.raises(ValueError, match=message) as error:
+        hf.read_config(changed(tmp_path, family=family, **{field: value}))
+    assert "\n" not in str(error.value)
+
+
+def test_positions_that_change_with_the_length_have_a_limit(tmp_path):
+    plain = hf.read_config(GOLDEN / "qwen2")
+    path = changed(tmp_path, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1000.0})
+    assert hf.read_config(path) == dataclasses.replace(plain, longest=128)
+    assert hf.read_config(GOLDEN / "phi4").longest == 100
+    config = default.get_config()
+    config.policy.path, config.data.max_prompt_tokens, config.sample.max_new_tokens = str(GOLDEN / "phi4"), 60, 41
+    with pytest.raises(ValueError, match=r"rows of 101 tokens .* are longer than 100"):
+        start.find_policy(config, TOKENIZER, tmp_path)
+    config.sample.max_new_tokens = 40
+    assert start.find_policy(config, TOKENIZER, tmp_path).longest == 100
+
+
+def test_the_language_model_of_one_that_sees_images_is_read_by_either_name(tmp_path, capsys):
+    config, params, *_ = checkpoint("gemma3_images")
+    path = changed(tmp_path, family="gemma3_images")
+    arrays = safetensors.numpy.load_file(path / "model.safetensors")
+    newer = {
+        re.sub(r"^language_model\.model\.", "model.language_model.", name): array for name, array in arrays.items()
+    }
+    newer = {name if "language_model" in name else f"model.{name}": array for name, array in newer.items()}
+    assert len(newer) == len(arrays)
+    safetensors.numpy.save_file(newer, path / "model.safetensors")
+    again, loaded = hf.load_hf(path)
+    assert again == config
+    jax.tree.map(np.testing.assert_array_equal, params, loaded)
+    run = default.get_config()
+    run.policy.path = str(path)
+    start.find_policy(run, TOKENIZER, tmp_path)
+    assert "its language model alone is read and trained" in capsys.readouterr().out
+    safetensors.numpy.save_file(newer | {"model.language_model.more": np.ones(1)}, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"1 unexpected \(model.more\)"):
+        hf.load_hf(path)
+
+
+def test_adapters_of_weights_that_are_stored_as_one_are_merged_alone(tmp_path):
+    """PEFT has one A for queries, keys and values of Phi-3 together, and here each has its own."""
+    config, params, sequences, *_ = checkpoint("phi3")
+    config = dataclasses.replace(config, lora=policy.Lora(2, 4.0, ("query", "up")))
+    params = policy.adapt(config, params, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)
+    with pytest.raises(ValueError, match=r"qkv_proj.* which is several weights in one"):
+        hf.save_adapters(tmp_path / "adapters", config, params)
+    hf.save_hf(tmp_path / "merged", config, params)
+    tokens = jnp.array(sequences[0], jnp.int32)[None]
+    expected = policy.apply(config, params, tokens)
+    np.testing.assert_allclose(policy.apply(*hf.load_hf(tmp_path / "merged"), tokens), expected, atol=1e-4)
+
+
+def test_what_a_checkpoint_is_takes_one_line(tmp_path, capsys, monkeypatch):
+    shutil.copy(GOLDEN / "olmo3" / "config.json", tmp_path)
+    monkeypatch.setattr("sys.argv", ["krl.hf", "check", str(tmp_path)])
+    command.main()
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1
+    assert told.startswith(
+        "supported: olmo3, 1.02e-05 billion parameters in 3 layers, kept in bfloat16; unusual: qk_norm, "
+    )
+    assert "no pre_norms, post_norms, window 5, sliding in 2 of 3 layers, rope_scaling yarn, no scale_sliding" in told
+    assert "0.000163 GB" in told  # 16 bytes of each parameter
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(SystemExit, match=r"krl.hf: .*'mamba' is not supported"):
+        command.main()
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen2_sliding"])
@@ -309,7 +481,7 @@ SEES = LLAMA | {"model_type": "gemma3_text"}
         ({}, "nothing in it is a checkpoint's"),
         ({"adapter_config.json": {}, "adapter_model.safetensors": {}, "tokenizer.json": {}}, "adapters .* name it in config.policy.adapter"),
         ({"config.json": LLAMA, "adapter_config.json": {}, "adapter_model.safetensors": {}}, "adapters .* name it in config.policy.adapter"),
-        ({"config.json": {"model_type": "gemma3", "text_config": SEES, "vision_config": {}}, "model.safetensors": {}}, "'gemma3' is a model with a text_config .* 'gemma3_text'"),
+        ({"config.json": {"model_type": "llava", "text_config": SEES, "vision_config": {}}, "model.safetensors": {}}, "'llava' is a model with a text_config .* 'gemma3_text'"),
         ({"config.json": LLAMA, "model-00001-of-00002.safetensors": {}}, r"model-00001-of-00002\.safetensors is told by model\.safetensors\.index\.json, which is not there"),
         ({"config.json": LLAMA, "model.safetensors.index.json": {"weight_map": {"a": "model-1.safetensors"}}, "flax_model.msgpack": {}}, "model-1.safetensors is missing; .*fetch it, too"),
         ({"config.json": LLAMA, "pytorch_model-00001-of-00002.bin": {}}, "pickled weights, which are not read; convert"),
@@ -410,7 +582,7 @@ def test_a_policy_from_scratch_can_be_exported(options, tmp_path):
 
 
 def test_options_that_no_family_has_are_not_exported(tmp_path):
-    config = policy.PolicyConfig(vocab_size=16, scale_embedding=True)
-    with pytest.raises(ValueError, match="scale_embedding"):
+    config = policy.PolicyConfig(vocab_size=16, embedding_scale=2.0)
+    with pytest.raises(ValueError, match="embedding_scale"):
         hf.save_hf(tmp_path / "out", config, policy.init(config, jax.random.key(0)))
     assert not (tmp_path / "out").exists()

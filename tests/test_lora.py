@@ -24,7 +24,7 @@ from tests.command_line import config_with, learnt, rows, run_here
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 GEMMA = dataclasses.replace(
-    tiny.CONFIG, qk_norm=True, qkv_bias=True, post_norms=True, norm_plus_one=True, scale_embedding=True, window=3,
+    tiny.CONFIG, qk_norm=True, qkv_bias=True, post_norms=True, norm_plus_one=True, embedding_scale=2.0, window=3,
     sliding=(True, False), logit_softcap=5.0, activation="gelu_tanh",
 )  # fmt: skip
 OPTIMIZER = make_optimizer(

@@ -15,7 +15,7 @@ from tests import tiny
 
 GEMMA = dataclasses.replace(
     tiny.CONFIG, sliding=(True, False), window=3, attention_softcap=5.0, logit_softcap=4.0, qk_norm=True,
-    norm_plus_one=True, post_norms=True, scale_embedding=True, sliding_rope_theta=100.0,
+    norm_plus_one=True, post_norms=True, embedding_scale=2.0, sliding_rope_theta=100.0,
 )  # fmt: skip
 
 

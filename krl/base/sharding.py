@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Mesh axes a run may use: "data" splits rows, "fsdp" splits rows and parameters, "model" splits
-# heads, hidden units and the vocabulary. An axis that the mesh lacks splits nothing.
+# heads, hidden units or whole experts, and the vocabulary. An axis that the mesh lacks splits nothing.
 MESH_AXES = ("data", "fsdp", "model")
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -18,6 +18,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("model",),
     "kv_heads": ("model",),
     "mlp": ("model",),
+    "expert": ("model",),
     "layers": (),
     "head": (),
     "rank": (),

@@ -1,19 +1,29 @@
-"""The newest checkpoint of a training run as a directory that transformers and vLLM open.
+"""Checkpoints out of training runs, and what can be said of one before a run.
 
 python -m krl.hf export WORKDIR OUT [--dtype bfloat16] [--adapters]
+python -m krl.hf check DIR
 """
 
 import argparse
+from collections.abc import Callable
+from typing import Any
 
 from krl.configs.flags import one_line_errors
-from krl.hf.config import STORED_TYPES
+from krl.hf.config import STORED_TYPES, describe
 from krl.hf.weights import export
+
+
+def _first(function: Callable[..., Any]) -> str:
+    """The first line of its docstring."""
+    return (function.__doc__ or "").splitlines()[0]
 
 
 def main() -> None:
     """The command line of the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m krl.hf", description="Hugging Face checkpoints.")
-    command = parser.add_subparsers(required=True, metavar="COMMAND").add_parser("export", help=export.__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    commands.add_parser("check", help=_first(describe)).add_argument("path", metavar="DIR", help="with a config.json")
+    command = commands.add_parser("export", help=_first(export))
     command.add_argument("workdir", metavar="WORKDIR", help="of a train.py run")
     command.add_argument("out", metavar="OUT", help="a new directory")
     command.add_argument(
@@ -24,6 +34,9 @@ def main() -> None:
     )
     given = parser.parse_args()
     with one_line_errors("krl.hf"):
+        if given.command == "check":
+            print(describe(given.path))
+            return
         step = export(given.workdir, given.out, dtype=given.dtype, adapters=given.adapters)
     print(f"wrote step {step} of {given.workdir} to {given.out}")
 

@@ -12,17 +12,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from krl.hf.config import STORED_TYPES
-from krl.hf.weights import (
-    Tensor,
-    appearing_whole,
-    check_new,
-    few,
-    first_device,
-    read_tensor,
-    stored_shape,
-    tensors_of,
-    write_tensor,
-)
+from krl.hf.tensors import Part, part_shape, parts_of
+from krl.hf.weights import appearing_whole, check_new, few, first_device, read_part, write_part
 from krl.policy import lora
 from krl.policy.config import MODULES, Lora, PolicyConfig
 from krl.policy.model import abstract_params
@@ -43,18 +34,20 @@ _MERGE = (
 )
 
 
-def _names(config: PolicyConfig) -> dict[str, Tensor]:
+def _names(config: PolicyConfig) -> dict[str, Part]:
     """Every tensor of the adapters of a policy by its name in PEFT, in the order of a forward pass."""
     found = {}
-    for name, tensor in tensors_of(config).items():
-        if tensor.layer is None or config.lora is None or tensor.path[-1] not in config.lora.modules:
+    for name, (part, *more) in parts_of(config).items():
+        if not part.at or config.lora is None or part.path[-1] not in config.lora.modules:
             continue
-        stem, (blocks, own), (outputs, inputs) = name.removesuffix("weight"), tensor.path, tensor.groups
+        if more:
+            raise ValueError(f"adapters of {name}, which is several weights in one, cannot be told apart{_MERGE}")
+        stem, (blocks, own), (outputs, inputs) = name.removesuffix("weight"), part.path, part.groups
         into = tuple(range(len(inputs))), (len(inputs),)  # A [inputs, r] is stored as [r, inputs]
         out = (0,), tuple(range(1, 1 + len(outputs)))  # and B [r, outputs] as [outputs, r]
         for suffix, kind, groups in (("A", lora.A, into), ("B", lora.B, out)):
             path = (blocks, own + kind)
-            found[f"base_model.model.{stem}lora_{suffix}.weight"] = Tensor(path, tensor.layer, groups[::-1])
+            found[f"base_model.model.{stem}lora_{suffix}.weight"] = Part(path, part.at, groups[::-1])
     return found
 
 
@@ -79,9 +72,9 @@ def load_adapters(
     like = flatten_dict(lora.trained(config, abstract_params(config, mesh or first_device())))
     leaves: dict[tuple[str, ...], Any] = {}
     with safetensors.safe_open(pathlib.Path(path) / WEIGHTS, framework="np") as opened:
-        for name, tensor in _names(config).items():
-            at = tensor.path
-            leaves[at] = read_tensor(opened.get_slice(name), tensor, like[at], leaves.get(at))
+        for name, part in _names(config).items():
+            at = part.path
+            leaves[at] = read_part(opened.get_slice(name), part, like[at], leaves.get(at))
     return config.lora, unflatten_dict(leaves)
 
 
@@ -107,10 +100,10 @@ def check_adapters(path: str | pathlib.Path, config: PolicyConfig) -> Lora:
     found = Lora(rank, alpha, _modules(file, config, list(stored)))
     config = dataclasses.replace(config, lora=found)
     like = flatten_dict(lora.trained(config, abstract_params(config, first_device())))
-    for name, tensor in _names(config).items():
+    for name, part in _names(config).items():
         if name not in stored:
             raise ValueError(f"{file}: {name} is missing; every layer must have the same adapters{_MERGE}")
-        shape, (has, kind) = stored_shape(tensor, like[tensor.path].shape), stored[name]
+        shape, (has, kind) = part_shape(part, like[part.path].shape), stored[name]
         if has != shape or kind not in STORED_TYPES:
             raise ValueError(
                 f"{file}: {name} is {kind} of shape {has}; r={rank} and the policy ask for {shape}, "
@@ -140,7 +133,7 @@ def _read_fields(file: pathlib.Path) -> tuple[int, float]:
 
 def _modules(file: pathlib.Path, config: PolicyConfig, names: list[str]) -> tuple[str, ...]:
     """Which weights the tensors of a file are adapters of."""
-    known = {name: tensor.path[-1] for name, tensor in _names(dataclasses.replace(config, lora=Lora(1, 1.0))).items()}
+    known = {name: part.path[-1] for name, part in _names(dataclasses.replace(config, lora=Lora(1, 1.0))).items()}
     unexpected = [name for name in names if name not in known]
     if unexpected or not names:
         raise ValueError(
@@ -165,8 +158,8 @@ def save_adapters(path: str | pathlib.Path, config: PolicyConfig, params: dict[s
     """
     if config.lora is None:
         raise ValueError("the policy has no adapters (config.policy.lora_rank=0); write all of it")
-    path, leaves, tensors = check_new(path), flatten_dict(lora.trained(config, params)), _names(config)
-    projections = {name.split(".")[-3] for name in tensors}
+    path, leaves, parts = check_new(path), flatten_dict(lora.trained(config, params)), _names(config)
+    projections = {name.split(".")[-3] for name in parts}
     fields = {
         "base_model_name_or_path": base, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
         "init_lora_weights": True, "lora_alpha": config.lora.alpha, "lora_dropout": 0.0, "peft_type": "LORA",
@@ -174,7 +167,7 @@ def save_adapters(path: str | pathlib.Path, config: PolicyConfig, params: dict[s
     }  # fmt: skip
     try:
         with appearing_whole(path) as partial:
-            arrays = {name: write_tensor(leaves[tensor.path], tensor) for name, tensor in tensors.items()}
+            arrays = {name: write_part(leaves[part.path], part) for name, part in parts.items()}
             if partial is not None:
                 safetensors.numpy.save_file(arrays, partial / WEIGHTS, metadata={"format": "pt"})
                 (partial / WEIGHTS).chmod(0o644)

@@ -205,6 +205,8 @@ def _scaling(get: Any, factors: Any, theta: float, size: int) -> dict[str, Any] 
     if factors is None:
         if kind == "none":
             return None
+        if kind != "linear":
+            raise ValueError(f"rotary positions are scaled by the type {kind!r}; supported are linear and llama 3's")
         return {"rope_type": kind, "factor": get("rope.scaling.factor", 1.0)}
     # The file holds what llama 3's rule gave for each frequency, and not the rule.
     factors = np.array(factors.data, np.float32)

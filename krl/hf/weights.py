@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import pathlib
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,64 +23,19 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from krl.base.digest import digest
-from krl.hf.config import STORED_TYPES, config_json, read_config, what_else
+from krl.hf.config import STORED_TYPES, config_json, read_config, sees_images, what_else
+from krl.hf.tensors import EMBEDDING, HEAD, Part, part_shape, parts_of, tensor_shape
 from krl.policy import lora
 from krl.policy.config import Lora, PolicyConfig
 from krl.policy.model import abstract_params
 
 INDEX = "model.safetensors.index.json"
-_HEAD = "lm_head.weight"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """Where a tensor of a checkpoint lies in the parameters."""
-
-    path: tuple[str, ...]  # keys of the parameter tree
-    layer: int | None  # row of the stacked parameter, None if it is not stacked
-    groups: tuple[tuple[int, ...], ...]  # for each axis of the tensor, the axes of the parameter that make it
-
-
-def tensors_of(config: PolicyConfig) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by name, in the order of a forward pass."""
-    attention, mlp = "self_attn.{}_proj.weight", "mlp.{}_proj.weight"
-    block: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]] = {
-        "input_layernorm.weight": (("attention_norm", "weight"), ((0,),)),
-        **{attention.format(name[0]): ((name,), ((1, 2), (0,))) for name in ("query", "key", "value")},
-        attention.format("o"): (("output",), ((2,), (0, 1))),
-        **{mlp.format(name): ((name,), ((1,), (0,))) for name in ("gate", "up", "down")},
-    }
-    if config.qkv_bias:
-        block |= {f"self_attn.{n[0]}_proj.bias": ((f"{n}_bias",), ((0, 1),)) for n in ("query", "key", "value")}
-    if config.qk_norm:
-        block |= {f"self_attn.{n[0]}_norm.weight": ((f"{n}_norm", "weight"), ((0,),)) for n in ("query", "key")}
-    norms = {"post_attention_layernorm": "mlp_norm"}
-    if config.post_norms:
-        norms = {
-            "post_attention_layernorm": "attention_post_norm",
-            "pre_feedforward_layernorm": "mlp_norm",
-            "post_feedforward_layernorm": "mlp_post_norm",
-        }
-    block |= {f"{theirs}.weight": ((ours, "weight"), ((0,),)) for theirs, ours in norms.items()}
-    tensors = {"model.embed_tokens.weight": Tensor(("embedding",), None, ((0,), (1,)))}
-    for layer in range(config.num_layers):
-        for name, (path, groups) in block.items():
-            tensors[f"model.layers.{layer}.{name}"] = Tensor(("blocks", *path), layer, groups)
-    tensors["model.norm.weight"] = Tensor(("final_norm", "weight"), None, ((0,),))
-    if not config.tie_embeddings:
-        tensors[_HEAD] = Tensor(("head",), None, ((1,), (0,)))
-    return tensors
+_IMAGES = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 def first_device() -> Mesh:
     """The mesh of what goes to no mesh in particular."""
     return Mesh(np.array(jax.devices()[:1]), ("data",))
-
-
-def stored_shape(tensor: Tensor, leaf: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of a tensor, from its parameter's."""
-    shape = leaf if tensor.layer is None else leaf[1:]
-    return tuple(math.prod(shape[axis] for axis in group) for group in tensor.groups)
 
 
 def load_hf(path: str | pathlib.Path, mesh: Mesh | None = None, **options: Any) -> tuple[PolicyConfig, dict[str, Any]]:
@@ -101,87 +57,98 @@ def load_hf(path: str | pathlib.Path, mesh: Mesh | None = None, **options: Any) 
             that are missing, unexpected or of another shape; the message names them.
     """
     config, files = check_hf(path, **options)
-    tensors, like = tensors_of(config), flatten_dict(abstract_params(config, mesh or first_device()))
-    embedding = tensors["model.embed_tokens.weight"]
+    tensors, like = parts_of(config), flatten_dict(abstract_params(config, mesh or first_device()))
+    (embedding,) = tensors[EMBEDDING]
     leaves: dict[tuple[str, ...], jax.Array] = {}
     spare = None
     for file, names in files.items():
         with safetensors.safe_open(file, framework="np") as opened:
-            for name in names:
-                if tensor := tensors.get(name):
-                    at = tensor.path
-                    leaves[at] = read_tensor(opened.get_slice(name), tensor, like[at], leaves.get(at))
-                elif name == _HEAD:
-                    spare = file
+            for name, stored in names.items():
+                begin = 0
+                for part in tensors.get(name, ()):
+                    at = part.path
+                    leaves[at] = read_part(opened.get_slice(stored), part, like[at], leaves.get(at), begin)
+                    begin += part_shape(part, like[at].shape)[0]
+                if name == HEAD and config.tie_embeddings:
+                    spare = file, stored
     if spare is not None:  # beside an embedding it should equal: one of the two was trained
-        with safetensors.safe_open(spare, framework="np") as opened:
-            head = read_tensor(opened.get_slice(_HEAD), embedding, like[embedding.path], None)
+        file, stored = spare
+        with safetensors.safe_open(file, framework="np") as opened:
+            head = read_part(opened.get_slice(stored), embedding, like[embedding.path], None)
         if not bool((head == leaves[embedding.path]).all()):
             raise ValueError(
-                f"{spare} stores a {_HEAD} that is not the embedding, and config.json says tie_word_embeddings; "
+                f"{file} stores a {HEAD} that is not the embedding, and config.json says tie_word_embeddings; "
                 "set it to false to keep both"
             )
     return config, unflatten_dict(leaves)
 
 
-def read_tensor(stored: Any, tensor: Tensor, like: jax.ShapeDtypeStruct, whole: jax.Array | None) -> jax.Array:
-    """Put one tensor of an open file, shard by shard, into its parameter, of which nothing has been read if None."""
+def read_part(
+    stored: Any, part: Part, like: jax.ShapeDtypeStruct, whole: jax.Array | None, begin: int = 0
+) -> jax.Array:
+    """Put a part of a tensor of an open file, from row `begin` on, into its parameter, shard by shard.
+
+    Nothing of the parameter has been read before if `whole` is None.
+    """
     if whole is None:
         whole = jax.jit(jnp.zeros, static_argnums=0, out_shardings=like.sharding)(like.shape)
     shape, sharding = like.shape, like.sharding
-    if tensor.layer is not None:
-        shape, sharding = shape[1:], NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    order = [axis for group in tensor.groups for axis in group]
+    if part.at:
+        inside = len(part.at)
+        shape, sharding = shape[inside:], NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[inside:]))
+    order = [axis for group in part.groups for axis in group]
 
     def shard(index: Any) -> np.ndarray:
         bounds = [each.indices(size)[:2] for each, size in zip(index, shape, strict=True)]
-        cut = []
-        for group in tensor.groups:
+        cut: list[slice] = []
+        for group in part.groups:
             # Only the first of merged axes is ever split, so a shard is one run of the tensor's axis.
             inner = math.prod(shape[axis] for axis in group[1:])
-            cut.append(slice(bounds[group[0]][0] * inner, bounds[group[0]][1] * inner))
+            above = 0 if cut else begin
+            cut.append(slice(above + bounds[group[0]][0] * inner, above + bounds[group[0]][1] * inner))
         sizes = [bounds[axis][1] - bounds[axis][0] for axis in order]
         return stored[tuple(cut)].reshape(sizes).transpose(np.argsort(order))
 
     piece = jax.make_array_from_callback(shape, sharding, shard)
-    return _place(whole, piece, tensor.layer if tensor.layer is not None else -1)
+    return _place(whole, piece, part.at)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _place(whole: jax.Array, piece: jax.Array, layer: int) -> jax.Array:
-    """The parameter with one layer, or all of it, replaced."""
-    piece = piece.astype(whole.dtype)
-    return piece if piece.ndim == whole.ndim else jax.lax.dynamic_update_index_in_dim(whole, piece, layer, 0)
+def _place(whole: jax.Array, piece: jax.Array, at: tuple[int, ...]) -> jax.Array:
+    """The parameter with one layer, one expert of it, or all of it, replaced."""
+    piece = piece.astype(whole.dtype).reshape((1,) * len(at) + piece.shape)
+    return jax.lax.dynamic_update_slice(whole, piece, (*at, *(0,) * (whole.ndim - len(at)))) if at else piece
 
 
-def check_hf(path: str | pathlib.Path, **options: Any) -> tuple[PolicyConfig, dict[pathlib.Path, list[str]]]:
+def check_hf(path: str | pathlib.Path, **options: Any) -> tuple[PolicyConfig, dict[pathlib.Path, dict[str, str]]]:
     """Check every tensor's name, shape and type by the headers of the files, before anything is read.
 
     Args:
         path, options: as for `load_hf`.
 
     Returns:
-        (config, the names of the tensors in each file).
+        (config, the tensors in each file: by its name in a text model, the name that it has there).
 
     Raises:
         ValueError: as `load_hf`.
     """
     config, path = read_config(path, **options), pathlib.Path(path)
-    tensors = tensors_of(config)
+    tensors = parts_of(config)
     like = flatten_dict(abstract_params(config, first_device()))
-    files: dict[pathlib.Path, list[str]] = {}
-    found, kinds = {}, {}
+    files: dict[pathlib.Path, dict[str, str]] = {}
+    found, kinds, images = {}, {}, sees_images(path)
     for file in _weight_files(path):
         try:
             with safetensors.safe_open(file, framework="np") as opened:
-                files[file] = list(opened.keys())
-                for name in files[file]:
-                    view = opened.get_slice(name)
+                names = {stored if not images else _without_images(stored): stored for stored in list(opened.keys())}
+                files[file] = {name: stored for name, stored in names.items() if name}
+                for name, stored in files[file].items():
+                    view = opened.get_slice(stored)
                     found[name], kinds[name] = tuple(view.get_shape()), view.get_dtype()
         except (safetensors.SafetensorError, OSError) as error:
             raise ValueError(f"cannot read {file}: {error}; it may be cut off or a pointer, fetch it again") from None
-    wanted = {name: stored_shape(tensor, like[tensor.path].shape) for name, tensor in tensors.items()}
-    spare = {_HEAD} if config.tie_embeddings else set()
+    wanted = {name: tensor_shape(parts, like) for name, parts in tensors.items()}
+    spare = {HEAD} if config.tie_embeddings else set()
     unexpected = [n for n in found if n not in wanted and n not in spare and not n.endswith("rotary_emb.inv_freq")]
     missing = [n for n in wanted if n not in found]
     problems = [
@@ -192,7 +159,7 @@ def check_hf(path: str | pathlib.Path, **options: Any) -> tuple[PolicyConfig, di
     if problems:
         raise ValueError(f"{path}: the tensors are not those of its config.json: {' and '.join(problems)}")
     if spare & found.keys():
-        wanted[_HEAD] = wanted["model.embed_tokens.weight"]
+        wanted[HEAD] = wanted[EMBEDDING]
     for name, shape in wanted.items():
         if found[name] != shape:
             raise ValueError(f"{path}: {name} has shape {found[name]} and its config.json asks for {shape}")
@@ -200,10 +167,17 @@ def check_hf(path: str | pathlib.Path, **options: Any) -> tuple[PolicyConfig, di
             raise ValueError(
                 f"{path}: {name} is {kinds[name]}; tensors must be {', '.join(STORED_TYPES)}, not quantised"
             )
-    stored = {STORED_TYPES[kinds[name]] for name in tensors}
-    if len(stored) > 1:  # float32 holds them all, and config.json has to say so when they are written
+    types = {STORED_TYPES[kinds[name]] for name in tensors}
+    if len(types) > 1:  # float32 holds them all, and config.json has to say so when they are written
         return dataclasses.replace(config, stored_dtype="float32", source=config_json(config, "float32")), files
-    return dataclasses.replace(config, stored_dtype=stored.pop()), files
+    return dataclasses.replace(config, stored_dtype=types.pop()), files
+
+
+def _without_images(name: str) -> str:
+    """The name that a tensor of a model that sees images has in its language model; "" if it is no part of that."""
+    if _IMAGES.match(name):
+        return ""
+    return re.sub(r"^(language_model\.model\.|model\.language_model\.)", "model.", name).removeprefix("language_model.")
 
 
 def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
@@ -273,7 +247,10 @@ def save_hf(
     try:
         with appearing_whole(path) as partial:
             for name, shard in zip(names, shards, strict=True):
-                arrays = {n: write_tensor(leaves[tensor.path], tensor).astype(stored) for n, tensor in shard.items()}
+                arrays = {
+                    n: np.concatenate([write_part(leaves[part.path], part) for part in parts]).astype(stored)
+                    for n, parts in shard.items()
+                }
                 if partial is not None:
                     safetensors.numpy.save_file(arrays, partial / name, metadata={"format": "pt"})
                     (partial / name).chmod(0o644)  # else only its owner may read it
@@ -396,24 +373,24 @@ def _newest(directory: epath.Path, like: dict[str, Any]) -> tuple[int, dict[str,
 
 def _plan_shards(
     config: PolicyConfig, leaves: dict[tuple[str, ...], Any], itemsize: int, shard_bytes: int
-) -> list[dict[str, Tensor]]:
+) -> list[dict[str, tuple[Part, ...]]]:
     """Tensors in their order, cut into runs of at most shard_bytes."""
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, tuple[Part, ...]]] = [{}]
     size = 0
-    for name, tensor in tensors_of(config).items():
-        more = math.prod(stored_shape(tensor, leaves[tensor.path].shape)) * itemsize
+    for name, parts in parts_of(config).items():
+        more = math.prod(tensor_shape(parts, leaves)) * itemsize
         if shards[-1] and size + more > shard_bytes:
             shards, size = [*shards, {}], 0
-        shards[-1][name] = tensor
+        shards[-1][name] = parts
         size += more
     return shards
 
 
-def write_tensor(leaf: Any, tensor: Tensor) -> np.ndarray:
-    """One tensor of a checkpoint on the host, contiguous, of its parameter's type."""
-    leaf = leaf if tensor.layer is None else leaf[tensor.layer]
+def write_part(leaf: Any, part: Part) -> np.ndarray:
+    """A part of a checkpoint's tensor on the host, contiguous, of its parameter's type."""
+    leaf = leaf[part.at] if part.at else leaf
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    order = [axis for group in tensor.groups for axis in group]
-    sizes = [math.prod(leaf.shape[axis] for axis in group) for group in tensor.groups]
+    order = [axis for group in part.groups for axis in group]
+    sizes = [math.prod(leaf.shape[axis] for axis in group) for group in part.groups]
     return np.ascontiguousarray(np.asarray(leaf).transpose(order).reshape(sizes))

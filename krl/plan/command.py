@@ -231,7 +231,8 @@ def advise(found: Plan) -> list[str]:
 def _advise_decoding(found: Plan, accelerator: Accelerator) -> list[str]:
     """Every layout of decoding and what it would take, and the fastest."""
     sizes, parts, split, devices = found.sizes, found.parts, found.decoding.shape.get("model", 1), found.decoding.size
-    divided = [devices, sizes.num_heads, sizes.num_kv_heads, sizes.mlp_size, sizes.vocab_size]
+    units = sizes.experts.count if sizes.experts else sizes.mlp_size
+    divided = [devices, sizes.num_heads, sizes.num_kv_heads, units, sizes.vocab_size]
     slot_gb = slot_bytes(sizes, found.longest) / 1e9
     known = [found.programs[name] for name in ("prefill", "decode") if found.programs[name].compiles]
     layouts = decode_layouts(

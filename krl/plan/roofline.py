@@ -112,12 +112,13 @@ def update_work(
     again = sizes.remat == "full"  # the backward pass computes layers again, but for the last product of each
     whole = sizes.lora is None  # frozen weights have no gradient; what adapters take is little
     passes = scorings + 1 + again + 1 + whole  # forward, and the backward pass, which has twice the products or as many
-    a_token = (
-        passes * _forward(sizes, layers, (length + 1) / 2) - again * 2 * layers * sizes.embed_size * sizes.mlp_size
-    )
+    a_token = passes * _forward(
+        sizes, layers, (length + 1) / 2
+    ) - again * 2 * layers * sizes.embed_size * sizes.mlp_size * _active(sizes)
     a_token += (scorings + 3 + whole) * _forward(sizes, 0, 0, 1)  # logits are computed again in any case
 
-    matrices = layers * _layer(sizes) + (2 - sizes.tie_embeddings) * sizes.embed_size * sizes.vocab_size
+    units = sizes.experts.count if sizes.experts else 1
+    matrices = layers * _layer(sizes, units) + (2 - sizes.tie_embeddings) * sizes.embed_size * sizes.vocab_size
     weights = matrices * _itemsize(sizes) / mesh.shape.get("model", 1) / 1e9
     # Along "fsdp" each scoring, forward and backward pass gathers the parameters, and one more adds up the gradients,
     # which "data" adds up, too. Along "model" a layer adds up activations twice in a pass.
@@ -127,16 +128,22 @@ def update_work(
     return Work(tokens * a_token / mesh.size / 1e12, micro_batches * passes * weights, micro_batches * a_batch + sums)
 
 
-def _layer(sizes: policy.PolicyConfig) -> int:
-    """Parameters of a layer that are in products of matrices."""
+def _active(sizes: policy.PolicyConfig) -> int:
+    """Units of a layer that a token goes through."""
+    return sizes.experts.active if sizes.experts else 1
+
+
+def _layer(sizes: policy.PolicyConfig, units: int) -> int:
+    """Parameters of a layer that are in products of matrices, with so many of its units."""
     attention = 2 * (sizes.num_heads + sizes.num_kv_heads) * sizes.head_size
-    return sizes.embed_size * (attention + 3 * sizes.mlp_size)
+    router = sizes.experts.count if sizes.experts else 0
+    return sizes.embed_size * (attention + router + 3 * units * sizes.mlp_size)
 
 
 def _forward(sizes: policy.PolicyConfig, layers: int, keys: float, scored: int = 0) -> float:
     """FLOPs of some layers on one token that sees so many keys, and of its logits if it is scored."""
     pairs = 2 * sizes.num_heads * sizes.head_size * keys
-    return 2.0 * (layers * (_layer(sizes) + pairs) + scored * sizes.embed_size * sizes.vocab_size)
+    return 2.0 * (layers * (_layer(sizes, _active(sizes)) + pairs) + scored * sizes.embed_size * sizes.vocab_size)
 
 
 def _summed_gb(sizes: policy.PolicyConfig, mesh: AnyMesh, tokens: int) -> float:

@@ -8,6 +8,8 @@ import jax
 from flax import linen as nn
 
 from krl.policy.attention import KERNELS
+from krl.policy.experts import Experts
+from krl.policy.rotary import RopeScaling
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -20,17 +22,6 @@ REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the length of the pre-training."""
-
-    kind: str  # "linear" (all divided by factor) or "llama3" (low ones divided, high ones kept)
-    factor: float
-    low_frequency_factor: float = 1.0  # llama3: wavelengths above original_length / this are divided
-    high_frequency_factor: float = 4.0  # and below original_length / this are kept
-    original_length: int = 8192  # positions of the pre-training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +63,28 @@ class PolicyConfig:
     tie_embeddings: bool = True
 
     qkv_bias: bool = False  # Qwen 2
-    qk_norm: bool = False  # queries and keys are normalised per head: Qwen 3, Gemma 3
-    rope_scaling: RopeScaling | None = None  # of layers that do not slide: Llama 3.1, Gemma 3
+    qk_norm: bool = False  # queries and keys are normalised: Qwen 3, Gemma 3, OLMo
+    joint_qk_norm: bool = False  # over all heads together, not per head: OLMo
     activation: str = "silu"  # a key of ACTIVATIONS
     norm_plus_one: bool = False  # norms multiply by 1 + weight: Gemma
-    post_norms: bool = False  # attention and unit are also normalised before they are added: Gemma
-    scale_embedding: bool = False  # embeddings are multiplied by sqrt(E): Gemma
+    pre_norms: bool = True  # attention and unit are normalised before; not in OLMo 2 and 3
+    post_norms: bool = False  # and before they are added: Gemma, OLMo 2 and 3
+    embedding_scale: float = 1.0  # embeddings are multiplied by it: Gemma (sqrt(E)), Granite
+    residual_scale: float = 1.0  # and what attention and unit add: Granite
+    logit_divisor: float = 1.0  # logits are divided by it: Granite
     attention_scale: float = 0.0  # of attention logits; 0 means Q^-1/2
     attention_softcap: float = 0.0  # bound on attention logits, 0 for none: Gemma 2
     logit_softcap: float = 0.0  # bound on logits, 0 for none: Gemma 2
     window: int = 0  # positions that a sliding layer sees, the query's own counted
     sliding: tuple[bool, ...] = ()  # which of the L layers slide; () for none
+    rotary_size: int = 0  # the first r numbers of a head that are rotated, 0 for all: Phi-3
+    rope_scaling: RopeScaling | None = None  # of layers that do not slide, or of all: Llama 3.1, Gemma 3, YaRN
+    scale_sliding: bool = True  # whether sliding layers have that scaling, too; not in Gemma 3 and OLMo 3
     sliding_rope_theta: float = 0.0  # of sliding layers, 0 for rope_theta: Gemma 3
+    unrotated: tuple[bool, ...] = ()  # which of the L layers have no rotary positions; () for none: SmolLM3
+    longest: int = 0  # tokens of a sequence beyond which positions would be other ones, 0 for any: LongRoPE, dynamic
+
+    experts: Experts | None = None  # in the place of one gated unit, of mlp_size each: Qwen 3 MoE, OLMoE
 
     lora: Lora | None = None  # adapters are trained, all else is frozen and kept in the compute dtype
 
@@ -95,13 +96,15 @@ class PolicyConfig:
     # Where a checkpoint came from, for its export; no part of the computation or of equality.
     source: str = dataclasses.field(default="", repr=False, compare=False)  # text of its config.json
     stored_dtype: str = dataclasses.field(default="float32", repr=False, compare=False)  # of its tensors
+    fused: bool = dataclasses.field(default=False, repr=False, compare=False)  # query, key, value and gate, up: Phi-3
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "mlp_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
-        factors = {"rope_theta": self.rope_theta, "norm_epsilon": self.norm_epsilon}
+        positive = ("rope_theta", "norm_epsilon", "embedding_scale", "residual_scale", "logit_divisor")
+        factors = {name: getattr(self, name) for name in positive}
         if self.rope_scaling:
             factors["rope_scaling factor"] = self.rope_scaling.factor
         for name, value in factors.items():
@@ -111,10 +114,13 @@ class PolicyConfig:
             raise ValueError(f"tie_embeddings {self.tie_embeddings!r} must be true or false")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
-        if self.head_size % 2:
-            raise ValueError(f"head_size {self.head_size} must be even for rotary positions")
-        if self.sliding and len(self.sliding) != self.num_layers:
-            raise ValueError(f"sliding names {len(self.sliding)} layers and num_layers is {self.num_layers}")
+        if self.head_size % 2 or self.rotary_size % 2 or not 0 <= self.rotary_size <= self.head_size:
+            raise ValueError(f"head_size {self.head_size} and rotary_size {self.rotary_size} must be even, for halves")
+        for name in ("sliding", "unrotated"):
+            if getattr(self, name) and len(getattr(self, name)) != self.num_layers:
+                raise ValueError(f"{name} names {len(getattr(self, name))} layers and num_layers is {self.num_layers}")
+        if self.experts and self.lora and set(self.lora.modules) & {"gate", "up", "down"}:
+            raise ValueError("experts have no adapters; leave gate, up and down out of lora_modules")
         if any(self.sliding) and self.window < 1:
             raise ValueError(f"window {self.window} must be at least 1 where layers slide")
         for name, allowed in (("activation", ACTIVATIONS), ("remat", REMAT), ("attention", KERNELS), ("dtype", DTYPES)):

@@ -1,8 +1,8 @@
 """The decoder: a Flax Linen module behind pure functions, with an explicit key/value cache.
 
-One module covers Llama 2 and 3, Qwen 2, 2.5 and 3, and the text models of Gemma 2 and 3: pre-norm blocks with RMS
-norms, rotary positions, grouped-query attention and a gated unit, and what these families add to it as options of
-`PolicyConfig`. Layers are scanned over whole rows and unrolled over a cache. Parameters are float32 and compute runs in
+One module covers the families of docs/models.md: blocks of grouped-query attention and a gated unit with RMS norms and
+rotary positions, and what these families add to it as options of `PolicyConfig`. Layers are scanned over whole rows and
+unrolled over a cache; what tells them apart is data (`Layer`). Parameters are float32 and compute runs in
 `PolicyConfig.dtype`; norms, softmax, rotations and log-probabilities are float32.
 """
 
@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,8 @@ from krl.base.types import Layout, Segments
 from krl.policy import lora
 from krl.policy.attention import attend_cached, attend_rows
 from krl.policy.config import ACTIVATIONS, REMAT, PolicyConfig
+from krl.policy.experts import Experts, apply_experts
+from krl.policy.rotary import Rotations, frequencies, rotate
 from krl.policy.scores import token_scores
 
 
@@ -172,13 +174,14 @@ def read(
     recent = visible & (behind < config.window)
     x: Any = _embed(config, params["embedding"], tokens)
     written: list[Any] = []
-    for layer, block in enumerate(params["blocks"]):
-        slides = bool(config.sliding) and config.sliding[layer]
-        stored = (cache.keys[layer], cache.values[layer], column, recent if slides else visible)
-        applied: Any = Block(config).apply({"params": block}, x, slides, positions, None, stored)
+    for number, block in enumerate(params["blocks"]):
+        layer = jax.tree.map(lambda kinds, at=number: kinds[at], layers(config))
+        stored = (cache.keys[number], cache.values[number], column, recent if layer.slides else visible)
+        applied: Any = Block(config).apply({"params": block}, x, layer, positions, None, stored)
         x, columns = applied
         written.append(columns)
     hidden: Any = Norm(config).apply({"params": params["final_norm"]}, x)
+    hidden = _scaled(hidden, 1 / config.logit_divisor)
     keys, values = zip(*written, strict=True)
     return hidden, Cache(keys=keys, values=values, positions=held)
 
@@ -265,8 +268,12 @@ def _decoder(config: PolicyConfig, params: dict[str, Any], *inputs: Any) -> Any:
 
 
 def _embed(config: PolicyConfig, embedding: jax.Array, tokens: jax.Array) -> jax.Array:
-    x = embedding[tokens].astype(config.dtype)
-    return x * jnp.asarray(config.embed_size**0.5, config.dtype) if config.scale_embedding else x
+    return _scaled(embedding[tokens].astype(config.dtype), config.embedding_scale)
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x times a number of x's type; nothing is computed for one."""
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def _head(config: PolicyConfig, params: dict[str, Any]) -> jax.Array:
@@ -281,31 +288,27 @@ def _logits(config: PolicyConfig, params: dict[str, Any], hidden: jax.Array) -> 
     return cap * jnp.tanh(logits / cap) if cap else logits
 
 
-def _frequencies(config: PolicyConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Rotary frequencies, radians per position, of full and of sliding layers: [Q / 2] float32 each."""
-    exponents = -2 * np.arange(config.head_size // 2) / config.head_size
-    sliding = (config.sliding_rope_theta or config.rope_theta) ** exponents
-    full, stretch = config.rope_theta**exponents, config.rope_scaling
-    if stretch is None:
-        pass
-    elif stretch.kind == "linear":
-        full = full / stretch.factor
-    else:
-        # Llama 3.1: between the two bounds the division fades in with the turns per original length.
-        turns = stretch.original_length * full / (2 * np.pi)
-        low, high = stretch.low_frequency_factor, stretch.high_frequency_factor
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        full = full * (kept + (1 - kept) / stretch.factor)
-    return full.astype(np.float32), sliding.astype(np.float32)
+class Layer(NamedTuple):
+    """What tells a layer from the others but its weights; of one layer or, stacked, of all L."""
+
+    slides: Any  # [...] bool
+    rotations: Rotations
 
 
-def _rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotary positions (Su et al., arXiv 2104.09864) on the halves of each head: [B, T, H, Q]."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
+@functools.cache
+def layers(config: PolicyConfig) -> Layer:
+    """The kinds of all layers, as NumPy arrays."""
+    size, none = config.rotary_size or config.head_size, (False,) * config.num_layers
+
+    def rotation(slides: bool, still: bool) -> tuple[np.ndarray, float]:
+        theta = config.sliding_rope_theta if slides and config.sliding_rope_theta else config.rope_theta
+        scaling = config.rope_scaling if config.scale_sliding or not slides else None
+        turning, magnitude = frequencies(size, theta, scaling)
+        return (0 * turning, 1.0) if still else (turning, magnitude)
+
+    sliding = config.sliding or none
+    turning, magnitudes = zip(*map(rotation, sliding, config.unrotated or none), strict=True)
+    return Layer(np.array(sliding), Rotations(np.array(turning, np.float32), np.array(magnitudes, np.float32)))
 
 
 class Norm(nn.Module):
@@ -333,16 +336,17 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        slides: jax.Array | bool,
+        layer: Layer,
         positions: jax.Array,
         segments: Layout,
         stored: Any = None,
     ) -> tuple[jax.Array, Any]:
         """(x, None), or (x, (keys, values)) with stored = (keys, values, column to write, visible [B, T, C])."""
         c = self.config
-        query, key, value = self._heads(Norm(c, name="attention_norm")(x), slides, positions)
+        read = Norm(c, name="attention_norm")(x) if c.pre_norms else x
+        query, key, value = self._heads(read, layer.rotations, positions)
         if stored is None:
-            mixed = self._attend(query, key, value, slides, segments)
+            mixed = self._attend(query, key, value, layer.slides, segments)
         else:
             keys, values, column, visible = stored
             keys = jax.lax.dynamic_update_slice(keys, key.swapaxes(1, 2), (0, 0, column, 0))
@@ -353,19 +357,21 @@ class Block(nn.Module):
         attended = self._times(mixed, "output", shape, ("heads", "head", "embed"), inputs=2)
         if c.post_norms:
             attended = Norm(c, name="attention_post_norm")(attended)
-        x = constrain(x + attended, "batch", "length", None)
-        fed = self._mlp(Norm(c, name="mlp_norm")(x))
+        x = constrain(x + _scaled(attended, c.residual_scale), "batch", "length", None)
+        fed = self._mlp(Norm(c, name="mlp_norm")(x) if c.pre_norms else x)
         if c.post_norms:
             fed = Norm(c, name="mlp_post_norm")(fed)
-        return constrain(x + fed, "batch", "length", None), stored
+        return constrain(x + _scaled(fed, c.residual_scale), "batch", "length", None), stored
 
-    def _weight(self, name: str, shape: tuple[int, ...], axes: tuple[str, ...], deviation: float, kept: Any) -> Any:
+    def _weight(
+        self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], deviation: float, kept: Any
+    ) -> Any:
         initial = nn.initializers.truncated_normal(deviation) if deviation else nn.initializers.zeros
         weight: Any = self.param(name, nn.with_logical_partitioning(initial, axes), shape, kept)
         return weight.astype(self.config.dtype)
 
     def _times(
-        self, x: jax.Array, name: str, shape: tuple[int, ...], axes: tuple[str, ...], inputs: int = 1
+        self, x: jax.Array, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], inputs: int = 1
     ) -> jax.Array:
         """x times a weight whose first `inputs` axes are x's last ones, and what its adapter adds if there is one."""
         size, adapter = math.prod(shape[:inputs]), self.config.lora
@@ -381,7 +387,7 @@ class Block(nn.Module):
         return product + adapter.scale * jnp.tensordot(jnp.tensordot(x, into, inputs), out, 1)
 
     def _heads(
-        self, x: jax.Array, slides: jax.Array | bool, positions: jax.Array
+        self, x: jax.Array, rotations: Rotations, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, H, Q] and keys, and values, [B, T, K, Q]."""
         c = self.config
@@ -396,10 +402,13 @@ class Block(nn.Module):
         query, key = project("query", c.num_heads, "heads"), project("key", c.num_kv_heads, "kv_heads")
         value = project("value", c.num_kv_heads, "kv_heads")
         if c.qk_norm:
-            query, key = Norm(c, "head", name="query_norm")(query), Norm(c, "head", name="key_norm")(key)
-        full, sliding = _frequencies(c)
-        frequencies = jnp.where(slides, sliding, full)
-        return _rotate(query, positions, frequencies), _rotate(key, positions, frequencies), value
+            query, key = self._norm_heads(query, "query", "heads"), self._norm_heads(key, "key", "kv_heads")
+        return rotate(query, positions, rotations), rotate(key, positions, rotations), value
+
+    def _norm_heads(self, x: jax.Array, name: str, axis: str) -> jax.Array:
+        if not self.config.joint_qk_norm:
+            return Norm(self.config, "head", name=f"{name}_norm")(x)
+        return Norm(self.config, axis, name=f"{name}_norm")(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
     def _scale(self) -> float:
         return self.config.attention_scale or self.config.head_size**-0.5
@@ -420,8 +429,21 @@ class Block(nn.Module):
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         c = self.config
+        if c.experts:
+            return self._experts(x, c.experts)
         gate, up = (self._times(x, name, (c.embed_size, c.mlp_size), ("embed", "mlp")) for name in ("gate", "up"))
         return self._times(ACTIVATIONS[c.activation](gate) * up, "down", (c.mlp_size, c.embed_size), ("mlp", "embed"))
+
+    def _experts(self, x: jax.Array, experts: Experts) -> jax.Array:
+        c, count = self.config, experts.count
+        scores = self._times(x, "router", (c.embed_size, count), ("embed", None)).astype(jnp.float32)
+        into, out = (count, c.embed_size, c.mlp_size), (count, c.mlp_size, c.embed_size)
+        gate, up = (
+            self._weight(name, into, ("expert", "embed", None), into[1] ** -0.5, kept_dtype(c))
+            for name in ("gate", "up")
+        )
+        down = self._weight("down", out, ("expert", None, "embed"), out[1] ** -0.5, kept_dtype(c))
+        return apply_experts(experts, x, jax.nn.softmax(scores), gate, up, down, ACTIVATIONS[c.activation])
 
 
 class Decoder(nn.Module):
@@ -449,6 +471,6 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         x = constrain(_embed(c, embedding, tokens), "batch", "length", None)
-        slides = jnp.array(c.sliding or (False,) * c.num_layers)
-        x, _ = blocks(c, name="blocks")(x, slides, positions, segments)
-        return Norm(c, name="final_norm")(x)
+        kinds: Any = jax.tree.map(jnp.array, layers(c))
+        x, _ = blocks(c, name="blocks")(x, kinds, positions, segments)
+        return _scaled(Norm(c, name="final_norm")(x), 1 / c.logit_divisor)

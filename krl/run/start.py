@@ -63,11 +63,18 @@ def find_policy(
             found = dataclasses.replace(given, **computed_by(config))
         else:
             found, _ = check_hf(config.policy.path, **computed_by(config))
+            if hf.sees_images(config.policy.path):
+                say(f"krl: {config.policy.path} also sees images; its language model alone is read and trained")
         if config.policy.adapter and not (workdir / "config.json").exists():
             check_adapter(config, found)
         check_vocabulary(tokenizer, found.vocab_size)
         row = config.data.max_prompt_tokens + config.sample.max_new_tokens
         longest = json.loads(found.source or "{}").get("max_position_embeddings") or row
+        if found.longest and row > found.longest:
+            raise ValueError(
+                f"rows of {row} tokens (data.max_prompt_tokens + sample.max_new_tokens) are longer than {found.longest}; "
+                "in longer ones the checkpoint stretches its positions by another rule, which is not supported"
+            )
         if row > longest:
             say(f"krl: rows of {row} tokens are longer than the {longest} that the checkpoint was made for")
         return found

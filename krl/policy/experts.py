@@ -1,0 +1,77 @@
+"""Gated units of which a router chooses some for each token (Shazeer et al., arXiv 1701.06538); no token is dropped."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from krl.base.sharding import RULES, open_axes, partition_spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """How many units a layer has, and how many of them a token goes through."""
+
+    count: int  # X
+    active: int
+    normalised: bool = False  # the weights of a token's own experts are divided by their sum
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.active <= self.count:
+            raise ValueError(f"of {self.count} experts {self.active} cannot be active for a token")
+
+
+def apply_experts(
+    experts: Experts,
+    x: jax.Array,
+    scores: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    activation: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The sum of a token's experts, each times its score.
+
+    Tokens are sorted by expert, so that each expert multiplies one run of them. Where the mesh splits the experts,
+    each device computes its own ones for all tokens of its rows, and the devices' sums are added up.
+
+    Args:
+        experts: their numbers, static.
+        x: [B, T, E].
+        scores: [B, T, X], of the router.
+        gate, up, down: [X, E, M], the same and [X, M, E], of x's dtype.
+        activation: of the gate.
+
+    Returns:
+        [B, T, E] of x's dtype.
+    """
+    axes = open_axes()
+    split = next((name for name in RULES["expert"] if name in axes), None)
+
+    def local(x: jax.Array, scores: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, chosen = jax.lax.top_k(scores.reshape(-1, experts.count), experts.active)
+        if experts.normalised:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        first = jax.lax.axis_index(split) * len(gate) if split else 0
+        number = (chosen.ravel() - first) % experts.count  # the experts of this device come first
+        order = jnp.argsort(number)
+        sizes = jnp.bincount(number, length=experts.count)[: len(gate)]
+        token = order // experts.active
+        read, times = tokens[token], functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+        outputs = times(activation(times(read, gate)) * times(read, up), down)
+        outputs = outputs * weights.ravel()[order].astype(x.dtype)[:, None]
+        here = jnp.arange(len(order)) < sizes.sum()
+        summed = jnp.zeros_like(tokens).at[token].add(jnp.where(here[:, None], outputs, 0))
+        return (jax.lax.psum(summed, split) if split else summed).reshape(x.shape)
+
+    if not axes:
+        return local(x, scores, gate, up, down)
+    spec = functools.partial(partition_spec, mesh_axes=axes)
+    rows, unit = spec(("batch", "length", None)), spec(("expert", None, None))
+    specs = (rows, rows, unit, unit, unit)
+    return jax.shard_map(local, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False)(
+        x, scores, gate, up, down
+    )
