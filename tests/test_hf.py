@@ -196,7 +196,7 @@ def test_an_expert_is_a_unit_and_a_token_sees_its_own_alone():
 
 
 def test_experts_have_no_adapters():
-    with pytest.raises(ValueError, match="leave gate, up and down out"):
+    with pytest.raises(ValueError, match="leave gate, up, down out"):
         dataclasses.replace(checkpoint("olmoe")[0], lora=policy.Lora(2, 2.0))
     config = dataclasses.replace(checkpoint("olmoe")[0], lora=policy.Lora(2, 2.0, ("query", "output")))
     fresh = policy.adapt(config, checkpoint("olmoe")[1], jax.random.key(0))
@@ -381,10 +381,14 @@ def test_what_a_checkpoint_is_takes_one_line(tmp_path, capsys, monkeypatch):
     told = capsys.readouterr().out
     assert told.count("\n") == 1
     assert told.startswith(
-        "supported: olmo3, 1.02e-05 billion parameters in 3 layers, kept in bfloat16; unusual: qk_norm, "
+        "olmo3 is supported: 10.2 k parameters in bfloat16; 3 layers; unusual: qk_norm, joint_qk_norm"
     )
-    assert "no pre_norms, post_norms, window 5, sliding in 2 of 3 layers, rope_scaling yarn, no scale_sliding" in told
-    assert "0.000163 GB" in told  # 16 bytes of each parameter
+    assert (
+        ", no pre_norms, post_norms, window 5, sliding in 2 of 3 layers, rope_scaling yarn, no scale_sliding; " in told
+    )
+    assert "training keeps 163 kB" in told  # 16 bytes of each parameter
+    assert ", of which a token goes through 8.85 k; " in hf.describe(GOLDEN / "olmoe")
+    assert "images, which are left out; " in hf.describe(GOLDEN / "gemma3_images")
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(SystemExit, match=r"krl.hf: .*'mamba' is not supported"):
         command.main()

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from krl.configs.flags import one_line_errors
-from krl.hf.config import STORED_TYPES, describe
+from krl.hf.check import describe
+from krl.hf.config import STORED_TYPES
 from krl.hf.weights import export
 
 

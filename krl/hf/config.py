@@ -5,19 +5,15 @@ import json
 import pathlib
 from typing import Any
 
-import jax
-
 from krl.hf.families import FAMILIES, FIELDS, translate
-from krl.policy.config import Lora, PolicyConfig
-from krl.policy.model import init
-from krl.policy.rotary import RopeScaling
+from krl.policy.config import PolicyConfig
 
 # The types that a checkpoint's tensors may have, by their names in safetensors.
 STORED_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-_SIZES = {*FIELDS.values()} - {"activation"}
+SIZES = {*FIELDS.values()} - {"activation"}  # options of PolicyConfig that every family has
 # Options of PolicyConfig that a policy may have for which no config.json was read.
-_FREE = _SIZES | {"qkv_bias", "qk_norm", "lora", "dtype", "attention", "unroll", "remat", "stored_dtype"}
+_FREE = SIZES | {"qkv_bias", "qk_norm", "lora", "dtype", "attention", "unroll", "remat", "stored_dtype"}
 
 # What people hand over by mistake, and files that tell it. The first that is there is told.
 _SAVE = "with transformers (from_pretrained, save_pretrained)"
@@ -134,44 +130,6 @@ def sees_images(path: str | pathlib.Path) -> bool:
 
 def _has_images(fields: Any) -> bool:
     return isinstance(fields, dict) and fields.get("model_type") == "gemma3" and "text_config" in fields
-
-
-def describe(path: str | pathlib.Path) -> str:
-    """What a checkpoint is and what training it keeps on the devices, in one line, from its config.json alone.
-
-    Args:
-        path: as for `read_config`.
-
-    Raises:
-        ValueError: as `read_config`.
-    """
-    config = read_config(path)
-    family = json.loads(config.source)["model_type"]
-    options = [field for field in dataclasses.fields(PolicyConfig) if field.compare and field.name not in _SIZES]
-    values = {field.name: getattr(config, field.name) for field in options}
-    unusual = [_in_words(field.name, values[field.name]) for field in options if values[field.name] != field.default]
-    unusual += ["images, which are left out"] if sees_images(path) else []
-    size, adapters = _count(config), _count(dataclasses.replace(config, lora=Lora(32, 32.0)))
-    adapters -= size
-    return (
-        f"supported: {family}, {size / 1e9:.3g} billion parameters in {config.num_layers} layers, kept in "
-        f"{config.stored_dtype}; unusual: {', '.join(unusual) or 'nothing'}; training keeps "
-        f"{16 * size / 1e9:.3g} GB of parameters, gradients and moments, or {(2 * size + 16 * adapters) / 1e9:.3g} GB "
-        "with adapters of rank 32; python -m krl.plan adds what a step takes"
-    )
-
-
-def _in_words(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return name if value else f"no {name}"
-    if isinstance(value, tuple):
-        return f"{name} in {sum(value)} of {len(value)} layers"
-    return f"{name} {value.kind if isinstance(value, RopeScaling) else value}"
-
-
-def _count(config: PolicyConfig) -> int:
-    """All parameters."""
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(lambda: init(config, jax.random.key(0)))))
 
 
 def _language_model(fields: dict[str, Any]) -> dict[str, Any]:

@@ -240,7 +240,7 @@ def _scaling(kind: str, values: dict[str, Any], fields: dict[str, Any], size: in
         return {"rope_scaling": RopeScaling("linear", factor)}
     if kind == "dynamic":  # frequencies change beyond the length of the pre-training alone
         values.pop("original_max_position_embeddings", None)
-        return {"longest": longest}
+        return {"longest": fields["max_position_embeddings"]}
     original = values.pop("original_max_position_embeddings", longest)
     if kind == "llama3":
         low, high = (values.pop(name) for name in ("low_freq_factor", "high_freq_factor"))

@@ -1,7 +1,6 @@
 """Where the tensors of a checkpoint lie in the parameters."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,12 +25,12 @@ class Part:
     groups: Groups  # for each axis of the tensor, the axes of the parameter (but for those of `at`) that make it
 
 
-@functools.cache
 def parts_of(config: PolicyConfig) -> dict[str, tuple[Part, ...]]:
     """Every tensor of a checkpoint by name, in the order of a forward pass: parts that lie one below the other."""
     parts: dict[str, tuple[Part, ...]] = {EMBEDDING: (Part(("embedding",), (), ((0,), (1,))),)}
+    block = _block(config)
     for layer in range(config.num_layers):
-        for name, places in _block(config).items():
+        for name, places in block.items():
             own = (Part(("blocks", *path), (layer, *at), groups) for path, at, groups in places)
             parts[f"model.layers.{layer}.{name}"] = tuple(own)
     parts["model.norm.weight"] = (Part(("final_norm", "weight"), (), _VECTOR),)

@@ -15,7 +15,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
 }
-MODULES = ("query", "key", "value", "output", "gate", "up", "down")  # weights of a layer that adapters may change
+UNIT = ("gate", "up", "down")
+MODULES = ("query", "key", "value", "output", *UNIT)  # weights of a layer that adapters may change
 DTYPES = ("float32", "bfloat16", "float16")
 REMAT = {
     "none": None,
@@ -119,8 +120,8 @@ class PolicyConfig:
         for name in ("sliding", "unrotated"):
             if getattr(self, name) and len(getattr(self, name)) != self.num_layers:
                 raise ValueError(f"{name} names {len(getattr(self, name))} layers and num_layers is {self.num_layers}")
-        if self.experts and self.lora and set(self.lora.modules) & {"gate", "up", "down"}:
-            raise ValueError("experts have no adapters; leave gate, up and down out of lora_modules")
+        if self.experts and self.lora and set(self.lora.modules) & set(UNIT):
+            raise ValueError(f"experts have no adapters; leave {', '.join(UNIT)} out of lora_modules")
         if any(self.sliding) and self.window < 1:
             raise ValueError(f"window {self.window} must be at least 1 where layers slide")
         for name, allowed in (("activation", ACTIVATIONS), ("remat", REMAT), ("attention", KERNELS), ("dtype", DTYPES)):
