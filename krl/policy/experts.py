@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from krl.base.sharding import RULES, open_axes, partition_spec
+from krl.base.sharding import RULES, batch_devices, open_axes, partition_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,8 @@ def apply_experts(
     if not axes:
         return local(x, scores, gate, up, down)
     spec = functools.partial(partition_spec, mesh_axes=axes)
-    rows, unit = spec(("batch", "length", None)), spec(("expert", None, None))
+    whole = x.shape[0] % batch_devices(jax.sharding.get_abstract_mesh())  # too few rows for all devices
+    rows, unit = spec((None if whole else "batch", "length", None)), spec(("expert", None, None))
     specs = (rows, rows, unit, unit, unit)
     return jax.shard_map(local, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False)(
         x, scores, gate, up, down
