@@ -262,7 +262,6 @@ def changed(tmp_path, family="qwen2", **fields):
     [
         ("attention_bias", True, "attention_bias"),
         ("mlp_bias", True, "mlp_bias"),
-        ("attention_dropout", 0.1, "attention_dropout"),
         ("hidden_act", "relu", "'relu' is not supported"),
         ("rope_parameters", {"rope_type": "proportional", "factor": 4.0, "rope_theta": 1e4}, "'proportional'"),
         ("rope_parameters", {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "finetuned": True}, "finetuned"),
@@ -300,7 +299,7 @@ def test_fields_that_change_the_computation_are_refused_by_name(tmp_path, field,
 @pytest.mark.parametrize(
     ("family", "field", "value", "message"),
     [
-        ("mistral", "layer_types", ["full_attention"] * 3, "layer_types"),
+        ("mistral", "layer_types", ["chunked_attention"] * 3, "layer_types"),
         ("mistral", "attention_bias", True, "attention_bias"),
         ("smollm3", "no_rope_layers", [1], "unrotated names 1 layers"),
         ("smollm3", "mlp_bias", True, "mlp_bias"),
@@ -308,7 +307,7 @@ def test_fields_that_change_the_computation_are_refused_by_name(tmp_path, field,
         ("gemma3", "attn_logit_softcapping", 5.0, "attn_logit_softcapping"),
         ("olmo2", "clip_qkv", 8.0, "clip_qkv"),
         ("olmo3", "layer_types", ["linear_attention"] * 3, "layer_types"),
-        ("phi3", "resid_pdrop", 0.1, "resid_pdrop"),
+        ("qwen2", "use_qk_norm", True, "use_qk_norm"),
         ("phi3", "partial_rotary_factor", 0.9, "rotary_size 3"),
         ("phi3", "lm_head_bias", True, "lm_head_bias"),
         ("granite", "num_local_experts", 8, "num_local_experts"),
@@ -324,6 +323,14 @@ def test_what_a_family_may_ask_for_and_is_not_there_is_refused_by_name(tmp_path,
     with pytest.raises(ValueError, match=message) as error:
         hf.read_config(changed(tmp_path, family=family, **{field: value}))
     assert "\n" not in str(error.value)
+
+
+def test_fields_that_repeat_what_a_family_computes_are_not_refused(tmp_path):
+    for family, field, value in (("qwen3_moe", "use_qk_norm", True), ("gemma2", "sliding_window_size", 4096)):
+        assert hf.read_config(changed(tmp_path, family=family, **{field: value})) == hf.read_config(GOLDEN / family)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = hf.read_config(changed(tmp_path, family="mistral", layer_types=kinds))
+    assert config == dataclasses.replace(hf.read_config(GOLDEN / "mistral"), sliding=(True, False, True))
 
 
 def test_positions_that_change_with_the_length_have_a_limit(tmp_path):
@@ -409,6 +416,8 @@ def test_fields_that_are_off_or_harmless_are_not_refused(tmp_path):
         tmp_path,
         use_mrope=False,
         attention_bias=False,
+        attention_dropout=0.1,
+        resid_pdrop=0.1,
         unsloth_fixed=True,
         partial_rotary_factor=1.0,
         logits_scaling=1.0,
@@ -486,7 +495,7 @@ SEES = LLAMA | {"model_type": "gemma3_text"}
         ({}, "nothing in it is a checkpoint's"),
         ({"adapter_config.json": {}, "adapter_model.safetensors": {}, "tokenizer.json": {}}, "adapters .* name it in config.policy.adapter"),
         ({"config.json": LLAMA, "adapter_config.json": {}, "adapter_model.safetensors": {}}, "adapters .* name it in config.policy.adapter"),
-        ({"config.json": {"model_type": "llava", "text_config": SEES, "vision_config": {}}, "model.safetensors": {}}, "'llava' is a model with a text_config .* 'gemma3_text'"),
+        ({"config.json": {"model_type": "llava", "text_config": SEES, "vision_config": {}}, "model.safetensors": {}}, "'llava' is a model with more than a language model.* save that, whose model_type is 'gemma3_text', alone"),
         ({"config.json": LLAMA, "model-00001-of-00002.safetensors": {}}, r"model-00001-of-00002\.safetensors is told by model\.safetensors\.index\.json, which is not there"),
         ({"config.json": LLAMA, "model.safetensors.index.json": {"weight_map": {"a": "model-1.safetensors"}}, "flax_model.msgpack": {}}, "model-1.safetensors is missing; .*fetch it, too"),
         ({"config.json": LLAMA, "pytorch_model-00001-of-00002.bin": {}}, "pickled weights, which are not read; convert"),

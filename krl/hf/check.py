@@ -28,7 +28,11 @@ def describe(path: str | pathlib.Path) -> str:
     options = [field for field in dataclasses.fields(PolicyConfig) if field.compare and field.name not in SIZES]
     values = {field.name: getattr(config, field.name) for field in options}
     unusual = [_in_words(field.name, values[field.name]) for field in options if values[field.name] != field.default]
+    fields = json.loads(config.source)
+    made_as = [name for name in fields.get("architectures") or [] if not name.endswith("ForCausalLM")]
+    unusual += [f"made as {name}" for name in made_as]
     unusual += ["images, which are left out"] if sees_images(path) else []
+    stored = f" in {config.stored_dtype}" if fields.get("dtype") or fields.get("torch_dtype") else ""
     size, active = _count(config), ""
     adapted: tuple[str, ...] = MODULES
     if experts := config.experts:
@@ -36,8 +40,7 @@ def describe(path: str | pathlib.Path) -> str:
         active, adapted = f", of which a token goes through {_short(size - idle)}", tuple(set(MODULES) - set(UNIT))
     adapters = _count(dataclasses.replace(config, lora=Lora(_RANK, _RANK, adapted))) - size
     return (
-        f"{json.loads(config.source)['model_type']} is supported: {_short(size)} parameters in {config.stored_dtype}"
-        f"{active}; {config.num_layers} layers; unusual: {', '.join(unusual) or 'nothing'}; training keeps "
+        f"{fields['model_type']} is supported: {_short(size)} parameters{stored}{active}; {config.num_layers} layers; unusual: {', '.join(unusual) or 'nothing'}; training keeps "
         f"{_short(16 * size)}B of parameters, gradients and moments, or {_short(2 * size + 16 * adapters)}B with "
         f"adapters of rank {_RANK}; python -m krl.plan says what a step takes besides"
     )

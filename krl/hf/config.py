@@ -98,10 +98,13 @@ def read_config(path: str | pathlib.Path, **options: Any) -> PolicyConfig:
         raise ValueError(f"{file} is not the configuration of a model: {error!r}{told}") from None
     inner = fields.get("text_config")
     if isinstance(inner, dict):
+        own = inner.get("model_type")
+        told = (
+            f"save that, whose model_type is {own!r}, alone" if own in FAMILIES else f"{own!r} is not supported either"
+        )
         raise ValueError(
-            f"{file}: model_type {family!r} is a model with a text_config among others, such as one that sees images, "
-            f"and only gemma3 of these is supported; save its language model alone, whose config.json has model_type "
-            f"{inner.get('model_type')!r}"
+            f"{file}: model_type {family!r} is a model with more than a language model, such as one that sees images, and "
+            f"of these only the language model of gemma3 is read; {told}"
         )
     if fields.get("quantization_config"):
         kind = fields["quantization_config"]

@@ -78,7 +78,7 @@ FAMILIES = {
     "gemma2": Family(
         _GEMMA_FIELDS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         _GEMMA,
-        (*_GEMMA_OWN, "attn_logit_softcapping"),
+        (*_GEMMA_OWN, "attn_logit_softcapping", "sliding_window_size"),  # older files repeat the window
     ),
     "gemma3_text": Family(
         _GEMMA_FIELDS | _GEMMA3_FIELDS,
@@ -138,6 +138,8 @@ def translate(fields: dict[str, Any], family: str) -> dict[str, Any]:
         ValueError: a field that may change the computation and is not known, or a value that is not supported.
         KeyError, TypeError, ZeroDivisionError, AttributeError: a field that is missing or malformed.
     """
+    if family == "mistral" and fields.get("layer_types"):  # as transformers reads it
+        family = "ministral"
     fields = {name: value for name, value in (FAMILIES[family].absent | fields).items() if value is not None}
     own = {name: fields.pop(name) for name in FAMILIES[family].own if name in fields}
     heads, act = fields["num_attention_heads"], fields.get("hidden_act", "silu")
@@ -168,8 +170,11 @@ def translate(fields: dict[str, Any], family: str) -> dict[str, Any]:
         found |= {"window": own["sliding_window"], "sliding": sliding}
     if not fields.pop("is_causal", True):
         raise ValueError("the field 'is_causal' = False asks for attention to later tokens, which is not supported")
+    if FAMILIES[family].options.get("qk_norm") and fields.get("use_qk_norm") is True:
+        del fields["use_qk_norm"]
     for name, value in fields.items():
-        harmless = name in _HARMLESS or name.startswith(("_", "unsloth_"))
+        # Dropout is never applied: updates compute the policy that has sampled.
+        harmless = name in _HARMLESS or name.startswith(("_", "unsloth_")) or name.endswith(("_dropout", "_pdrop"))
         off = value in (0, None, "", [], {}) or (type(value) is float and value == 1.0)  # or a factor of one
         if not (harmless or off):
             raise ValueError(
