@@ -15,7 +15,7 @@ class RopeScaling:
 
     "linear" divides all by the factor. "llama3" and "yarn" (Peng et al., arXiv 2309.00071) divide those of few turns
     and keep those of many; between the two the division fades in with the turns for llama3, with the frequency's
-    number for YaRN. "each" divides every frequency by a number of its own: LongRoPE (Ding et al., arXiv 2402.13753).
+    number for YaRN. "longrope" divides every frequency by a number of its own (Ding et al., arXiv 2402.13753).
     """
 
     kind: str
@@ -24,7 +24,7 @@ class RopeScaling:
     high_frequency_factor: float = 4.0  # and more than this are kept
     original_length: int = 8192  # positions of the pre-training
     whole: bool = True  # yarn: the two bounds are rounded outwards to whole numbers of frequencies
-    divisors: tuple[float, ...] = ()  # each: of the r / 2 frequencies
+    divisors: tuple[float, ...] = ()  # longrope: of the r / 2 frequencies
     magnitude: float = 1.0  # cos and sin are multiplied by it
 
 
@@ -40,7 +40,7 @@ def frequencies(size: int, theta: float, scaling: RopeScaling | None) -> tuple[n
     plain = theta ** (-2 * np.arange(size // 2) / size)
     if scaling is None:
         return plain, 1.0
-    if scaling.kind == "each":
+    if scaling.kind == "longrope":
         return plain / np.array(scaling.divisors), scaling.magnitude
     kept: np.ndarray | float = 0.0
     if scaling.kind == "llama3":
