@@ -11,8 +11,10 @@ from krl.configs import arithmetic
 from krl.plan.command import advise, find_sizes, plan, show, step_work
 from krl.plan.programs import _prompts, abstract_sampler
 from krl.plan.roofline import Accelerator, decode_layouts, update_work
+from krl.policy.experts import Experts
 from krl.policy.model import abstract_params
 from krl.rollout.sampler import PROGRAMS
+from tests import tiny
 
 GROUPS, SPLIT, SLOTS, PROMPTS, ROLLOUTS = 4, 2, 16, 8, 64
 TOKENS = 5  # of every response; the longest has 7
@@ -108,6 +110,16 @@ def test_layers_that_are_computed_again_cost_a_pass():
     plain, again = (update_work(dataclasses.replace(sizes, remat=how), mesh, 3, 32, 8, 0) for how in ("none", "full"))
     assert again.moved == pytest.approx(4 / 3 * plain.moved)
     assert plain.tflop < again.tflop < 4 / 3 * plain.tflop  # logits are computed again in any case
+
+
+def test_of_experts_those_count_that_a_token_goes_through():
+    sizes, mesh = tiny.CONFIG, make_mesh((1,), ("data",))
+    mixed = dataclasses.replace(sizes, experts=Experts(6, 2))
+    plain, more = (update_work(each, mesh, 3, 32, 8, 0) for each in (sizes, mixed))
+    units, router = sizes.num_layers * 3 * sizes.embed_size * sizes.mlp_size, sizes.num_layers * 6 * sizes.embed_size
+    # Two units in the place of one, and the router, forward and twice backward; in memory lie all six.
+    assert more.tflop - plain.tflop == pytest.approx(3 * 32 * 3 * 2 * (units + router) / 1e12)
+    assert more.moved - plain.moved == pytest.approx(3 * 3 * 4 * (5 * units + router) / 1e9)
 
 
 def test_the_sampler_lays_its_arrays_out_as_planned():

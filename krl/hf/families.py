@@ -270,4 +270,7 @@ def _scaling(kind: str, values: dict[str, Any], fields: dict[str, Any], size: in
     if len(short) != size // 2:
         raise ValueError(f"the field 'short_factor' of 'rope_scaling' has {len(short)} numbers, not {size // 2}")
     # Rows beyond the length of the pre-training would be rotated by other divisors from their first token on.
-    return {"rope_scaling": RopeScaling("longrope", 1.0, divisors=tuple(short), magnitude=magnitude), "longest": original}
+    return {
+        "rope_scaling": RopeScaling("longrope", 1.0, divisors=tuple(short), magnitude=magnitude),
+        "longest": original,
+    }
