@@ -171,7 +171,11 @@ def test_experts_and_their_gradients_are_the_same_on_eight_devices(family, tmp_p
         np.testing.assert_allclose(policy.apply(config, params, tokens)[0], logits[0], atol=1e-4)
         np.testing.assert_allclose(policy.apply(config, params, tokens[:1])[0], logits[0], atol=1e-4)
         got = jax.jit(jax.grad(along))(params)
+        alone = jax.jit(jax.grad(lambda params: (policy.apply(config, params, tokens[:1]) * directions[:1]).sum()))(
+            params
+        )
     assert all(leaf.any() for leaf in jax.tree.leaves(expected))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(alone))  # a row fewer than devices, and not a NaN
     jax.tree.map(lambda leaf, other: np.testing.assert_allclose(leaf, other, atol=2e-3, rtol=1e-4), got, expected)
     hf.save_hf(tmp_path / "out", config, params)
     before, after = read(GOLDEN / family), read(tmp_path / "out")
@@ -283,7 +287,7 @@ def changed(tmp_path, family="qwen2", **fields):
         ("hidden_size", 16.0, "embed_size 16.0"),
         ("rms_norm_eps", "tiny", "norm_epsilon 'tiny'"),
         ("tie_word_embeddings", "yes", "tie_embeddings 'yes'"),
-        ("rope_parameters", {"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4}, "rope_scaling factor"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 0.0, "rope_theta": 1e4}, "factor 0.0 of rope_scaling"),
         ("model_type", ["qwen2"], "is not supported"),
         ("model_type", "mamba", "'mamba' is not supported; supported are llama"),
         ("hidden_size", None, "hidden_size"),
@@ -301,20 +305,30 @@ def test_fields_that_change_the_computation_are_refused_by_name(tmp_path, field,
     [
         ("mistral", "layer_types", ["chunked_attention"] * 3, "layer_types"),
         ("mistral", "attention_bias", True, "attention_bias"),
-        ("smollm3", "no_rope_layers", [1], "unrotated names 1 layers"),
+        ("smollm3", "no_rope_layers", [1], "a 0 or a 1 for each of 3 layers"),
         ("smollm3", "mlp_bias", True, "mlp_bias"),
         ("gemma3", "use_bidirectional_attention", True, "use_bidirectional_attention"),
         ("gemma3", "attn_logit_softcapping", 5.0, "attn_logit_softcapping"),
         ("olmo2", "clip_qkv", 8.0, "clip_qkv"),
         ("olmo3", "layer_types", ["linear_attention"] * 3, "layer_types"),
         ("qwen2", "use_qk_norm", True, "use_qk_norm"),
-        ("phi3", "partial_rotary_factor", 0.9, "rotary_size 3"),
+        ("phi3", "partial_rotary_factor", 0.9, r"\[0.9, 1.0\]"),
         ("phi3", "lm_head_bias", True, "lm_head_bias"),
         ("granite", "num_local_experts", 8, "num_local_experts"),
         ("qwen3_moe", "decoder_sparse_step", 2, "decoder_sparse_step"),
         ("qwen3_moe", "mlp_only_layers", [0], "mlp_only_layers"),
         ("qwen3_moe", "num_experts_per_tok", 7, "of 6 experts 7"),
-        ("olmoe", "clip_qkv", 2.0, "clip_qkv"),
+        ("qwen3_moe", "layer_types", ["full_attention"] * 3, "layer_types"),
+        ("qwen3_moe", "norm_topk_prob", "no", "normalised 'no'"),
+        ("olmoe", "clip_qkv", 1.0, "clip_qkv"),
+        ("llama2", "rope_scaling", {"rope_type": "linear", "factor": 2.0}, "say two things"),
+        ("llama2", "partial_rotary_factor", 0.0, "partial_rotary_factor"),
+        ("phi4", "partial_rotary_factor", 0.25, "partial_rotary_factor"),
+        ("granite", "attention_multiplier", 0.0, "attention_multiplier"),
+        ("gemma2", "final_logit_softcapping", "x", "logit_softcap 'x'"),
+        ("mistral", "sliding_window", 2.5, "window 2.5"),
+        ("smollm3", "no_rope_layers", [], "a 0 or a 1 for each of 3 layers"),
+        ("llama2", "vocab_size", 10**13, "from 1 to 10,000,000"),
         ("granite", "logits_scaling", 0.0, "logit_divisor"),
         ("qwen2_yarn", "partial_rotary_factor", 0.5, "partial_rotary_factor"),
     ],
@@ -323,6 +337,36 @@ def test_what_a_family_may_ask_for_and_is_not_there_is_refused_by_name(tmp_path,
     with pytest.raises(ValueError, match=message) as error:
         hf.read_config(changed(tmp_path, family=family, **{field: value}))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": -1.0}, "high_frequency_factor -1.0"),
+        ({"rope_type": "yarn", "factor": 2.0, "beta_fast": "32"}, "high_frequency_factor '32'"),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 0}, "the pre-training, 0,"),
+        ({"rope_type": "yarn", "factor": 2.0, "attention_factor": "1"}, "magnitude '1'"),
+        ({"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}, "must be below"),
+        ({"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0, 0.0]}, "divisors .1.0, 0.0."),
+    ],
+)
+def test_scalings_that_cannot_be_are_one_line(tmp_path, scaling, message):
+    with pytest.raises(ValueError, match=message) as error:
+        hf.read_config(changed(tmp_path, family="llama2", rope_parameters=scaling | {"rope_theta": 1e4}))
+    assert "\n" not in str(error.value)
+
+
+def test_halves_are_rotated():
+    with pytest.raises(ValueError, match="rotary_size 3 must be even"):
+        policy.PolicyConfig(vocab_size=8, rotary_size=3)
+
+
+def test_experts_slide_in_all_layers_or_in_none(tmp_path):
+    more: dict = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+    config = hf.read_config(changed(tmp_path, family="qwen3_moe", **more))
+    assert (config.sliding, config.window) == ((True,) * 3, 4)
+    more["use_sliding_window"] = False
+    assert not any(hf.read_config(changed(tmp_path, family="qwen3_moe", **more)).sliding)
 
 
 def test_fields_that_repeat_what_a_family_computes_are_not_refused(tmp_path):

@@ -126,10 +126,23 @@ def open_axes() -> tuple[str, ...]:
     return tuple(name for name in mesh.axis_names if name not in mesh.manual_axes)
 
 
+def open_batch() -> int:
+    """How many parts the open axes split the "batch" axis into."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), open_axes()
+    return math.prod(mesh.shape[name] for name in RULES["batch"] if name in axes)
+
+
 def constrain(array: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Ask the compiler to lay an array out by the rules on the open axes of the mesh."""
+    """Ask the compiler to lay an array out by the rules on the open axes of the mesh.
+
+    Rows that are too few for all devices stay whole: XLA would fill them up, and gradients of experts became NaN there.
+    """
     axes = open_axes()
-    return jax.lax.with_sharding_constraint(array, partition_spec(logical_axes, axes)) if axes else array
+    if not axes:
+        return array
+    if "batch" in logical_axes and array.shape[logical_axes.index("batch")] % open_batch():
+        logical_axes = tuple(None if name == "batch" else name for name in logical_axes)
+    return jax.lax.with_sharding_constraint(array, partition_spec(logical_axes, axes))
 
 
 def readable(*arrays: Any) -> bool:

@@ -139,7 +139,8 @@ def _language_model(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of a model that sees images for its language model alone, as transformers would save that."""
     kept = {name: fields[name] for name in ("dtype", "torch_dtype", "eos_token_id", "transformers_version",
                                             "quantization_config") if name in fields}  # fmt: skip
-    return kept | fields["text_config"] | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    own = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
+    return kept | fields["text_config"] | own | {"final_logit_softcapping": None}  # the whole model has no such cap
 
 
 def config_json(config: PolicyConfig, dtype: str | None = None) -> str:

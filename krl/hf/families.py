@@ -26,7 +26,7 @@ _HARMLESS = {
     "architectures", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
     "cache_implementation", "cls_token_id", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
     "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "finetuning_task", "forced_bos_token_id",
-    "forced_eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id", "length_penalty",
+    "forced_eos_token_id", "id2label", "is_decoder", "output_attentions", "output_hidden_states", "use_bfloat16", "initializer_range", "is_llama_config", "label2id", "length_penalty",
     "mask_token_id", "max_length", "max_position_embeddings", "max_sequence_length", "min_length",
     "model_max_length", "model_type", "name_or_path", "neftune_noise_alpha", "no_repeat_ngram_size",
     "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "output_past", "pad_token_id", "prefix",
@@ -100,7 +100,14 @@ FAMILIES = {
             "decoder_sparse_step": 1,
         },
         {"qk_norm": True},
-        (*_WINDOWS, *_EXPERTS, "moe_intermediate_size", "decoder_sparse_step"),
+        (
+            *_EXPERTS,
+            "moe_intermediate_size",
+            "decoder_sparse_step",
+            "sliding_window",
+            "use_sliding_window",
+            "max_window_layers",
+        ),
     ),
     "olmoe": Family(
         {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
@@ -159,12 +166,14 @@ def translate(fields: dict[str, Any], family: str) -> dict[str, Any]:
         found["attention_scale"] = own["query_pre_attn_scalar"] ** -0.5
     if family.startswith("gemma"):
         found["embedding_scale"] = found["embed_size"] ** 0.5
-    if "num_experts" in own:
+    if "num_experts" in FAMILIES[family].own:
         if own.get("decoder_sparse_step", 1) != 1:
             raise ValueError(f"the field 'decoder_sparse_step' = {own['decoder_sparse_step']}: all layers need experts")
         found["mlp_size"] = own.get("moe_intermediate_size", found["mlp_size"])
-        count = own.get("num_local_experts", own["num_experts"])  # as newer files have it
+        count = own["num_local_experts"] if "num_local_experts" in own else own["num_experts"]  # newer files have it
         found["experts"] = Experts(count, own["num_experts_per_tok"], own.get("norm_topk_prob", False))
+    if found.get("attention_scale") == 0:
+        raise ValueError("the field 'attention_multiplier' = 0 leaves nothing of attention")
     sliding = _sliding(own, family, found)
     if any(sliding):
         found |= {"window": own["sliding_window"], "sliding": sliding}
@@ -176,7 +185,7 @@ def translate(fields: dict[str, Any], family: str) -> dict[str, Any]:
         # Dropout is never applied: updates compute the policy that has sampled.
         harmless = name in _HARMLESS or name.startswith(("_", "unsloth_")) or name.endswith(("_dropout", "_pdrop"))
         off = value in (0, None, "", [], {}) or (type(value) is float and value == 1.0)  # or a factor of one
-        if not (harmless or off):
+        if not (harmless or off) or name.startswith("clip"):
             raise ValueError(
                 f"the field {name!r} = {value!r} may change the computation and is not supported for {family}; "
                 "remove it from the file only if it changes nothing"
@@ -193,6 +202,8 @@ def _sliding(own: dict[str, Any], family: str, found: dict[str, Any]) -> tuple[b
         return tuple(kind == "sliding_attention" for kind in kinds)
     if family in ("mistral", "ministral", "phi3"):
         return ("sliding_window" in own,) * layers
+    if family == "qwen3_moe":
+        return (bool(own.get("use_sliding_window") and "sliding_window" in own),) * layers
     period = {"gemma2": 2, "olmo3": 4}.get(family)
     if family == "gemma3_text":
         period = own.get("sliding_window_pattern", own.get("_sliding_window_pattern", 6))
@@ -206,8 +217,10 @@ def _sliding(own: dict[str, Any], family: str, found: dict[str, Any]) -> tuple[b
 
 def _rotary(fields: dict[str, Any], own: dict[str, Any], family: str, found: dict[str, Any]) -> dict[str, Any]:
     """Rotary options; takes the fields of both generations of config.json that hold them."""
-    values = fields.pop("rope_parameters", None) or fields.pop("rope_scaling", None) or {}
-    fields.pop("rope_scaling", None)
+    given = [value for name in ("rope_parameters", "rope_scaling") if (value := fields.pop(name, None))]
+    if len(given) > 1 and given[0] != given[1]:
+        raise ValueError("the fields 'rope_parameters' and 'rope_scaling' say two things; leave one of them out")
+    values = given[0] if given else {}
     local = own.get("rope_local_base_freq", 0.0)
     if "full_attention" in values:
         slides = dict(values.get("sliding_attention") or {})
@@ -220,33 +233,35 @@ def _rotary(fields: dict[str, Any], own: dict[str, Any], family: str, found: dic
     if family == "phi3" and kind in ("su", "yarn"):  # as LongRoPE was called at first
         kind = "longrope"
     theta = values.pop("rope_theta", found["rope_theta"])
-    part = values.pop("partial_rotary_factor", 1.0)
-    part = own.get("partial_rotary_factor", part)
-    if part != 1.0 and family != "phi3":
-        raise ValueError(f"the field 'partial_rotary_factor' = {part} is not supported for {family}")
+    parts = {where.pop("partial_rotary_factor") for where in (values, fields, own) if "partial_rotary_factor" in where}
+    part = min(parts, default=1.0)
+    if len(parts) > 1 or (part != 1.0 and family != "phi3"):
+        raise ValueError(f"the field 'partial_rotary_factor' = {sorted(parts)} is not supported for {family}")
     options = {"rope_theta": theta, "sliding_rope_theta": 0.0 if local == theta else local}
     options["rotary_size"] = int(found["head_size"] * part) if part != 1.0 else 0
     if kind != "default":
         options |= _scaling(kind, values, fields | own, options["rotary_size"] or found["head_size"])
     if values:
         raise ValueError(f"the field 'rope_scaling' of type {kind!r} has {sorted(values)}, which is not supported")
-    if "no_rope_layer_interval" in own:
-        every = own["no_rope_layer_interval"]
-        turns = own.get("no_rope_layers") or [(layer + 1) % every for layer in range(found["num_layers"])]
-        options["unrotated"] = tuple(not turn for turn in turns[: found["num_layers"]])
+    if family == "smollm3":
+        layers, turns = found["num_layers"], own.get("no_rope_layers")
+        if turns is None:
+            turns = [int((layer + 1) % own["no_rope_layer_interval"] > 0) for layer in range(layers)]
+        if len(turns) < layers or not set(turns) <= {0, 1}:
+            raise ValueError(f"the field 'no_rope_layers' = {turns!r} must have a 0 or a 1 for each of {layers} layers")
+        options["unrotated"] = tuple(not turn for turn in turns[:layers])
     return options
 
 
 def _scaling(kind: str, values: dict[str, Any], fields: dict[str, Any], size: int) -> dict[str, Any]:
     """The options of a kind of rope_scaling; takes of its values those that it has."""
-    longest = fields.get("max_position_embeddings")
+    longest: Any = fields.get("max_position_embeddings")
     factor = values.pop("factor", None)
+    original = values.pop("original_max_position_embeddings", longest)
     if kind == "linear":
         return {"rope_scaling": RopeScaling("linear", factor)}
     if kind == "dynamic":  # frequencies change beyond the length of the pre-training alone
-        values.pop("original_max_position_embeddings", None)
         return {"longest": fields["max_position_embeddings"]}
-    original = values.pop("original_max_position_embeddings", longest)
     if kind == "llama3":
         low, high = (values.pop(name) for name in ("low_freq_factor", "high_freq_factor"))
         return {"rope_scaling": RopeScaling("llama3", factor, low, high, original)}
@@ -254,6 +269,8 @@ def _scaling(kind: str, values: dict[str, Any], fields: dict[str, Any], size: in
         supported = "default, linear, dynamic, llama3, yarn and longrope"
         raise ValueError(f"the field 'rope_scaling' has type {kind!r}; supported are {supported}")
     original = fields.get("original_max_position_embeddings", original)
+    if type(original) is not int or original < 2:
+        raise ValueError(f"the length of the pre-training, {original!r}, must be a whole number of at least 2")
     factor = longest / original if factor is None else factor
     magnitude = values.pop("attention_factor", None)
     if kind == "yarn":

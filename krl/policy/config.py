@@ -101,16 +101,21 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "embed_size", "num_layers", "num_heads", "num_kv_heads", "head_size", "mlp_size"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
+            value, most = getattr(self, name), 10_000 if name == "num_layers" else 10_000_000
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} {value!r} must be a whole number from 1 to {most:,}")
         positive = ("rope_theta", "norm_epsilon", "embedding_scale", "residual_scale", "logit_divisor")
         factors = {name: getattr(self, name) for name in positive}
-        if self.rope_scaling:
-            factors["rope_scaling factor"] = self.rope_scaling.factor
         for name, value in factors.items():
             if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} {value!r} must be a number above 0")
+        for name in ("attention_scale", "attention_softcap", "logit_softcap", "sliding_rope_theta"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} {value!r} must be a number of at least 0")
+        for name in ("window", "longest"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number of at least 0")
         if type(self.tie_embeddings) is not bool:
             raise ValueError(f"tie_embeddings {self.tie_embeddings!r} must be true or false")
         if self.num_heads % self.num_kv_heads:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from krl.base.sharding import RULES, batch_devices, open_axes, partition_spec
+from krl.base.sharding import RULES, open_axes, open_batch, partition_spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +19,10 @@ class Experts:
     normalised: bool = False  # the weights of a token's own experts are divided by their sum
 
     def __post_init__(self) -> None:
-        if not 1 <= self.active <= self.count:
-            raise ValueError(f"of {self.count} experts {self.active} cannot be active for a token")
+        if type(self.count) is not int or type(self.active) is not int or not 1 <= self.active <= self.count:
+            raise ValueError(f"of {self.count!r} experts {self.active!r} cannot be active for a token")
+        if type(self.normalised) is not bool:
+            raise ValueError(f"normalised {self.normalised!r} of experts must be true or false")
 
 
 def apply_experts(
@@ -60,17 +62,17 @@ def apply_experts(
         order = jnp.argsort(number)
         sizes = jnp.bincount(number, length=experts.count)[: len(gate)]
         token = order // experts.active
-        read, times = tokens[token], functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-        outputs = times(activation(times(read, gate)) * times(read, up), down)
-        outputs = outputs * weights.ravel()[order].astype(x.dtype)[:, None]
-        here = jnp.arange(len(order)) < sizes.sum()
-        summed = jnp.zeros_like(tokens).at[token].add(jnp.where(here[:, None], outputs, 0))
+        # Rows of other devices' experts are of no group: what ragged_dot gives for them, and their gradient, is anything.
+        here = (jnp.arange(len(order)) < sizes.sum())[:, None]
+        read, times = jnp.where(here, tokens[token], 0), functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+        outputs = jnp.where(here, times(activation(times(read, gate)) * times(read, up), down), 0)
+        summed = jnp.zeros_like(tokens).at[token].add(outputs * weights.ravel()[order].astype(x.dtype)[:, None])
         return (jax.lax.psum(summed, split) if split else summed).reshape(x.shape)
 
     if not axes:
         return local(x, scores, gate, up, down)
     spec = functools.partial(partition_spec, mesh_axes=axes)
-    whole = x.shape[0] % batch_devices(jax.sharding.get_abstract_mesh())  # too few rows for all devices
+    whole = x.shape[0] % open_batch()  # too few rows for all devices
     rows, unit = spec((None if whole else "batch", "length", None)), spec(("expert", None, None))
     specs = (rows, rows, unit, unit, unit)
     return jax.shard_map(local, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False)(

@@ -27,6 +27,17 @@ class RopeScaling:
     divisors: tuple[float, ...] = ()  # longrope: of the r / 2 frequencies
     magnitude: float = 1.0  # cos and sin are multiplied by it
 
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_frequency_factor", "high_frequency_factor", "original_length", "magnitude"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name} {value!r} of rope_scaling must be a number above 0")
+        if any(type(value) not in (int, float) or not 0 < value < math.inf for value in self.divisors):
+            raise ValueError(f"divisors {self.divisors} of rope_scaling must be numbers above 0")
+        low, high = self.low_frequency_factor, self.high_frequency_factor
+        if low >= high:
+            raise ValueError(f"low_frequency_factor {low} of rope_scaling must be below high_frequency_factor {high}")
+
 
 class Rotations(NamedTuple):
     """What is rotated by positions, of one layer or of several."""
