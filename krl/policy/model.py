@@ -308,7 +308,8 @@ def layers(config: PolicyConfig) -> Layer:
 
     sliding = config.sliding or none
     turning, magnitudes = zip(*map(rotation, sliding, config.unrotated or none), strict=True)
-    return Layer(np.array(sliding), Rotations(np.array(turning, np.float32), np.array(magnitudes, np.float32)))
+    scale = np.array(magnitudes, np.float32) if set(magnitudes) != {1.0} else None
+    return Layer(np.array(sliding), Rotations(np.array(turning, np.float32), scale))
 
 
 class Norm(nn.Module):

@@ -43,7 +43,7 @@ class Rotations(NamedTuple):
     """What is rotated by positions, of one layer or of several."""
 
     frequencies: np.ndarray | jax.Array  # [..., r / 2] float32, radians per position, of the first r numbers of a head
-    magnitude: np.ndarray | jax.Array  # [...] float32
+    magnitude: np.ndarray | jax.Array | None  # [...] float32, of cos and sin; None if it is 1 in all layers
 
 
 def frequencies(size: int, theta: float, scaling: RopeScaling | None) -> tuple[np.ndarray, float]:
@@ -74,7 +74,9 @@ def rotate(x: jax.Array, positions: jax.Array, rotations: Rotations) -> jax.Arra
     """Rotate the halves of the first r numbers of each head, [B, T, H, Q], by positions [B, T]; float32 inside."""
     size = 2 * rotations.frequencies.shape[-1]
     angles = positions[:, :, None, None].astype(jnp.float32) * rotations.frequencies
-    cos, sin = jnp.cos(angles) * rotations.magnitude, jnp.sin(angles) * rotations.magnitude
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if rotations.magnitude is not None:
+        cos, sin = cos * rotations.magnitude, sin * rotations.magnitude
     first, second = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
     return rotated if size == x.shape[-1] else jnp.concatenate([rotated, x[..., size:]], axis=-1)
