@@ -26,14 +26,14 @@ _HARMLESS = {
     "architectures", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
     "cache_implementation", "cls_token_id", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
     "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id", "finetuning_task", "forced_bos_token_id",
-    "forced_eos_token_id", "id2label", "is_decoder", "output_attentions", "output_hidden_states", "use_bfloat16", "initializer_range", "is_llama_config", "label2id", "length_penalty",
-    "mask_token_id", "max_length", "max_position_embeddings", "max_sequence_length", "min_length",
-    "model_max_length", "model_type", "name_or_path", "neftune_noise_alpha", "no_repeat_ngram_size",
-    "num_beam_groups", "num_beams", "num_labels", "num_return_sequences", "output_past", "pad_token_id", "prefix",
-    "pretraining_tp", "problem_type", "repetition_penalty", "return_dict", "sep_token_id", "suppress_tokens",
-    "task_specific_params", "temperature", "tokenizer_class", "tokenizer_model_max_length",
+    "forced_eos_token_id", "id2label", "initializer_range", "is_decoder", "is_llama_config", "label2id",
+    "length_penalty", "mask_token_id", "max_length", "max_position_embeddings", "max_sequence_length", "min_length",
+    "model_max_length", "model_type", "name_or_path", "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups",
+    "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states", "output_past",
+    "pad_token_id", "prefix", "pretraining_tp", "problem_type", "repetition_penalty", "return_dict", "sep_token_id",
+    "suppress_tokens", "task_specific_params", "temperature", "tokenizer_class", "tokenizer_model_max_length",
     "tokenizer_padding_side", "top_k", "top_p", "torch_dtype", "transformers.js_config", "transformers_version",
-    "typical_p", "use_cache",
+    "typical_p", "use_bfloat16", "use_cache",
 }  # fmt: skip
 
 
@@ -62,7 +62,8 @@ _GEMMA_OWN = (*_WINDOWS, "query_pre_attn_scalar", "final_logit_softcapping")
 _OLMO = {"qk_norm": True, "joint_qk_norm": True, "pre_norms": False, "post_norms": True}
 # Those about the training of routers are not computed here, and norm_topk_prob is false where it is absent.
 _EXPERTS = (
-    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "router_aux_loss_coef", "output_router_logits"
+    "num_experts", "num_local_experts", "num_experts_per_tok", "norm_topk_prob", "router_aux_loss_coef",
+    "output_router_logits",
 )  # fmt: skip
 FAMILIES = {
     "llama": Family(),
