@@ -40,7 +40,8 @@ def describe(path: str | pathlib.Path) -> str:
         active, adapted = f", of which a token goes through {_short(size - idle)}", tuple(set(MODULES) - set(UNIT))
     adapters = _count(dataclasses.replace(config, lora=Lora(_RANK, _RANK, adapted))) - size
     return (
-        f"{fields['model_type']} is supported: {_short(size)} parameters{stored}{active}; {config.num_layers} layers; unusual: {', '.join(unusual) or 'nothing'}; training keeps "
+        f"{fields['model_type']} is supported: {_short(size)} parameters{stored}{active}; {config.num_layers} layers; "
+        f"unusual: {', '.join(unusual) or 'nothing'}; training keeps "
         f"{_short(16 * size)}B of parameters, gradients and moments, or {_short(2 * size + 16 * adapters)}B with "
         f"adapters of rank {_RANK}; python -m krl.plan says what a step takes besides"
     )

@@ -103,8 +103,8 @@ def read_config(path: str | pathlib.Path, **options: Any) -> PolicyConfig:
             f"save that, whose model_type is {own!r}, alone" if own in FAMILIES else f"{own!r} is not supported either"
         )
         raise ValueError(
-            f"{file}: model_type {family!r} is a model with more than a language model, such as one that sees images, and "
-            f"of these only the language model of gemma3 is read; {told}"
+            f"{file}: model_type {family!r} is a model with more than a language model, such as one that sees images, "
+            f"and of these only the language model of gemma3 is read; {told}"
         )
     if fields.get("quantization_config"):
         kind = fields["quantization_config"]
