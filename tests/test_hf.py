@@ -384,7 +384,7 @@ def test_positions_that_change_with_the_length_have_a_limit(tmp_path):
     assert hf.read_config(GOLDEN / "phi4").longest == 100
     config = default.get_config()
     config.policy.path, config.data.max_prompt_tokens, config.sample.max_new_tokens = str(GOLDEN / "phi4"), 60, 41
-    with pytest.raises(ValueError, match=r"rows of 101 tokens .* are longer than 100"):
+    with pytest.raises(ValueError, match=r"rows of 101 tokens; beyond 100 the checkpoint"):
         start.find_policy(config, TOKENIZER, tmp_path)
     config.sample.max_new_tokens = 40
     assert start.find_policy(config, TOKENIZER, tmp_path).longest == 100

@@ -62,7 +62,7 @@ def apply_experts(
         order = jnp.argsort(number)
         sizes = jnp.bincount(number, length=experts.count)[: len(gate)]
         token = order // experts.active
-        # Rows of other devices' experts are of no group: what ragged_dot gives for them is anything, as is its gradient.
+        # Rows of other devices' experts are of no group: ragged_dot may give anything for them, as may its gradient.
         here = (jnp.arange(len(order)) < sizes.sum())[:, None]
         read, times = jnp.where(here, tokens[token], 0), functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
         outputs = jnp.where(here, times(activation(times(read, gate)) * times(read, up), down), 0)

@@ -72,8 +72,8 @@ def find_policy(
         longest = json.loads(found.source or "{}").get("max_position_embeddings") or row
         if found.longest and row > found.longest:
             raise ValueError(
-                f"rows of {row} tokens (data.max_prompt_tokens + sample.max_new_tokens) are longer than "
-                f"{found.longest}; in longer ones the checkpoint stretches its positions by another rule, which is not supported"
+                f"data.max_prompt_tokens and sample.max_new_tokens make rows of {row} tokens; beyond {found.longest} "
+                "the checkpoint stretches its positions by another rule, which is not supported: make them shorter"
             )
         if row > longest:
             say(f"krl: rows of {row} tokens are longer than the {longest} that the checkpoint was made for")
