@@ -629,7 +629,10 @@ def test_config_json_names_the_type_that_is_written(tmp_path):
     assert {str(array.dtype) for array in read(tmp_path / "mixed").values()} == {"float32"}
 
 
-@pytest.mark.parametrize("options", [{}, {"qkv_bias": True}, {"qk_norm": True, "tie_embeddings": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"qkv_bias": True}, {"qk_norm": True, "tie_embeddings": False}, {"qk_norm": True, "experts": Experts(3, 2)}],
+)
 def test_a_policy_from_scratch_can_be_exported(options, tmp_path):
     config = policy.PolicyConfig(vocab_size=16, **options)
     params = policy.init(config, jax.random.key(0))

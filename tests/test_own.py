@@ -1,5 +1,6 @@
 """What a notebook gives to `krl.train` in the place of a name, and what it gets back."""
 
+import dataclasses
 import inspect
 import json
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 import krl
-from krl import budget
+from krl import budget, policy
 from krl.configs import arithmetic
 from krl.eval.command import measure
+from krl.policy.experts import Experts
 from tests.command_line import config_with, rows, run_here, undrawn
 
 POOL = {
@@ -178,6 +180,24 @@ def test_the_policy_of_another_run(tmp_path):
     assert rows(tmp_path / "third")[0]["eval/accuracy"] == pytest.approx(first.metrics["eval/accuracy"])
     with pytest.raises(ValueError, match=r"needs config\.tokenizer\.path"):
         run_here(tmp_path / "fourth", own=own, **{"sft.steps": 0})
+
+
+def test_a_mixture_of_experts_learns_on_a_mesh_as_on_one_device(tmp_path):
+    start = run_here(tmp_path / "start", steps=0)
+    config = dataclasses.replace(start.policy, num_kv_heads=2, experts=Experts(4, 2, normalised=True), qk_norm=True)
+    params = policy.init(config, jax.random.key(0))
+    keys = {"sft.steps": 4, "tokenizer.path": tmp_path / "start" / "policy", "mesh.axis_names": ("data", "model")}
+    alone, split = (
+        run_here(tmp_path / f"{shape}", own={"policy": (config, params)}, steps=0, **keys, **{"mesh.shape": shape})
+        for shape in ((1, 1), (2, 2))
+    )
+    assert split.params["blocks"]["gate"].sharding.spec[1] == "model"
+    assert not np.array_equal(alone.params["blocks"]["router"], params["blocks"]["router"])
+    jax.tree.map(lambda leaf, other: np.testing.assert_allclose(leaf, other, atol=1e-5), alone.params, split.params)
+    own = {"policy": (config, split.params)}
+    learnt = run_here(tmp_path / "learnt", own=own, steps=1, **keys | {"sft.steps": 0}, **{"mesh.shape": (2, 2)})
+    assert learnt.metrics["mismatch"] < 1e-4  # decoding computes what the update does
+    assert not np.array_equal(learnt.params["blocks"]["down"], split.params["blocks"]["down"])
 
 
 def test_what_is_handed_back(tmp_path):

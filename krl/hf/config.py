@@ -13,7 +13,7 @@ STORED_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 SIZES = {*FIELDS.values()} - {"activation"}  # options of PolicyConfig that every family has
 # Options of PolicyConfig that a policy may have for which no config.json was read.
-_FREE = SIZES | {"qkv_bias", "qk_norm", "lora", "dtype", "attention", "unroll", "remat", "stored_dtype"}
+_FREE = SIZES | {"qkv_bias", "qk_norm", "experts", "lora", "dtype", "attention", "unroll", "remat", "stored_dtype"}
 
 # What people hand over by mistake, and files that tell it. The first that is there is told.
 _SAVE = "with transformers (from_pretrained, save_pretrained)"
@@ -161,13 +161,19 @@ def config_json(config: PolicyConfig, dtype: str | None = None) -> str:
         return json.dumps(fields | named, indent=2, sort_keys=True) + "\n"
     plain = {field.name: field.default for field in dataclasses.fields(PolicyConfig)}
     odd = [name for name in plain if name not in _FREE and getattr(config, name) != plain[name]]
-    if odd or (config.qkv_bias and config.qk_norm):
-        raise ValueError(f"no family of checkpoints has these options: {odd or 'qkv_bias with qk_norm'}")
-    family = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama"
+    odd += ["qkv_bias with qk_norm"] if config.qkv_bias and config.qk_norm else []
+    odd += ["experts without qk_norm"] if config.experts and not config.qk_norm else []
+    if odd:
+        raise ValueError(f"no family of checkpoints has these options: {', '.join(odd)}")
+    family, experts = "qwen2" if config.qkv_bias else "qwen3" if config.qk_norm else "llama", {}
+    if config.experts:
+        family, experts = "qwen3_moe", {"num_experts": config.experts.count, "moe_intermediate_size": config.mlp_size,
+            "num_experts_per_tok": config.experts.active, "norm_topk_prob": config.experts.normalised}  # fmt: skip
     fields = {
-        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "architectures": [f"{family.title().replace('_', '')}ForCausalLM"],
         "model_type": family,
         **{theirs: getattr(config, ours) for theirs, ours in FIELDS.items()},
+        **experts,
         "max_position_embeddings": 32768,
         "torch_dtype": dtype or config.stored_dtype,
     }
