@@ -200,11 +200,15 @@ def test_an_expert_is_a_unit_and_a_token_sees_its_own_alone():
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def test_experts_have_no_adapters():
+def test_experts_have_no_adapters_and_attention_beside_them_has(tmp_path):
     with pytest.raises(ValueError, match="leave gate, up, down out"):
         dataclasses.replace(checkpoint("olmoe")[0], lora=policy.Lora(2, 2.0))
     config = dataclasses.replace(checkpoint("olmoe")[0], lora=policy.Lora(2, 2.0, ("query", "output")))
     fresh = policy.adapt(config, checkpoint("olmoe")[1], jax.random.key(0))
+    hf.save_adapters(tmp_path / "out", config, fresh)
+    again, loaded = hf.load_adapters(tmp_path / "out", checkpoint("olmoe")[0])
+    assert again == config.lora
+    jax.tree.map(np.testing.assert_array_equal, loaded, policy.trained(config, fresh))
     assert sorted(policy.trained(config, fresh)["blocks"]) == [
         "output_lora_a",
         "output_lora_b",
@@ -407,6 +411,10 @@ def test_the_language_model_of_one_that_sees_images_is_read_by_either_name(tmp_p
     run.policy.path = str(path)
     start.find_policy(run, TOKENIZER, tmp_path)
     assert "its language model alone is read and trained" in capsys.readouterr().out
+    whole = json.loads((path / "config.json").read_text())
+    capped = whole | {"text_config": whole["text_config"] | {"final_logit_softcapping": 5.0}}
+    (path / "config.json").write_text(json.dumps(capped))
+    assert hf.read_config(path) == config  # which as a whole has no cap, whatever its file says
     safetensors.numpy.save_file(newer | {"model.language_model.more": np.ones(1)}, path / "model.safetensors")
     with pytest.raises(ValueError, match=r"1 unexpected \(model.more\)"):
         hf.load_hf(path)
@@ -418,7 +426,7 @@ def test_adapters_of_weights_that_are_stored_as_one_are_merged_alone(tmp_path):
     config = dataclasses.replace(config, lora=policy.Lora(2, 4.0, ("query", "up")))
     params = policy.adapt(config, params, jax.random.key(0))
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)
-    with pytest.raises(ValueError, match=r"qkv_proj.* which is several weights in one"):
+    with pytest.raises(ValueError, match=r"qkv_proj.weight is several weights in one, .* export the merged policy"):
         hf.save_adapters(tmp_path / "adapters", config, params)
     hf.save_hf(tmp_path / "merged", config, params)
     tokens = jnp.array(sequences[0], jnp.int32)[None]

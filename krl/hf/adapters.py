@@ -41,7 +41,10 @@ def _names(config: PolicyConfig) -> dict[str, Part]:
         if not part.at or config.lora is None or part.path[-1] not in config.lora.modules:
             continue
         if more:
-            raise ValueError(f"adapters of {name}, which is several weights in one, cannot be told apart{_MERGE}")
+            raise ValueError(
+                f"{name} is several weights in one, and PEFT has one adapter for it where a run has one for each: export "
+                "the merged policy (without --adapters), and merge other adapters with peft (merge_and_unload)"
+            )
         stem, (blocks, own), (outputs, inputs) = name.removesuffix("weight"), part.path, part.groups
         into = tuple(range(len(inputs))), (len(inputs),)  # A [inputs, r] is stored as [r, inputs]
         out = (0,), tuple(range(1, 1 + len(outputs)))  # and B [r, outputs] as [outputs, r]
@@ -133,12 +136,13 @@ def _read_fields(file: pathlib.Path) -> tuple[int, float]:
 
 def _modules(file: pathlib.Path, config: PolicyConfig, names: list[str]) -> tuple[str, ...]:
     """Which weights the tensors of a file are adapters of."""
-    known = {name: part.path[-1] for name, part in _names(dataclasses.replace(config, lora=Lora(1, 1.0))).items()}
+    every = dataclasses.replace(config, lora=Lora(1, 1.0, config.adaptable))
+    known = {name: part.path[-1] for name, part in _names(every).items()}
     unexpected = [name for name in names if name not in known]
     if unexpected or not names:
         raise ValueError(
             f"{file}: {len(unexpected)} tensors that are no adapters of this policy ({few(unexpected)}); adapters may "
-            f"be of {', '.join(MODULES)} in each of its {config.num_layers} layers{_MERGE}"
+            f"be of {', '.join(config.adaptable)} in each of its {config.num_layers} layers{_MERGE}"
         )
     of = {known[name].removesuffix(lora.A).removesuffix(lora.B) for name in names}
     return tuple(name for name in MODULES if name in of)

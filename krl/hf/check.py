@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from krl.hf.config import SIZES, read_config, sees_images
-from krl.policy.config import MODULES, UNIT, Lora, PolicyConfig
+from krl.policy.config import Lora, PolicyConfig
 from krl.policy.model import init
 from krl.policy.rotary import RopeScaling
 
@@ -34,11 +34,10 @@ def describe(path: str | pathlib.Path) -> str:
     unusual += ["images, which are left out"] if sees_images(path) else []
     stored = f" in {config.stored_dtype}" if fields.get("dtype") or fields.get("torch_dtype") else ""
     size, active = _count(config), ""
-    adapted: tuple[str, ...] = MODULES
     if experts := config.experts:
         idle = 3 * config.embed_size * config.mlp_size * (experts.count - experts.active) * config.num_layers
-        active, adapted = f", of which a token goes through {_short(size - idle)}", tuple(set(MODULES) - set(UNIT))
-    adapters = _count(dataclasses.replace(config, lora=Lora(_RANK, _RANK, adapted))) - size
+        active = f", of which a token goes through {_short(size - idle)}"
+    adapters = _count(dataclasses.replace(config, lora=Lora(_RANK, _RANK, config.adaptable))) - size
     return (
         f"{fields['model_type']} is supported: {_short(size)} parameters{stored}{active}; {config.num_layers} layers; "
         f"unusual: {', '.join(unusual) or 'nothing'}; training keeps "

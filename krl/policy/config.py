@@ -125,10 +125,15 @@ class PolicyConfig:
         for name in ("sliding", "unrotated"):
             if getattr(self, name) and len(getattr(self, name)) != self.num_layers:
                 raise ValueError(f"{name} names {len(getattr(self, name))} layers and num_layers is {self.num_layers}")
-        if self.experts and self.lora and set(self.lora.modules) & set(UNIT):
+        if self.lora and not set(self.lora.modules) <= set(self.adaptable):
             raise ValueError(f"experts have no adapters; leave {', '.join(UNIT)} out of lora_modules")
         if any(self.sliding) and self.window < 1:
             raise ValueError(f"window {self.window} must be at least 1 where layers slide")
         for name, allowed in (("activation", ACTIVATIONS), ("remat", REMAT), ("attention", KERNELS), ("dtype", DTYPES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r} must be one of {sorted(allowed)}")
+
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """The weights of a layer that adapters may change: beside experts those of attention alone."""
+        return tuple(name for name in MODULES if not (self.experts and name in UNIT))

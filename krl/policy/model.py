@@ -344,8 +344,8 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Any]:
         """(x, None), or (x, (keys, values)) with stored = (keys, values, column to write, visible [B, T, C])."""
         c = self.config
-        read = Norm(c, name="attention_norm")(x) if c.pre_norms else x
-        query, key, value = self._heads(read, layer.rotations, positions)
+        normed = Norm(c, name="attention_norm")(x) if c.pre_norms else x
+        query, key, value = self._heads(normed, layer.rotations, positions)
         if stored is None:
             mixed = self._attend(query, key, value, layer.slides, segments)
         else:
