@@ -21,7 +21,7 @@ from krl.configs import default
 from krl.hf import __main__ as command
 from krl.hf import families
 from krl.hf.weights import INDEX
-from krl.policy.experts import Experts, apply_experts
+from krl.policy.experts import Experts
 from krl.run import start
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -180,24 +180,6 @@ def test_experts_and_their_gradients_are_the_same_on_eight_devices(family, tmp_p
     hf.save_hf(tmp_path / "out", config, params)
     before, after = read(GOLDEN / family), read(tmp_path / "out")
     assert all(array.tobytes() == after[name].tobytes() for name, array in before.items())
-
-
-def test_an_expert_is_a_unit_and_a_token_sees_its_own_alone():
-    """Against every expert computed for every token."""
-    experts, keys = Experts(5, 2), jax.random.split(jax.random.key(0), 5)
-    x, scores = jax.random.normal(keys[0], (2, 7, 4)), jax.nn.softmax(jax.random.normal(keys[1], (2, 7, 5)))
-    gate, up = (jax.random.normal(key, (5, 4, 3)) for key in keys[2:4])
-    down = jax.random.normal(keys[4], (5, 3, 4))
-    each = jnp.einsum(
-        "btxm,xme->btxe", jnp.tanh(jnp.einsum("bte,xem->btxm", x, gate)) * jnp.einsum("bte,xem->btxm", x, up), down
-    )
-    best = jnp.argsort(scores, axis=-1)[..., -2:]
-    kept = jnp.where(jax.nn.one_hot(best, 5).sum(2) > 0, scores, 0)
-    for normalised in (False, True):
-        weights = kept / kept.sum(-1, keepdims=True) if normalised else kept
-        expected = jnp.einsum("btxe,btx->bte", each, weights)
-        got = apply_experts(dataclasses.replace(experts, normalised=normalised), x, scores, gate, up, down, jnp.tanh)
-        np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_experts_have_no_adapters_and_attention_beside_them_has(tmp_path):
@@ -526,7 +508,9 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path):
     broken(f"{first} is missing", lambda path: (path / first).unlink())
     broken("not an index", lambda path: (path / INDEX).write_text("{"))
     broken("model.safetensors is missing", lambda path: (path / INDEX).unlink())
-    broken("not the configuration", lambda path: (path / "config.json").write_text("{"))
+    for text in ("{", "[" * 100_000, "9" * 5_000):
+        broken("not the configuration", lambda path, text=text: (path / "config.json").write_text(text))
+    broken("hf_quant_config.json says", lambda path: (path / "hf_quant_config.json").write_text("{}"))
 
     def whole_numbers(path):
         arrays = safetensors.numpy.load_file(path / first)

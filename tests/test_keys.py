@@ -31,6 +31,7 @@ from krl.configs import default
 from krl.configs.check import check, flatten
 from krl.eval.command import measure
 from krl.eval.held_out import measure as measure_held_out
+from krl.policy.experts import Experts
 from krl.policy.model import abstract_params
 from krl.run import data as run_data
 from krl.run import learner as learner_module
@@ -476,6 +477,12 @@ RUNS = {
     }, {
         "policy.adapter": lambda run: bool((run.begun["blocks"]["gate_lora_b"] == 0.5).all()),
     }),
+    "a mixture of experts": Trial({
+        "data.source": "dataset", "data.path": "HERE/train.jsonl", "data.prompt_field": "q", "data.answer_field": "a",
+        "data.max_prompt_tokens": 24, "policy.path": "HERE/mixture", "policy.balance": 50.0,
+    }, {
+        "policy.balance": lambda run: run.policy.balance == 50 and run.metrics["grad_norm"] > 5,  # it is most of the gradient
+    }),
     "watched": Trial({
         "steps": 3, "eval.every": 1, "eval.prompts": 2, "eval.samples": 3, "checkpoint.every": 1, "checkpoint.keep": 3,
         "checkpoint.dir": "HERE/kept", "profile.steps": 1, "log.rollouts_gb": 0.0, "log.texts_every": 1, "log.wandb": "project",
@@ -710,7 +717,7 @@ def spied(monkeypatch) -> Callable[[Any, pathlib.Path, Seen], Seen]:
 def files(tmp_path_factory) -> pathlib.Path:
     """HERE: data in files and as a data set, a checkpoint, and a tokenizer that says that it is another."""
     here = tmp_path_factory.mktemp("here")
-    for name in ("hub", "qwen", "other", "sets"):
+    for name in ("hub", "qwen", "mixture", "other", "sets"):
         (here / name).mkdir()
 
     def write(name: str, rows: Iterable[dict]) -> None:
@@ -732,6 +739,7 @@ def files(tmp_path_factory) -> pathlib.Path:
     adapted = hf.read_config(here / "qwen", lora=policy.Lora(3, 6.0, ("gate",)))
     fresh = policy.trained(adapted, policy.init(adapted, jax.random.key(0)))
     hf.save_adapters(here / "adapter", adapted, jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.5), fresh))
+    bpe.write_qwen(here / "mixture", qkv_bias=False, qk_norm=True, experts=Experts(3, 2))
     bpe.write_qwen(here / "other")
     told = json.loads((here / "other" / "tokenizer_config.json").read_text())
     told["chat_template"] = "{{ name or 'other' }} " + bpe.CHATML.replace("<|im_start|>", "").replace("<|im_end|>", "")

@@ -267,6 +267,9 @@ KEYS: dict[str, Key] = {
         'what the backward pass computes again to save memory: "none", "full" (whole layers), or "dots" (all but '
         "products of matrices)"),
     "policy.attention": Key("auto", ANY, FREE, 'attention kernel: "auto", "xla", "cudnn" (GPU) or "splash" (TPU)'),
+    "policy.balance": Key(0.0, FROM_0, FIXED,
+        "weight of the auxiliary loss that spreads tokens over the experts of a checkpoint, 1 where all are used "
+        "alike; 0 computes none"),
     # ---------------------------------------------------------------- sft
     "sft.steps": Key(1500, FROM_0, FIXED, "updates; 0 for none"),
     "sft.path": Key("", ANY, FIXED,

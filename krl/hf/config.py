@@ -13,7 +13,9 @@ STORED_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 SIZES = {*FIELDS.values()} - {"activation"}  # options of PolicyConfig that every family has
 # Options of PolicyConfig that a policy may have for which no config.json was read.
-_FREE = SIZES | {"qkv_bias", "qk_norm", "experts", "lora", "dtype", "attention", "unroll", "remat", "stored_dtype"}
+_FREE = SIZES | {
+    "qkv_bias", "qk_norm", "experts", "balance", "lora", "dtype", "attention", "unroll", "remat", "stored_dtype",
+}  # fmt: skip
 
 # What people hand over by mistake, and files that tell it. The first that is there is told.
 _SAVE = "with transformers (from_pretrained, save_pretrained)"
@@ -92,7 +94,7 @@ def read_config(path: str | pathlib.Path, **options: Any) -> PolicyConfig:
         reason = getattr(error, "strerror", None) or error
         told = "" if file.exists() else f": {what_else(file.parent)}"
         raise ValueError(f"{path} is no checkpoint directory: cannot read {file} ({reason}){told}") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:  # numbers of many digits, or many brackets
         told = what_else(file.parent) if isinstance(error, KeyError) else ""
         told = f"; {told}" if told else ""
         raise ValueError(f"{file} is not the configuration of a model: {error!r}{told}") from None
@@ -106,13 +108,14 @@ def read_config(path: str | pathlib.Path, **options: Any) -> PolicyConfig:
             f"{file}: model_type {family!r} is a model with more than a language model, such as one that sees images, "
             f"and of these only the language model of gemma3 is read; {told}"
         )
-    if fields.get("quantization_config"):
-        kind = fields["quantization_config"]
+    if kind := fields.get("quantization_config"):
         kind = kind.get("quant_method") if isinstance(kind, dict) else kind
         raise ValueError(
             f"{file}: the field 'quantization_config' says that the weights are quantised ({kind}); "
             "take those of 16 or 32 bits"
         )
+    if (file.parent / "hf_quant_config.json").exists():
+        raise ValueError(f"{file.parent}: hf_quant_config.json says that the weights are quantised; take others")
     if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(f"{file}: model_type {family!r} is not supported; supported are {', '.join(FAMILIES)}")
     try:

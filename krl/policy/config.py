@@ -86,6 +86,7 @@ class PolicyConfig:
     longest: int = 0  # tokens of a sequence beyond which positions would be other ones, 0 for any: LongRoPE, dynamic
 
     experts: Experts | None = None  # in the place of one gated unit, of mlp_size each: Qwen 3 MoE, OLMoE
+    balance: float = 0.0  # weight of the auxiliary loss that spreads tokens over experts, where gradients are taken
 
     lora: Lora | None = None  # adapters are trained, all else is frozen and kept in the compute dtype
 
@@ -109,7 +110,7 @@ class PolicyConfig:
         for name, value in factors.items():
             if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} {value!r} must be a number above 0")
-        for name in ("attention_scale", "attention_softcap", "logit_softcap", "sliding_rope_theta"):
+        for name in ("attention_scale", "attention_softcap", "logit_softcap", "sliding_rope_theta", "balance"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < float("inf"):
                 raise ValueError(f"{name} {value!r} must be a number of at least 0")
@@ -127,6 +128,8 @@ class PolicyConfig:
                 raise ValueError(f"{name} names {len(getattr(self, name))} layers and num_layers is {self.num_layers}")
         if self.lora and not set(self.lora.modules) <= set(self.adaptable):
             raise ValueError(f"experts have no adapters; leave {', '.join(UNIT)} out of lora_modules")
+        if self.balance and not self.experts:
+            raise ValueError(f"balance {self.balance!r} is of experts, and the policy has none; set it to 0")
         if any(self.sliding) and self.window < 1:
             raise ValueError(f"window {self.window} must be at least 1 where layers slide")
         for name, allowed in (("activation", ACTIVATIONS), ("remat", REMAT), ("attention", KERNELS), ("dtype", DTYPES)):

@@ -78,3 +78,47 @@ def apply_experts(
     return jax.shard_map(local, in_specs=specs, out_specs=rows, axis_names=set(axes), check_vma=False)(
         x, scores, gate, up, down
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def balance(experts: Experts, coefficient: float, scores: jax.Array, real: jax.Array) -> jax.Array:
+    """The scores as they are; a gradient that goes through them also spreads the tokens over the experts.
+
+    That adds to the loss of every real token coefficient times
+
+        X sum_x f_x P_x,
+
+    which is 1 where all experts are used alike: f_x is the share of the choices that fell on expert x, and P_x the mean
+    score of it (Fedus et al., "Switch Transformers", arXiv 2101.03961, equation 4). f has no gradient. As the loss of
+    a step is a sum over tokens that is divided later, nothing but this gradient has to leave a layer.
+
+    Args:
+        experts: their numbers, static.
+        coefficient: static.
+        scores: [B, T, X] float32, of the router.
+        real: [B, T] bool, False on padding.
+
+    Returns:
+        The scores.
+    """
+    return scores
+
+
+def _balance_forward(
+    experts: Experts, coefficient: float, scores: jax.Array, real: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return scores, (scores, real)
+
+
+def _balance_backward(
+    experts: Experts, coefficient: float, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, None]:
+    scores, real = kept
+    _, chosen = jax.lax.top_k(scores, experts.active)
+    choices = jnp.where(real[..., None], chosen, experts.count)  # padding chooses none
+    counts = jnp.bincount(choices.ravel(), length=experts.count).astype(jnp.float32)
+    slope = coefficient * experts.count * counts / jnp.maximum(counts.sum(), 1)
+    return gradient + jnp.where(real[..., None], slope, 0), None
+
+
+balance.defvjp(_balance_forward, _balance_backward)

@@ -24,7 +24,7 @@ from krl.base.types import Layout, Segments
 from krl.policy import lora
 from krl.policy.attention import attend_cached, attend_rows
 from krl.policy.config import ACTIVATIONS, REMAT, PolicyConfig
-from krl.policy.experts import Experts, apply_experts
+from krl.policy.experts import Experts, apply_experts, balance
 from krl.policy.rotary import Rotations, frequencies, rotate
 from krl.policy.scores import token_scores
 
@@ -260,7 +260,8 @@ def _hidden(
     # A row that starts in column 0 needs no mask but the causal one, which every kernel has.
     roll = jax.vmap(functools.partial(jnp.roll, axis=0))
     starts = jnp.argmax(mask, axis=1)
-    return _decoder(config, params, roll(tokens, -starts), columns), lambda hidden: roll(hidden, starts)
+    real = roll(mask, -starts).astype(jnp.int32) if config.balance else None  # padding chooses experts, too
+    return _decoder(config, params, roll(tokens, -starts), columns, real), lambda hidden: roll(hidden, starts)
 
 
 def _decoder(config: PolicyConfig, params: dict[str, Any], *inputs: Any) -> Any:
@@ -359,7 +360,7 @@ class Block(nn.Module):
         if c.post_norms:
             attended = Norm(c, name="attention_post_norm")(attended)
         x = constrain(x + _scaled(attended, c.residual_scale), "batch", "length", None)
-        fed = self._mlp(Norm(c, name="mlp_norm")(x) if c.pre_norms else x)
+        fed = self._mlp(Norm(c, name="mlp_norm")(x) if c.pre_norms else x, segments)
         if c.post_norms:
             fed = Norm(c, name="mlp_post_norm")(fed)
         return constrain(x + _scaled(fed, c.residual_scale), "batch", "length", None), stored
@@ -428,23 +429,28 @@ class Block(nn.Module):
             return jax.lax.cond(slides, with_window(c.window), with_window(0), query, key, value, segments)
         return with_window(c.window if any(c.sliding) else 0)(query, key, value, segments)
 
-    def _mlp(self, x: jax.Array) -> jax.Array:
+    def _mlp(self, x: jax.Array, segments: Layout) -> jax.Array:
         c = self.config
         if c.experts:
-            return self._experts(x, c.experts)
+            return self._experts(x, segments, c.experts)
         gate, up = (self._times(x, name, (c.embed_size, c.mlp_size), ("embed", "mlp")) for name in ("gate", "up"))
         return self._times(ACTIVATIONS[c.activation](gate) * up, "down", (c.mlp_size, c.embed_size), ("mlp", "embed"))
 
-    def _experts(self, x: jax.Array, experts: Experts) -> jax.Array:
+    def _experts(self, x: jax.Array, segments: Layout, experts: Experts) -> jax.Array:
         c, count = self.config, experts.count
         scores = self._times(x, "router", (c.embed_size, count), ("embed", None)).astype(jnp.float32)
+        scores = jax.nn.softmax(scores)
+        if c.balance:
+            number = segments.number if isinstance(segments, Segments) else segments
+            real = jnp.ones(x.shape[:2], bool) if number is None else number > 0
+            scores = balance(experts, c.balance / c.num_layers, scores, real)
         into, out = (count, c.embed_size, c.mlp_size), (count, c.mlp_size, c.embed_size)
         gate, up = (
             self._weight(name, into, ("expert", "embed", None), into[1] ** -0.5, kept_dtype(c))
             for name in ("gate", "up")
         )
         down = self._weight("down", out, ("expert", None, "embed"), out[1] ** -0.5, kept_dtype(c))
-        return apply_experts(experts, x, jax.nn.softmax(scores), gate, up, down, ACTIVATIONS[c.activation])
+        return apply_experts(experts, x, scores, gate, up, down, ACTIVATIONS[c.activation])
 
 
 class Decoder(nn.Module):

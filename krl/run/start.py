@@ -104,7 +104,7 @@ def sized_policy(config: ConfigDict, vocab_size: int) -> policy.PolicyConfig:
 
 def computed_by(config: ConfigDict) -> dict[str, Any]:
     """The options of a decoder that are about its computation and not its checkpoint, and its adapters."""
-    computation = {name: config.policy[name] for name in ("dtype", "unroll", "remat", "attention")}
+    computation = {name: config.policy[name] for name in ("dtype", "unroll", "remat", "attention", "balance")}
     return computation | adapters_of(flatten(config))
 
 
