@@ -12,16 +12,16 @@ nothing about speed.
 import argparse
 import functools
 import json
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.budget import seconds
 from benchmarks.runs import machine
 from krl import policy, rollout
 from krl.base.types import Prompts, Rollouts
+from krl.plan.roofline import ACCELERATORS
 from krl.policy.attention import attend_rows
 from krl.run.compiled import for_this_backend
 from krl.run.optimizer import init_state, make_optimizer
@@ -32,10 +32,6 @@ LARGE = policy.PolicyConfig(
     qkv_bias=True, dtype="bfloat16", remat="dots",
 )  # fmt: skip
 TOY = policy.PolicyConfig(vocab_size=512, embed_size=64, num_layers=2, num_heads=4, num_kv_heads=2, head_size=16)
-LIMITS = {  # dense bfloat16 operations and bytes a second, by the makers' data sheets
-    "H100": (989e12, 3.35e12), "H200": (989e12, 4.8e12), "A100": (312e12, 2.0e12),
-    "v5e": (197e12, 0.82e12), "v5p": (459e12, 2.77e12), "v6e": (918e12, 1.64e12),
-}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None):
@@ -56,24 +52,10 @@ def show(key: str, **found) -> None:
     print(json.dumps({"key": key} | found | {"device": jax.devices()[0].device_kind} | machine()), flush=True)
 
 
-def share(bound: float | None, seconds: float) -> float | None:
-    """Of a limit; None for a device whose limits are not known here."""
-    return bound and round(bound / seconds, 3)
-
-
-def limit(which: int) -> float | None:
-    kind = jax.devices()[0].device_kind
-    return next((limits[which] for name, limits in LIMITS.items() if name in kind), None)
-
-
-def timed(function, repeats: int = 3) -> float:
-    """Median seconds of a call, after one that compiles."""
-    took = []
-    for _ in range(repeats + 1):
-        began = time.perf_counter()
-        jax.block_until_ready(function())
-        took.append(time.perf_counter() - began)
-    return statistics.median(took[1:])
+def of_limit(needed: float, limit: str, took: float) -> float | None:
+    """The share of a limit of the device that was reached; None for a device that is not known."""
+    known = ACCELERATORS.get(jax.devices()[0].device_kind)
+    return known and round(needed / getattr(known, limit) / took, 3)
 
 
 def check_attention(config: policy.PolicyConfig, length: int) -> None:
@@ -139,11 +121,11 @@ def compare_packed(config: policy.PolicyConfig, rows: int, length: int, each: in
             got = np.asarray(attend(*arrays), np.float32)
             got = got if arrays is alone else got.reshape(rows * length, -1)[index]
             apart = float(np.abs(got.reshape(*index.shape, -1)[own] - expected).max() / np.abs(expected).max())
-            seconds = timed(functools.partial(both, *arrays), repeats=10)
+            _, took = seconds(functools.partial(both, *arrays), repeats=10)
         except Exception as error:  # the next kernel is tried, whatever this one lacks
             show("packed attention", kernel=name, fails=f"{type(error).__name__}: {error}".splitlines()[0])
         else:
-            show("packed attention", kernel=name, seconds=seconds, apart=apart, right=apart < 0.05)
+            show("packed attention", kernel=name, seconds=took, apart=apart, right=apart < 0.05)
 
 
 def measure_decoding(config: policy.PolicyConfig, rows: int, prompt: int, new: int) -> None:
@@ -153,20 +135,13 @@ def measure_decoding(config: policy.PolicyConfig, rows: int, prompt: int, new: i
     tokens = jnp.ones((rows // 8, prompt), jnp.int32)
     prompts = Prompts(tokens, tokens > 0, jnp.arange(rows // 8, dtype=jnp.int32))
     sample = functools.partial(
-        rollout.generate,
-        config,
-        params,
-        prompts,
-        jnp.full(rows // 8, 8),
-        max_new_tokens=new,
-        eos_ids=(),
+        rollout.generate, config, params, prompts, jnp.full(rows // 8, 8), max_new_tokens=new, eos_ids=(),
         num_slots=rows,
-    )
-    seconds = timed(lambda: sample(jax.random.key(1)))
+    )  # fmt: skip
+    _, took = seconds(lambda: sample(jax.random.key(1)), repeats=3)
     cached = rollout.sampler.slot_bytes(config, prompt + new) * rows  # all columns are read at every step
-    bandwidth = limit(1)
-    bound = bandwidth and new * (size + cached) / bandwidth
-    show("decode", rows=rows, tokens_per_second=round(rows * new / seconds), of_bandwidth=share(bound, seconds))
+    reached = of_limit(new * (size + cached), "bandwidth", took)
+    show("decode", rows=rows, tokens_per_second=round(rows * new / took), of_bandwidth=reached)
 
 
 def measure_update(config: policy.PolicyConfig, rows: int, length: int, *, packed: bool) -> None:
@@ -194,15 +169,12 @@ def measure_update(config: policy.PolicyConfig, rows: int, length: int, *, packe
         state, metrics = update(state, prompts, rollouts, jnp.ones(rows), jax.random.key(0))
         return metrics
 
-    seconds = timed(step)
-    products = sum(
-        np.prod(leaf.shape) for leaf in jax.tree.leaves(state.params["blocks"])
-    )  # norms are nothing beside them
+    _, took = seconds(step, repeats=3)
+    products = sum(leaf.size for leaf in jax.tree.leaves(state.params["blocks"]))  # norms are nothing beside them
     attention = 2 * config.num_layers * config.num_heads * config.head_size * length  # causal: half of the keys
     operations = 6 * (products + config.vocab_size * config.embed_size) + 3 * attention
-    peak = limit(0)
-    bound = peak and rows * length * operations / peak
-    show("update", packed=packed, tokens_per_second=round(rows * length / seconds), of_peak=share(bound, seconds))
+    reached = of_limit(rows * length * operations, "flops", took)
+    show("update", packed=packed, tokens_per_second=round(rows * length / took), of_peak=reached)
 
 
 if __name__ == "__main__":

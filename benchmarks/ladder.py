@@ -51,8 +51,7 @@ def main():
             ids = np.arange(begin, begin + AT_ONCE, dtype=np.int32)
             prompts = Prompts(encoded.tokens[ids], encoded.mask[ids], ids)
             rollouts = generate(prompts, jnp.full(AT_ONCE, options.samples), jax.random.key(1))
-            asked = encoded.tasks.take(ids)
-            rewards, _ = score_rollouts(tokenizer, verifiers.score, rollouts, asked.prompts, asked.answers)
+            rewards, _ = score_rollouts(tokenizer, verifiers.score, rollouts, encoded.tasks.take(ids))
             rates[ids] = rewards.reshape(AT_ONCE, -1).mean(axis=1)
 
     rungs = np.array(["".join(sorted(set(re.findall(r"[-+*]", prompt)))) for prompt in encoded.tasks.prompts])

@@ -28,10 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jax.ops import segment_sum
 from ml_collections import ConfigDict
 
 from krl import budget, learn, policy, rollout
-from krl.base.masked import divide, segment_sum
+from krl.base.masked import divide
 from krl.base.types import Prompts
 from krl.configs import default
 from krl.eval.sample import score_rollouts
@@ -44,6 +45,7 @@ RULES = ("uniform", "knapsack", "knapsack_log", "knapsack_paper", "vip", "varian
 class Checkpoint(NamedTuple):
     """A run at its newest checkpoint."""
 
+    step: int
     config: ConfigDict
     parts: Setup
     params: dict
@@ -82,11 +84,11 @@ def read_checkpoint(workdir: pathlib.Path) -> Checkpoint:
         found = checkpoints.restore(like)
     if found is None:
         raise SystemExit(f"{workdir} holds no checkpoint yet")
-    return Checkpoint(config, parts, found[1]["params"], found[1]["belief"], found[1].get("prior"))
+    return Checkpoint(found[0], config, parts, found[1]["params"], found[1]["belief"], found[1].get("prior"))
 
 
 def draw_batches(run: Checkpoint, rule: str, budget_size: int, batches: int, *, first: int, repeats: int):
-    """(counts, rollouts, rewards, prompts) of batches of prompts, each `repeats` times with other rollouts."""
+    """(prompts, rollouts, rewards) of batches of prompts, each `repeats` times with other rollouts."""
     config, parts = run.config, run.parts
     generate = functools.partial(
         rollout.generate, parts.policy_config, run.params, max_new_tokens=config.sample.max_new_tokens,
@@ -96,7 +98,7 @@ def draw_batches(run: Checkpoint, rule: str, budget_size: int, batches: int, *, 
     for number in range(first, first + batches):
         ids = np.random.default_rng((config.seed, number)).choice(len(parts.train), config.prompts_per_step, False)
         prompts = Prompts(parts.train.tokens[ids], parts.train.mask[ids], ids.astype(np.int32))
-        known = budget.take(run.belief, jnp.asarray(ids))
+        known = budget.take(run.belief, jnp.asarray(ids), run.step)
         if run.prior is not None:
             known = budget.inform(run.prior, known, jnp.asarray(parts.features[ids]))
         counts, _ = allocate(known, budget_size)
@@ -104,7 +106,7 @@ def draw_batches(run: Checkpoint, rule: str, budget_size: int, batches: int, *, 
         for repeat in range(repeats):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), number), repeat)
             rollouts = generate(prompts, counts, key, num_rollouts=budget_size)
-            rewards, _ = score_rollouts(parts.tokenizer, parts.verifiers.score, rollouts, tasks.prompts, tasks.answers)
+            rewards, _ = score_rollouts(parts.tokenizer, parts.verifiers.score, rollouts, tasks)
             yield prompts, rollouts, jnp.asarray(rewards)
 
 

@@ -3,6 +3,7 @@
     PYTHON benchmarks/peers.py generate [--ragged]    Hugging Face's generate
     PYTHON benchmarks/peers.py generate --path DIR --questions FILE    the same of a checkpoint
     PYTHON benchmarks/peers.py step [--ragged]        a GRPO step of TRL, and its loss's passes alone
+    PYTHON benchmarks/peers.py step --path DIR --questions FILE        the same of a checkpoint
 
 PYTHON has torch, transformers and trl installed, which krl does not need. The same sizes, prompts' lengths, ends and
 rewards; float32, no gradient checkpointing, one update a batch. Every measurement is one line of JSON.
@@ -28,7 +29,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("generate", "step"))
     parser.add_argument("--ragged", action="store_true", help="15 of the 512 tokens end a response")
-    parser.add_argument("--path", help="a checkpoint's directory, for generate")
+    parser.add_argument("--path", help="a checkpoint's directory")
     parser.add_argument("--questions", help="a JSON Lines file with a field question, for --path")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -68,14 +69,19 @@ def make_prompts(number):
     return np.random.default_rng(0).integers(32, 512, (number, PROMPT_TOKENS))
 
 
+def read(options):
+    """The model and tokenizer of a checkpoint, and the first questions of a file."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.path, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.path, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    with open(options.questions) as file:
+        return model, tokenizer, [json.loads(line)["question"] for line, _ in zip(file, range(PROMPTS), strict=False)]
+
+
 def measure_generate(options):
     if options.path:
-        model = transformers.AutoModelForCausalLM.from_pretrained(options.path, dtype=torch.float32).eval()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(options.path, padding_side="left")
-        with open(options.questions) as file:
-            questions = [json.loads(line)["question"] for line, _ in zip(file, range(PROMPTS), strict=False)]
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        given = tokenizer(questions, return_tensors="pt", padding=True)
+        model, tokenizer, questions = read(options)
+        model, given = model.eval(), tokenizer(questions, return_tensors="pt", padding=True)
         tokens, mask, each, length, name = given.input_ids, given.attention_mask, 4, 64, "real"
     else:
         model, tokens, each, length = make_model().eval(), torch.tensor(make_prompts(PROMPTS)), EACH, NEW_TOKENS
@@ -103,14 +109,20 @@ def measure_step(options):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    warm = 2
-    texts = [" ".join(f"t{token}" for token in row) for row in make_prompts(PROMPTS * (warm + options.repeats))]
+    warm, each, new_tokens = 2, EACH, NEW_TOKENS
+    model, tokenizer, name = None, None, "ragged" if options.ragged else "full"
+    if options.path:
+        each, new_tokens, name = 4, 64, "real"
+        model, tokenizer, questions = read(options)
+        texts = questions * (warm + options.repeats)
+    else:
+        texts = [" ".join(f"t{token}" for token in row) for row in make_prompts(PROMPTS * (warm + options.repeats))]
     marks, kept = [], {}
 
-    def parity(prompts, completions, **_):
+    def parity(completion_ids, **_):
         """0 for every second prompt of the ragged work, so that half of the groups have no gradient."""
-        numbers = [sum(int(word[1:]) for word in text.split() if word[0] == "t") % 2 for text in completions]
-        return [n * (not options.ragged or row // EACH % 2) for row, n in enumerate(map(float, numbers))]
+        numbers = [float(sum(ids) % 2) for ids in completion_ids]
+        return [n * (not options.ragged or row // each % 2) for row, n in enumerate(numbers)]
 
     class Marks(transformers.TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -123,32 +135,33 @@ def measure_step(options):
             kept["inputs"] = inputs
             return super().compute_loss(model, inputs, *more, **named)
 
+    ends = {"ragged": {"eos_token_id": list(ENDS)}, "real": {"min_new_tokens": new_tokens}, "full": None}
     with tempfile.TemporaryDirectory() as directory:
         config = GRPOConfig(
             output_dir=directory, use_cpu=True, bf16=False, gradient_checkpointing=False, num_iterations=1, beta=0.0,
-            per_device_train_batch_size=PROMPTS * EACH, gradient_accumulation_steps=1, steps_per_generation=1,
-            num_generations=EACH, max_completion_length=NEW_TOKENS, temperature=1.0, top_p=1.0, top_k=0,
+            per_device_train_batch_size=PROMPTS * each, gradient_accumulation_steps=1, steps_per_generation=1,
+            num_generations=each, max_completion_length=new_tokens, temperature=1.0, top_p=1.0, top_k=0,
             learning_rate=1e-6, max_steps=warm + options.repeats, save_strategy="no", report_to="none",
-            disable_tqdm=True, generation_kwargs={"eos_token_id": list(ENDS)} if options.ragged else None,
+            disable_tqdm=True, shuffle_dataset=not options.path, generation_kwargs=ends[name],
         )  # fmt: skip
         trainer = Kept(
-            model=make_model(), reward_funcs=parity, args=config, train_dataset=Dataset.from_dict({"prompt": texts}),
-            processing_class=make_tokenizer(), callbacks=[Marks()],
+            model=model or make_model(), reward_funcs=parity, args=config, callbacks=[Marks()],
+            train_dataset=Dataset.from_dict({"prompt": texts}), processing_class=tokenizer or make_tokenizer(),
         )  # fmt: skip
         trainer.train()
-    show(f"grpo_step/{'ragged/half' if options.ragged else 'full'}", "TRL", "s", np.diff(marks)[warm:])
+    show(f"grpo_step/{name}{'/half' if options.ragged else ''}", "TRL", "s", np.diff(marks)[warm:])
 
     inputs, rates = kept["inputs"], []
     answers = inputs["completion_ids"].numpy()
     ended = np.isin(answers, ENDS) if options.ragged else np.zeros(answers.shape, bool)
     lengths = np.where(ended.any(axis=1), ended.argmax(axis=1) + 1, answers.shape[1])
-    useful = PROMPTS * EACH * PROMPT_TOKENS + lengths.sum()
+    useful = int(inputs["prompt_mask"].sum()) + lengths.sum()
     for _ in range(options.repeats + 1):
         began = time.perf_counter()
         trainer.model.zero_grad(set_to_none=True)
         GRPOTrainer.compute_loss(trainer, trainer.model, inputs).backward()
         rates.append(useful / (time.perf_counter() - began))
-    show(f"update/{'ragged' if options.ragged else 'full'}", "TRL, forward and backward", "useful tok/s", rates[1:])
+    show(f"update/{name}", "TRL, forward and backward", "useful tok/s", rates[1:])
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def replay(logged: Logged, source: str, features: np.ndarray, width: int):
 @jax.jit
 def step(belief, prior, features, ids, rewards, index, mask, counts, wins, number):
     """One step of the run, judged before it is learnt from."""
-    known = budget.take(belief, ids)
+    known = budget.take(belief, ids, number)
     alpha, beta = budget.posterior(budget.inform(prior, known, features))
     nats = jax.scipy.special.betaln(alpha + wins, beta + counts - wins) - jax.scipy.special.betaln(alpha, beta)
     prior = budget.learn_prior(prior, known, features, rewards, index, mask)

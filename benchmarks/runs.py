@@ -27,7 +27,7 @@ from scipy import stats
 
 from krl.configs.check import flatten
 from krl.report.history import found, read_run, spent_to_reach, transitions
-from krl.run.metrics import format_seconds, read_rows
+from krl.run.log import format_seconds, read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
 WARM = {

@@ -22,6 +22,7 @@ MODULES = {
     "krl.run.plan": "krl.plan.command",
     "krl.run.report": "krl.report.command",
 }  # fmt: skip
+NAMES = {"krl.run.metrics.read_rows": "krl.run.log", "krl.run.metrics.keep_compilations": "krl.run.clock"}
 PROGRAMS = {"krl.policy.hf": "krl.hf", "krl.run.plan": "krl.plan", "krl.run.report": "krl.report"}  # of `python -m`
 
 
@@ -51,13 +52,18 @@ def run(old: str) -> None:
 
 
 def attribute(package: str, name: str) -> Any:
-    """What stood in a package under a name.
+    """What stood in a package or module under a name.
 
     Raises:
         AttributeError: nothing did.
     """
-    if f"{package}.{name}" in MODULES:
-        return importlib.import_module(f"{package}.{name}")
+    old = f"{package}.{name}"
+    if old in MODULES:
+        return importlib.import_module(old)
+    if old in NAMES:
+        told = f"{old} is in {NAMES[old]} now; the old name goes with the next version"
+        warnings.warn(told, DeprecationWarning, stacklevel=3)
+        return getattr(importlib.import_module(NAMES[old]), name)
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
 

@@ -35,37 +35,25 @@ from krl.report import command as report
 from krl.rewards.pool import FAULTS
 from krl.run import processes
 from krl.run.checkpoint import Checkpoints, stop_on_signal
+from krl.run.clock import CompileCounter, PhaseClock, give_back_memory, memory_used, profile
 from krl.run.command import run_program
 from krl.run.compiled import for_this_backend
 from krl.run.guard import draws_before, find_spike, go_back, read_rollbacks, refuse_bad_updates
 from krl.run.learner import Learner, find_advantages, rewards_to_compare, saved, start_or_continue, whole_policy
 from krl.run.lock import hold_workdir
-from krl.run.metrics import (
-    CompileCounter,
-    MetricsLog,
-    PhaseClock,
-    belief_metrics,
-    give_back_memory,
-    memory_used,
-    over_processes,
-    profile,
-    progress,
-    read_rows,
-    short,
-    status_line,
-    step_metrics,
-)
+from krl.run.log import MetricsLog, progress, read_rows, short, status_line
+from krl.run.metrics import belief_metrics, over_processes, step_metrics
 from krl.run.optimizer import skipped_updates
 from krl.run.result import Result
 from krl.run.scoring import FaultWatch
 from krl.run.setup import NAMES, Setup, about_run, describe_policy, describe_step, name_own, set_up
 from krl.run.spend import (
-    allocate,
-    check_counts,
+    Chosen,
     describe_groups,
     describe_spending,
     each_rollout,
     find_chances,
+    find_counts,
     rule_metrics,
     served_rows,
     spend_budget,
@@ -100,8 +88,7 @@ def train(
         FloatingPointError: too many updates in a row were not finite, or too many steps beyond config.guard.
     """
     workdir, compiles = pathlib.Path(workdir), CompileCounter()
-    own = {"rule": rule, "reward": reward, "prior": prior, "policy": policy}
-    config, own = name_own(config, own)
+    config, own = name_own(config, {"rule": rule, "reward": reward, "prior": prior, "policy": policy})
     check(config, NAMES, own)
     check_writers(flatten(config))
     with stop_on_signal() as asked, hold_workdir(workdir) if processes.is_first() else contextlib.nullcontext():
@@ -113,12 +100,12 @@ def train(
             f"mesh {dict(parts.mesh.shape)} of {jax.devices()[0].device_kind}"
         )
         say_ends(config, parts.ends, parts.train)
-        place = epath.Path(config.checkpoint.dir or workdir)
+        folder = epath.Path(config.checkpoint.dir or workdir)
         with (
             parts.verifiers,
             jax.set_mesh(parts.mesh),
-            Checkpoints(place / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
-            Checkpoints(place / "best", keep=1) as best,
+            Checkpoints(folder / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+            Checkpoints(folder / "best", keep=1) as best,
         ):
             rollbacks, outcome = read_rollbacks(workdir), "went back"
             while outcome == "went back":
@@ -176,8 +163,8 @@ def take_steps(
                 metrics |= evaluate_held_out(config, parts, whole_policy(parts, learner, reference), log, step, hear)
                 newest = metrics["eval/accuracy"]
                 if newest > highest:
-                    highest = newest
-                    best.save(step, {"params": learner.state.params}, about | {"step": step, "accuracy": highest})
+                    highest, kept = newest, about | {"step": step, "accuracy": newest}
+                    best.save(step, {"params": learner.state.params}, kept, again=True)  # it may have been undone
             log_step(log, parts, step, metrics, every, groups, rollouts)
             show(step, status_line(metrics, newest))
             hear(int(sum(metrics[f"verifier/{kind}"] for kind in FAULTS)), config.alloc.budget, f"step {step}")
@@ -226,7 +213,7 @@ def log_step(
     if log.wants_rollouts:
         from krl.run.rollouts import describe_rollouts  # with Arrow, for which help and refusals need not wait
 
-        log.write_rollouts(step, describe_rollouts(parts.train, step, groups, **rollouts))
+        log.write_rollouts(step, describe_rollouts(parts.train, step, groups, rollouts))
 
 
 def last_row(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -276,25 +263,26 @@ def take_step(
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     sample_key, shuffle_key = jax.random.split(jax.random.fold_in(key, draw) if draw else key)
     with clock.phase("budget"):
-        task_ids, (before, known, features, chances), chosen = choose_prompts(config, parts, learner, step)
+        chosen = choose_prompts(config, parts, learner, step)
+        task_ids, before = chosen.task_ids, chosen.before
         prompts = place(Prompts(parts.train.tokens[task_ids], parts.train.mask[task_ids], task_ids))
     params = whole_policy(parts, learner, reference)
-    drawn = spend_budget(config, parts, params, prompts, known, step, sample_key, clock, chosen)
+    drawn = spend_budget(config, parts, params, prompts, chosen, step, sample_key, clock)
     give_back_memory(params)
     rollouts, rewards, scored, said = drawn.rollouts, drawn.rewards, drawn.scored, drawn.verdicts
     heard = rollouts.replace(mask=scored)  # a rollout without a reward teaches nothing
     with clock.phase("update"):
         compared = place(rewards_to_compare(config.loss.scale, said, summed=len(parts.verifiers.names) > 1))
-        loss, longest = FrozenConfigDict(config.loss), config.sample.max_new_tokens
-        advantages = find_advantages(loss, len(task_ids), longest, compared, heard, chances)
+        loss = FrozenConfigDict(config.loss)
+        advantages = find_advantages(loss, len(task_ids), compared, heard, chosen.chances)
         update = for_this_backend(policy_update, parts.policy_config, parts.optimizer, **parts.learning)
         state, learnt = update(state, prompts, heard, advantages, shuffle_key, reference=reference)
         outcomes, index = jnp.clip(rewards, 0.0, 1.0), rollouts.prompt_index  # beliefs are about shares of success
         if prior is not None:
-            prior = learn_prior(prior, before, features, outcomes, index, scored)
+            prior = learn_prior(prior, before, chosen.features, outcomes, index, scored)
             learnt |= budget.prior_metrics(prior, int((drawn.counts > 0).sum()))
         belief = update_belief(
-            belief, prompts.task_ids, outcomes, index, scored, step, rollouts.lengths, known=known,
+            belief, prompts.task_ids, outcomes, index, scored, step, rollouts.lengths, known=chosen.known,
             sampled=drawn.counts > 0, fit_discounts=config.alloc.fit_discounts,
         )  # fmt: skip
         learner = jax.block_until_ready(Learner(state, belief, prior))
@@ -305,31 +293,23 @@ def take_step(
     metrics |= {"rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1]}
     metrics |= {"candidates": parts.candidates} | describe_spending(drawn, clock, parts.verifiers.names)
     metrics |= rule_metrics(config.alloc.rule, drawn.info, metrics)
-    groups = describe_groups(drawn, task_ids, budget.prior_mean(known))
+    groups = describe_groups(drawn, task_ids, budget.prior_mean(chosen.known))
     return learner, metrics, groups, each_rollout(drawn, advantages, parts.verifiers.names)
 
 
-def choose_prompts(
-    config: ConfigDict, parts: Setup, learner: Learner, step: int
-) -> tuple[np.ndarray, tuple[Any, ...], tuple[jax.Array, dict[str, Any]] | None]:
-    """The prompts of a step: the next ones, or those of the next candidates that the rule gives any rollouts.
-
-    Returns:
-        (task ids [M]; what their belief and what the prior make of them, their features and the probabilities with
-        which they were served, each [M] or None; (counts [M], what the rule says of them) if prompts were chosen).
-    """
+def choose_prompts(config: ConfigDict, parts: Setup, learner: Learner, step: int) -> Chosen:
+    """The prompts of a step: the next ones, or those of the next candidates that the rule gives any rollouts."""
     place = functools.partial(processes.place_whole, parts.mesh)
     task_ids = step_task_ids(len(parts.train), parts.candidates, step, seed=config.seed)
     before = take(learner.belief, place(task_ids), step)
     features = place(parts.features[task_ids])
     known = before if learner.prior is None else inform(learner.prior, before, features)
-    about = before, known, features, find_chances(config, parts, known)
+    all_of_them = Chosen(task_ids, before, known, features, find_chances(config, parts, known))
     if parts.candidates == parts.served:
-        return task_ids, about, None
-    counts, info = jax.block_until_ready(allocate(parts.rule, known, config.alloc.budget, **parts.bounds))
-    check_counts(config.alloc, counts, config.alloc.budget)
-    rows, (about, counts) = served_rows(counts, (about, counts), most=parts.served)
-    return task_ids[np.asarray(rows)], about, (counts, info)
+        return all_of_them
+    counts, info = find_counts(config, parts, known, config.alloc.budget)
+    rows, served = served_rows(counts, all_of_them._replace(counts=counts), most=parts.served)
+    return served._replace(task_ids=task_ids[np.asarray(rows)], info=info)
 
 
 # -------------------------------------------------------------------- the command

@@ -12,7 +12,8 @@ import sys
 
 from krl import train
 from krl.run.checkpoint import Checkpoints
-from krl.run.metrics import MetricsLog, PhaseClock
+from krl.run.clock import PhaseClock
+from krl.run.log import MetricsLog
 from krl.run.scoring import Scoring
 
 

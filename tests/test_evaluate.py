@@ -26,7 +26,7 @@ def test_scores_are_of_the_response_alone_and_zero_on_padding():
         asked.extend(items)
         return np.array([0.5, 2.0, 3.0], np.float32), {"timeouts": 1}
 
-    rewards, faults = score_rollouts(TOKENIZER, keep, rollouts, ["p", "q"], ["a", ("b", "c")])
+    rewards, faults = score_rollouts(TOKENIZER, keep, rollouts, TaskSet(("p", "q"), ("a", ("b", "c"))))
     assert asked == [("q", "21", ("b", "c")), ("p", "1\n2", "a"), ("q", "2", ("b", "c"))]
     assert rewards.tolist() == [0.5, 2.0, 0.0, 3.0]
     assert rewards.dtype == np.float32
@@ -38,11 +38,11 @@ def test_rollouts_that_are_scored_as_they_end_get_the_same_rewards():
     tokens = np.array([[50, 49, 7], [49, 10, 50], [49, 49, 49], [50, 0, 0], [9, 9, 9]])
     lengths, index = np.array([2, 3, 3, 1, 3]), np.array([0, 0, 0, 2, 3])
     rollouts = make_rollouts(index, index, index < 3, tokens, lengths, index < 3)
-    questions, answers, ready = ["p", "q", "r"], ["21", "", "2"], [False, True, False, False, True]
+    asked, ready = TaskSet(("p", "q", "r"), ("21", "", "2")), [False, True, False, False, True]
     pool: Any = VerifierPool("tests.rewards:same", workers=0, item_seconds=9, batch_seconds=9, items_per_worker=9, memory_gb=2)  # fmt: skip
     with pool:
-        expected, _ = score_rollouts(TOKENIZER, pool.score, rollouts, questions, answers)
-        scoring = Scoring(TOKENIZER, pool, TaskSet(tuple(questions), tuple(answers)), np.array([3, 0, 1]))
+        expected, _ = score_rollouts(TOKENIZER, pool.score, rollouts, asked)
+        scoring = Scoring(TOKENIZER, pool, asked, np.array([3, 0, 1]))
         for rows in ([3], [2, 0], [], [1]):
             scoring.watch(np.array(rows, int), tokens[rows], lengths[rows], lambda: ready.pop(0))
         said = scoring.finish(5)

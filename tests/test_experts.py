@@ -11,7 +11,7 @@ import pytest
 from krl import policy
 from krl.base.sharding import make_mesh
 from krl.policy import model
-from krl.policy.experts import Experts, apply_experts, balance
+from krl.policy.experts import Experts, apply_experts, balanced
 from krl.run.optimizer import init_state
 from krl.run.update import supervised_update
 from tests import tiny
@@ -67,12 +67,12 @@ def test_balance_adds_the_gradient_of_the_formula_to_every_real_token():
     def expected(scores):
         return 0.3 * real.sum() * penalty(scores.reshape(-1, 5), chosen, real.ravel()) + jnp.sin(scores).sum()
 
-    got = jax.grad(lambda scores: jnp.sin(balance(Experts(5, 2), 0.3, scores, real)).sum())(scores)
+    got = jax.grad(lambda scores: jnp.sin(balanced(Experts(5, 2), 0.3, scores, real)).sum())(scores)
     np.testing.assert_allclose(got, jax.grad(expected)(scores), atol=1e-6)
-    np.testing.assert_array_equal(balance(Experts(5, 2), 0.3, scores, real), scores)
+    np.testing.assert_array_equal(balanced(Experts(5, 2), 0.3, scores, real), scores)
     even = jnp.full((1, 4, 2), 0.5)
     assert penalty(even[0], np.eye(2)[[0, 1, 0, 1]], np.ones(4)) == pytest.approx(1)
-    nothing = jax.grad(lambda scores: balance(Experts(5, 2), 0.3, scores, 0 * real > 0).sum())(scores)
+    nothing = jax.grad(lambda scores: balanced(Experts(5, 2), 0.3, scores, 0 * real > 0).sum())(scores)
     np.testing.assert_array_equal(nothing, 1)
 
 
@@ -87,12 +87,12 @@ def test_the_gradient_of_a_policy_is_that_of_the_mean_over_layers_of_the_formula
         )
         return scores
 
-    monkeypatch.setattr(model, "balance", watched)
+    monkeypatch.setattr(model, "balanced", watched)
 
     def layers_of(step):
         seen.clear()
         moved = jax.tree.map(lambda leaf, slope: leaf + step * slope, params, direction)
-        model.Decoder(dataclasses.replace(config, norm_epsilon=2e-6)).apply({"params": moved}, TOKENS, columns)
+        model.Decoder(config).apply({"params": moved}, TOKENS, columns)
         jax.effects_barrier()
         return seen[:]
 
@@ -118,8 +118,7 @@ def test_balance_sees_real_tokens_alone_however_they_lie():
     config, params = dataclasses.replace(CONFIG, balance=0.7), tiny.params(config=CONFIG)
     alone = gradient_of_balance(config, params, TOKENS[:, :4].reshape(-1, 4))
     assert any(leaf.any() for leaf in jax.tree.leaves(alone))
-    left, right = ([(5, 0), (0, 5)][side] for side in (0, 1))
-    for before, after in (left, right):
+    for before, after in ((5, 0), (0, 5)):
         mask = np.pad(np.ones((4, 4), bool), ((0, 0), (before, after)))
         assert_close(gradient_of_balance(config, params, np.pad(TOKENS[:, :4], ((0, 0), (before, after))), mask), alone)
     packed = np.pad(TOKENS[:, :4].reshape(2, 8), ((0, 0), (0, 3)))
@@ -163,7 +162,7 @@ def use_of_experts(config, params):
         return scores
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "balance", watched)
+        patch.setattr(model, "balanced", watched)
         columns = jnp.broadcast_to(jnp.arange(9), TOKENS.shape)
         watching = dataclasses.replace(config, balance=1.0)
         model.Decoder(watching).apply({"params": params}, TOKENS, columns)

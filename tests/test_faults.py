@@ -18,7 +18,7 @@ from krl import budget, train
 from krl.configs import arithmetic
 from krl.configs.flags import one_line_errors
 from krl.report import command as report
-from krl.run.metrics import MetricsLog
+from krl.run.log import MetricsLog
 from krl.run.rollouts import read_rollouts
 from tests.command_line import ROOT, command, environment, learnt, rollouts, rows, run_here
 

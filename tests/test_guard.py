@@ -60,8 +60,10 @@ def test_a_run_that_was_killed_after_going_back_draws_the_same(tmp_path, monkeyp
     assert rollouts(workdir) == rollouts(tmp_path / "whole")
 
 
-def test_the_best_checkpoint_outlives_the_steps_that_it_is_from(tmp_path, monkeypatch):
-    accuracies = iter([0.0, 0.8, 0.9, 0.5, 0.4])
+@pytest.mark.parametrize(("again", "best", "rollbacks"), [(0.5, 0.9, 0), (0.95, 0.95, 1)])
+def test_the_best_checkpoint_outlives_the_steps_that_it_is_from(again, best, rollbacks, tmp_path, monkeypatch):
+    """Until the same step, taken again, is better."""
+    accuracies = iter([0.0, 0.8, 0.9, again, 0.4])
     evaluate_held_out = script.evaluate_held_out
     monkeypatch.setattr(
         script, "evaluate_held_out", lambda *at: evaluate_held_out(*at) | {"eval/accuracy": next(accuracies)}
@@ -70,7 +72,7 @@ def test_the_best_checkpoint_outlives_the_steps_that_it_is_from(tmp_path, monkey
     run_here(tmp_path, **PLAIN | {"guard.loss": 10.0, "checkpoint.every": 3, "eval.every": 2, "steps": 5})
     (kept,) = (tmp_path / "best").iterdir()
     about = json.loads((kept / "about" / "metadata").read_text())
-    assert (kept.name, about["accuracy"], about["rollbacks"]) == ("4", 0.9, 0)
+    assert (kept.name, about["accuracy"], about["rollbacks"]) == ("4", best, rollbacks)
     newest = json.loads((tmp_path / "checkpoints" / "5" / "about" / "metadata").read_text())
     assert newest["rollbacks"] == 1
 

@@ -78,6 +78,14 @@ def test_an_old_name_is_the_module_that_moved_and_says_so(old, new):
     assert len(warned) == 1
 
 
+@pytest.mark.parametrize(("old", "new"), _moved.NAMES.items())
+def test_an_old_name_in_a_module_is_what_moved_and_says_so(old, new):
+    module, _, name = old.rpartition(".")
+    with pytest.warns(DeprecationWarning, match=f"{old} is in {new} now"):
+        found = getattr(importlib.import_module(module), name)
+    assert found is getattr(importlib.import_module(new), name)
+
+
 def test_what_was_reached_through_a_package_is_still():
     program = """
 import krl, krl.tasks

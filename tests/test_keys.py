@@ -30,7 +30,7 @@ from krl import train as script
 from krl.configs import default
 from krl.configs.check import check, flatten
 from krl.eval.command import measure
-from krl.eval.held_out import measure as measure_held_out
+from krl.eval.held_out import measure_held_out
 from krl.policy.experts import Experts
 from krl.policy.model import abstract_params
 from krl.run import data as run_data
@@ -38,8 +38,9 @@ from krl.run import learner as learner_module
 from krl.run import optimizer as run_optimizer
 from krl.run import setup
 from krl.run.checkpoint import Checkpoints
+from krl.run.clock import PhaseClock
 from krl.run.guard import find_spike
-from krl.run.metrics import PhaseClock, read_rows
+from krl.run.log import read_rows
 from krl.run.processes import join_processes
 from krl.tasks import step_task_ids
 from krl.tasks.operators import FUNCTIONS, operator_meanings
@@ -693,9 +694,9 @@ def spied(monkeypatch) -> Callable[[Any, pathlib.Path, Seen], Seen]:
             seen.steps.append((on_host(learner), *on_host(rest)))
             return learner, *rest
 
-        def save_seen(checkpoints, step, *arguments):
+        def save_seen(checkpoints, step, *arguments, **options):
             seen.saved.append((str(checkpoints.directory), step))
-            return save(checkpoints, step, *arguments)
+            return save(checkpoints, step, *arguments, **options)
 
         monkeypatch.setattr(script, "set_up", set_up_seen)
         monkeypatch.setattr(script, "take_step", take_step_seen)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-from krl.base.masked import segment_sum
+from krl.base.masked import segment_moments
 from krl.budget import number_groups
 from krl.configs import arithmetic
 from krl.configs.check import flatten
@@ -24,7 +24,8 @@ from krl.hf.tokenizer import load_tokenizer, train_sentencepiece
 from krl.hf.weights import export
 from krl.plan import command as plan
 from krl.report import command as report
-from krl.run.metrics import format_seconds, gini
+from krl.run.log import format_seconds
+from krl.run.metrics import gini
 from krl.run.processes import join_processes
 from krl.train import train
 from tests.command_line import ROOT, config_with, environment, told_by
@@ -250,7 +251,7 @@ def fail_outside(error):
         (lambda: format_seconds(float("nan")), "ValueError: cannot convert float NaN to integer"),  # Python, called by krl
         (lambda: number_groups([["a"], ["b", "c"]]), "ValueError: setting an array element with a sequence"),  # NumPy
         (lambda: gini(jnp.ones((2, 3)).reshape(4)), "TypeError: cannot reshape"),  # JAX
-        (lambda: segment_sum(jnp.ones(3), jnp.zeros(2, int), 2), "ValueError: "),  # JAX, called by krl
+        (lambda: segment_moments(jnp.ones(3), jnp.zeros(2, int), 2), "ValueError: "),  # JAX, called by krl
         (lambda: fail_outside(ValueError("of a function of the user's")), "ValueError: of a function of the user's"),
         (lambda: fail_outside(FileNotFoundError(errno.ENOENT, "gone")), "FileNotFoundError: [Errno 2] gone"),
         (lambda: fail_outside(RuntimeError("a device")), "RuntimeError: a device"),

@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from krl.run.metrics import read_rows
+from krl.run.log import read_rows
 from tests.command_line import undrawn
 
 matplotlib.use("Agg")

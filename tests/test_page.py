@@ -9,7 +9,7 @@ import pytest
 from krl.report import command as report
 from krl.report import page
 from krl.report.history import sample_rollouts
-from krl.run.metrics import read_rows
+from krl.run.log import read_rows
 from krl.run.rollouts import SCHEMA, write_step
 from tests.test_report import write_evaluations, write_run
 from tests.written import write_whole_run

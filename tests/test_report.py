@@ -20,7 +20,7 @@ from krl.report.history import (
     summary,
     transitions,
 )
-from krl.run.metrics import MetricsLog
+from krl.run.log import MetricsLog
 
 STATE = {"never": 0, "rarely": 1, "sometimes": 2, "mostly": 3, "always": 4}
 

@@ -13,7 +13,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from krl.base.types import Rollouts
-from krl.run.metrics import MetricsLog
+from krl.run.log import MetricsLog
 from krl.run.rollouts import SCHEMA, describe_rollouts, logged_steps, read_rollouts, show_rollouts, write_step
 from krl.run.writers import check_writers, find_writers, mlflow, wandb
 from krl.tasks import EncodedTasks, TaskSet
@@ -34,9 +34,11 @@ def table_of(step=3, faults=(0, 0, 3, 0, 0), parts=MappingProxyType({})):
     reasons = ["it raised ValueError" if kind else "" for kind in faults]
     texts = ["a", "b", "ccc", "d", None]  # the last one is another process's
     rewards, advantages = np.array([1, 0, 0, 0.5, 9], np.float32), np.array([2, 0, -1, 0.5, 9], np.float32)
-    return describe_rollouts(
-        encoded, step, groups, rollouts, rewards, advantages, np.array(faults), texts, reasons, parts
-    )
+    each = {
+        "rollouts": rollouts, "rewards": rewards, "advantages": advantages, "faults": np.array(faults), "texts": texts,
+        "reasons": reasons, "parts": parts,
+    }  # fmt: skip
+    return describe_rollouts(encoded, step, groups, each)
 
 
 def test_a_row_says_all_of_its_rollout():

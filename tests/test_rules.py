@@ -1,5 +1,6 @@
 """The rules, the belief's records, the values of other estimators, explain and replay."""
 
+import functools
 import math
 import re
 from types import SimpleNamespace
@@ -281,6 +282,24 @@ def test_replay_of_fixed_rates_converges_to_what_is_known():
     assert -1e-6 <= missed < 0.2 * (known.expected.mean() - uniform.expected.mean())
     assert known.expected.mean() > uniform.expected.mean()
     assert believed.counts.shape == (2, 20)
+
+
+def test_a_rule_in_rounds_works_wherever_rules_do():
+    """As docs/recipes/rule.md writes one, without a default for what the rounds before have shown."""
+
+    @budget.in_rounds(lambda prompts, rollouts, n_min, group: (prompts * n_min, rollouts))
+    def second_look(belief, rollouts, n_min, n_max, shown, least=0.0):
+        mixed = (shown.successes > least) & (shown.failures > least)
+        return budget.knapsack(jnp.where(mixed, 0.0, -1e3)[:, None] - jnp.arange(n_max - n_min), rollouts, n_min), {}
+
+    belief = budget.init_belief(4)
+    assert budget.allocate(second_look, belief, 16, 2, 8)[0].tolist() == [4, 4, 4, 4]
+    assert budget.explain(belief, 16, 2, 8, rule=second_look)["count"].tolist() == [4, 4, 4, 4]
+    for rule in (second_look, functools.partial(second_look, least=1.0)):
+        assert budget.has_rounds(rule)
+        assert budget.rounds_of(rule, 4, 16, 2) == (8, 16)
+        shown = replayed(rule, jnp.full((1, 3, 16), 0.5))
+        assert shown.counts.max() == 128 / 16
 
 
 def test_replay_refuses_what_it_cannot_run():

@@ -6,6 +6,7 @@ and the number of devices cannot change them.
 
 import jax
 import jax.numpy as jnp
+from jax.ops import segment_sum  # rows of no segment, outside [0, M), are left out
 
 
 def masked_sum(values: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -28,20 +29,6 @@ def divide(total: jax.Array | float, count: jax.Array) -> jax.Array:
     return jnp.where(count > 0, total / jnp.where(count > 0, count, 1), 0.0)
 
 
-def segment_sum(values: jax.Array, index: jax.Array, num_segments: int) -> jax.Array:
-    """Sum of the values of each segment.
-
-    Args:
-        values: [R] float32.
-        index: [R] int32; rows with an index outside [0, num_segments) belong to no segment.
-        num_segments: M.
-
-    Returns:
-        [M] float32; 0 for an empty segment.
-    """
-    return jax.ops.segment_sum(values, index, num_segments=num_segments + 1)[:num_segments]
-
-
 def segment_differs(values: jax.Array, index: jax.Array, num_segments: int) -> jax.Array:
     """Which segments hold values that differ.
 
@@ -55,9 +42,9 @@ def segment_differs(values: jax.Array, index: jax.Array, num_segments: int) -> j
     Returns:
         [M] bool; False for an empty segment.
     """
-    highest = jax.ops.segment_max(values, index, num_segments=num_segments + 1)
-    lowest = jax.ops.segment_min(values, index, num_segments=num_segments + 1)
-    return (highest > lowest)[:num_segments]
+    highest = jax.ops.segment_max(values, index, num_segments)
+    lowest = jax.ops.segment_min(values, index, num_segments)
+    return highest > lowest
 
 
 def segment_moments(values: jax.Array, index: jax.Array, num_segments: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -26,7 +26,7 @@ import numpy as np
 from krl.base.masked import divide
 from krl.budget import published
 from krl.budget.belief import Belief, log_possible, mean, mean_tokens, possible, posterior, reward_variance
-from krl.budget.solve import Counts, Shown, check_sum, in_proportion, in_rounds, knapsack, pilot_and_rest, price
+from krl.budget.solve import Counts, Rounds, Shown, check_sum, in_proportion, in_rounds, knapsack, pilot_and_rest, price
 from krl.budget.value import Value, check_bounds, continuous_value, gains_of, log_gains_beta
 from krl.configs.named import find
 
@@ -39,7 +39,7 @@ def knapsack_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: in
     Assumes 0/1 rewards and that the policy moves little between a prompt's visits, beyond what the belief's
     discounts say. Value: Li et al., arXiv 2509.25849.
     """
-    return _solve(_expected(belief, n_min, n_max, group), budget, n_min, group)
+    return _solve(expected_gains(belief, n_min, n_max, group), budget, n_min, group)
 
 
 def knapsack_log_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
@@ -50,7 +50,7 @@ def knapsack_log_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max
     success. The paper's value spends little where successes are rare, so what a policy seldom does
     right may be unlearnt before it is found. Chosen among the powers of p and 1 - p in docs/results.md.
     """
-    return _solve(_expected(belief, n_min, n_max, group, powers=(0, 1)), budget, n_min, group)
+    return _solve(expected_gains(belief, n_min, n_max, group, powers=(0, 1)), budget, n_min, group)
 
 
 def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
@@ -65,7 +65,7 @@ def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_
     costs = jnp.broadcast_to(group * tokens[:, None], (len(tokens), (n_max - n_min) // group))
     if not n_min:
         costs = costs.at[:, :1].add(belief.prompt_tokens[:, None])
-    density = jax.lax.cummin(_expected(belief, n_min, n_max, group) - jnp.log(costs), axis=1)
+    density = jax.lax.cummin(expected_gains(belief, n_min, n_max, group) - jnp.log(costs), axis=1)
     counts, info = _solve(density, budget, n_min, group)
     prompts = 0.0 if n_min else jnp.where(counts > 0, belief.prompt_tokens, 0.0).sum()
     return counts, info | {"expected_tokens": (counts * tokens).sum() + prompts}
@@ -142,9 +142,7 @@ def variance_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: in
 
 
 @in_rounds(pilot_and_rest)
-def two_round_rule(
-    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None
-) -> Counts:
+def two_round_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown) -> Counts:
     """The knapsack after a pilot: n_min rollouts of every prompt from the current policy come first.
 
     Every prompt gets those in any case. Assumes that waiting between the two rounds is worth it.
@@ -206,7 +204,13 @@ def find_rule(rule: str | Rule) -> Rule:
 
 def has_rounds(rule: str | Rule) -> bool:
     """Whether a rule spends the budget of a step in several rounds, see `in_rounds`."""
-    return hasattr(find_rule(rule), "ends")
+    return _ends_of(rule) is not None
+
+
+def _ends_of(rule: str | Rule) -> Rounds | None:
+    """Where the rounds of a rule end, see `in_rounds`; of a partial function, those of the whole one."""
+    found = find_rule(rule)
+    return getattr(getattr(found, "func", found), "ends", None)
 
 
 def may_choose(rule: str | Rule) -> bool:
@@ -243,7 +247,7 @@ def allocate(
         explored: with n_min = 0, how many prompts get a group that the rule gives nothing: those that were not sampled
             for longest, the lower index first; static. The rule has g times as many rollouts less. 0 in a pool that has
             fewer prompts than the budget has groups, and in rounds.
-        shown: of the rounds before, for a rule in rounds; budget is what is spent with this round.
+        shown: of the rounds before, for a rule in rounds, nothing by default; budget is what is spent with this round.
 
     Returns:
         (counts [M] int32, info: the rule's own numbers; docs/metrics.md says which). The counts of the rules
@@ -264,6 +268,9 @@ def allocate(
     if not n_min and not 2 <= group <= n_max:
         raise ValueError(f"a group must have 2 to n_max={n_max} rollouts, got group={group}")
     _check_sum(prompts, budget, n_min, n_max, 1 if n_min else group)
+    if shown is None and has_rounds(rule):
+        none = jnp.zeros(prompts)
+        shown = Shown(none.astype(jnp.int32), none, none)
     more = {} if shown is None else {"shown": shown}
     if n_min:
         return _checked(rule, rule(belief, budget, n_min, n_max, **more), prompts)
@@ -306,8 +313,8 @@ def rounds_of(rule: str | Rule, prompts: int, budget: int, n_min: int, group: in
     >>> rounds_of("two_round", 8, 64, 2)
     (16, 64)
     """
-    find_ends = getattr(find_rule(rule), "ends", lambda *sizes: (budget,))
-    ends = find_ends(prompts, budget, n_min, group)
+    ends_of = _ends_of(rule)
+    ends = ends_of(prompts, budget, n_min, group) if ends_of else (budget,)
     if not isinstance(ends, tuple | list) or not all(isinstance(end, int | np.integer) for end in ends):
         raise ValueError(f"the rounds of a rule must be given as whole numbers of rollouts, got {ends!r}")
     if not ends or ends[-1] != budget or any(end < before for before, end in itertools.pairwise((0, *ends))):
@@ -332,7 +339,7 @@ def _solve(gains: jax.Array, budget: jax.Array | int, n_min: int, group: int = 1
     return group * groups, {"price": price(gains, groups, n_min // group)}
 
 
-def _expected(belief: Belief, n_min: int, n_max: int, group: int, powers: tuple[int, int] = (1, 2)) -> jax.Array:
+def expected_gains(belief: Belief, n_min: int, n_max: int, group: int, powers: tuple[int, int] = (1, 2)) -> jax.Array:
     """Logarithms of the expected gains under the belief: of single rollouts beyond n_min, or of whole groups from 0."""
     gains = log_gains_beta(*posterior(belief), n_min or 1, n_max, powers=powers)
     if not n_min:

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ops import segment_sum
 from jax.scipy.special import betaln, logit
 
-from krl.base.masked import divide, segment_differs, segment_sum
+from krl.base.masked import divide, segment_differs
 from krl.base.sharding import readable
 
 # The prior's strength alpha + beta stays in this range: below it a single outcome would count as
@@ -150,18 +151,9 @@ def fit_hopeless(log_odds: jax.Array, barren: jax.Array, seen: jax.Array) -> jax
     return jax.lax.fori_loop(0, 8, again, log_odds)
 
 
-def posterior(
-    belief: Belief, prior_alpha: jax.Array | None = None, prior_beta: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Parameters (alpha [D], beta [D]) of each task's Beta belief if it can be solved, float32, > 0.
-
-    Args:
-        belief: of D tasks.
-        prior_alpha, prior_beta: [..., D] or scalars, other priors than the belief's own.
-    """
-    alpha = belief.prior_alpha if prior_alpha is None else prior_alpha
-    beta = belief.prior_beta if prior_beta is None else prior_beta
-    return alpha + belief.successes, beta + belief.failures
+def posterior(belief: Belief) -> tuple[jax.Array, jax.Array]:
+    """Parameters (alpha [D], beta [D]) of each task's Beta belief if it can be solved, float32, > 0."""
+    return belief.prior_alpha + belief.successes, belief.prior_beta + belief.failures
 
 
 def mean(belief: Belief) -> jax.Array:
@@ -410,7 +402,7 @@ def _shift_in(recent: jax.Array, rewards: jax.Array, index: jax.Array, count: ja
     age = end - 1 - jnp.arange(len(order))  # 0 for the newest outcome of a group
     fits = (age < WINDOW) & (group < num_prompts)
     bits = jnp.where(fits & (rewards[order] >= 0.5), jnp.left_shift(1, jnp.clip(age, 0, WINDOW - 1)), 0)
-    new = jax.ops.segment_sum(bits.astype(jnp.uint32), group, num_segments=num_prompts + 1)[:num_prompts]
+    new = segment_sum(bits.astype(jnp.uint32), group, num_prompts)
     shift = jnp.minimum(count, WINDOW).astype(jnp.uint32)
     return (jnp.left_shift(recent, shift) | new) & jnp.uint32(2**WINDOW - 1)
 

@@ -4,10 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from krl.budget.allocate import Rule, allocate, kept_groups, whole_groups
-from krl.budget.belief import Belief, mean, possible, posterior
+from krl.budget.allocate import Rule, allocate, expected_gains, has_rounds, kept_groups
+from krl.budget.belief import Belief, mean, posterior
 from krl.budget.solve import price
-from krl.budget.value import log_gains_beta
 
 
 def explain(
@@ -44,17 +43,14 @@ def explain(
     Raises:
         ValueError: as for `allocate`.
     """
+    explored = 0 if has_rounds(rule) else explored
     counts, _ = allocate(rule, belief, budget, n_min, n_max, group=group, explored=explored)
     kept = 0 if n_min else int(kept_groups(len(counts), budget // group, explored))
     chosen, _ = allocate(rule, belief, budget - group * kept, n_min, n_max, group=group)
     alpha, beta = posterior(belief)
-    # Column j is the gain of rollout j + 2.
-    log_gains = log_gains_beta(alpha, beta, 1, n_max + (1 if n_min else group))
-    log_gains += jnp.log(possible(belief))[:, None]
     # In steps of the unit from the first count that is worth anything: one rollout, or no group.
     first, unit = (1, 1) if n_min else (0, group)
-    if not n_min:
-        log_gains = whole_groups(log_gains, group)
+    log_gains = expected_gains(belief, first, n_max + unit, group)
     gains, taken, by_price = jnp.exp(log_gains), (counts - first) // unit, (chosen - first) // unit
     spent = jnp.arange(gains.shape[1]) < taken[:, None]
     rows = jnp.arange(len(counts))
@@ -81,4 +77,4 @@ def explain(
         "price": jnp.full(len(counts), jnp.exp(smallest)),
         "why": why,
     }
-    return {name: np.asarray(column) for name, column in jax.device_get(columns).items()}
+    return jax.device_get(columns)

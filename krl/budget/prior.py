@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ops import segment_sum
 from jax.scipy.special import betaln, logit
 
-from krl.base.masked import divide, segment_sum
-from krl.budget.belief import SOLVED, Belief, fit_hopeless, possible, posterior, prior_rate
+from krl.base.masked import divide
+from krl.budget.belief import SOLVED, Belief, fit_hopeless, possible, prior_rate
 
 MEMORIES = (0.8, 0.95)  # what is left of a source's evidence of a feature after a step whose groups with it are mixed
 SLOW_MEMORY = 0.995  # the same where they are even: without a gradient the policy moves little on such prompts
@@ -215,7 +216,7 @@ def _log_likelihood(
     belief: Belief, alpha: jax.Array, beta: jax.Array, wins: jax.Array, outcomes: jax.Array
 ) -> jax.Array:
     """Log-probability of a step's outcomes, in one given order, under priors [..., M]; [...] float32, nats."""
-    alpha, beta = posterior(belief, alpha, beta)
+    alpha, beta = alpha + belief.successes, beta + belief.failures
     return (betaln(alpha + wins, beta + outcomes - wins) - betaln(alpha, beta)).sum(axis=-1)
 
 

@@ -142,7 +142,7 @@ def _half_and_rest(prompts: int, budget: int, n_min: int, group: int) -> tuple[i
 
 @in_rounds(_half_and_rest)
 def pilot_commit_rule(
-    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, shown: Shown | None = None
+    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, shown: Shown
 ) -> Counts:
     """A group for as many prompts as half of the budget pays for, then three more for rates from 1/8 to 3/4.
 
@@ -153,7 +153,7 @@ def pilot_commit_rule(
     References:
         Kim et al., "Pilot-Commit", arXiv 2605.26606.
     """
-    given, wins, losses = _of(shown, belief)
+    given, wins, losses = shown
     count = wins + losses
     evicted = (belief.last_count > 0) & (belief.last_successes >= belief.last_count)
     rate = divide(wins, count)
@@ -169,7 +169,7 @@ def _half_and_three(prompts: int, budget: int, n_min: int, group: int) -> tuple[
 
 @in_rounds(_half_and_three)
 def reinforce_ada_rule(
-    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, shown: Shown | None = None
+    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, shown: Shown
 ) -> Counts:
     """Groups for a prompt until it has two successes and two failures, at most four, in as many rounds.
 
@@ -180,7 +180,7 @@ def reinforce_ada_rule(
     References:
         Xiong et al., "Reinforce-Ada", arXiv 2510.04996.
     """
-    given, wins, losses = _of(shown, belief)
+    given, wins, losses = shown
     active = (given > 0) & ((wins < 2) | (losses < 2)) & (given < 4 * group)
     priority = jnp.where(active, 2.0, jnp.where(given == 0, 1.0, 0.0))
     wanted = (active | (given == 0)).astype(jnp.int32)
@@ -224,7 +224,7 @@ def coba_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -
 
 
 @in_rounds(pilot_and_rest)
-def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None) -> Counts:
+def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown) -> Counts:
     """After n_min rollouts of every prompt, the counts with the most prompts that are expected to succeed in the rest.
 
     The m-th further rollout is the first success with probability E[p (1-p)^(m-1)] under Beta(1 + successes, 1 +
@@ -233,7 +233,7 @@ def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, s
     References:
         Wang et al., "HORA", arXiv 2605.07114.
     """
-    _, wins, losses = _of(shown, belief)
+    _, wins, losses = shown
     a, b = 1 + wins[:, None], 1 + losses[:, None]
     m = jnp.arange(n_max - n_min, dtype=jnp.float32)
     later = jnp.log(b + m) - jnp.log(a + b + 1 + m)
@@ -242,7 +242,7 @@ def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, s
 
 
 @in_rounds(pilot_and_rest)
-def gvm_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown | None = None) -> Counts:
+def gvm_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown) -> Counts:
     """After n_min rollouts of every prompt, the others in proportion to 1 / sqrt(p + alpha / p), and none where p is 0.
 
     p is the rate of the pilot, alpha 1/1000 (and beta 2). The published method throws its pilot away, renews it every
@@ -251,14 +251,8 @@ def gvm_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, sh
     References:
         Yao et al., "GVM-RAFT", arXiv 2505.02391.
     """
-    _, wins, losses = _of(shown, belief)
+    _, wins, losses = shown
     p = divide(wins, wins + losses)
     weights = jnp.where(p > 0, divide(1.0, jnp.sqrt(p + divide(1e-3, p))), 0.0)
     m = jnp.arange(n_max - n_min, dtype=jnp.float32)
     return knapsack(jnp.log(weights)[:, None] - jnp.log(m + 0.5), budget, n_min), {}
-
-
-def _of(shown: Shown | None, belief: Belief) -> Shown:
-    """What the rounds before have shown; nothing in the first."""
-    none = jnp.zeros_like(belief.visits)
-    return Shown(none, none.astype(jnp.float32), none.astype(jnp.float32)) if shown is None else shown

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ops import segment_sum
 
-from krl.base.masked import divide, segment_sum
+from krl.base.masked import divide
 from krl.budget import belief as beliefs
 from krl.budget.allocate import Rule, allocate, find_rule, has_rounds, rounds_of
 from krl.budget.solve import Shown

@@ -33,10 +33,10 @@ class Shown(NamedTuple):
 
 
 # (M, R, n_min, group) -> the rollouts that are spent by the end of each round
-Ends = Callable[[int, int, int, int], tuple[int, ...]]
+Rounds = Callable[[int, int, int, int], tuple[int, ...]]
 
 
-def in_rounds(ends: Ends) -> Callable[[Callable[..., Counts]], Callable[..., Counts]]:
+def in_rounds(ends: Rounds) -> Callable[[Callable[..., Counts]], Callable[..., Counts]]:
     """Marks a rule that spends the budget of a step in rounds, each after the outcomes of those before.
 
     Such a rule also takes `shown`, what the rounds before have given, which it may not lower, and what came of it; its

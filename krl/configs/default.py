@@ -18,7 +18,7 @@ class Range(NamedTuple):
 
 
 class Key(NamedTuple):
-    """a key of the configuration."""
+    """A key of the configuration."""
 
     default: Any  # every value has its type
     range: Range
@@ -220,7 +220,7 @@ KEYS: dict[str, Key] = {
     "operators.num_operators": Key(52, LETTERS, FIXED, "operators, at most 2704"),
     "operators.shown_well": Key(0.5, SHARE, FIXED, "share of the operators that the demonstrations show rightly"),
     "operators.impossible": Key(0.0, SHARE, FIXED, "share of the operators for which no answer is ever right"),
-    "operators.wrong": Key(0.0, SHARE, FIXED, "share of the training answers that are another operator's"),
+    "operators.wrong": Key(0.0, SHARE, FIXED, "share of the training answers that are another function's"),
     "operators.num_warm": Key(30000, FROM_0, FIXED, "demonstrations for supervised fine-tuning"),
     "operators.num_train": Key(4096, FROM_1, FIXED, "D, training prompts"),
     "operators.num_test": Key(2048, FROM_1, FIXED, "held-out prompts"),
@@ -268,8 +268,8 @@ KEYS: dict[str, Key] = {
         "products of matrices)"),
     "policy.attention": Key("auto", ANY, FREE, 'attention kernel: "auto", "xla", "cudnn" (GPU) or "splash" (TPU)'),
     "policy.balance": Key(0.0, FROM_0, FIXED,
-        "weight of the auxiliary loss that spreads tokens over the experts of a checkpoint, 1 where all are used "
-        "alike; 0 computes none"),
+        "weight of an auxiliary loss that spreads tokens over the experts of a checkpoint; that loss is 1 where all "
+        "are used alike; 0 computes none"),
     # ---------------------------------------------------------------- sft
     "sft.steps": Key(1500, FROM_0, FIXED, "updates; 0 for none"),
     "sft.path": Key("", ANY, FIXED,

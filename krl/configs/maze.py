@@ -17,10 +17,8 @@ def get_config() -> ConfigDict:
     """Differences from the default configuration."""
     config = default.get_config()
     config.data.source = "maze"
-    config.steps = 200
     config.alloc.budget = 256
     config.alloc.candidates = 128
-    config.maze.side = 5
     config.data.max_prompt_tokens = 26  # a digit for each of 25 cells, "="
     config.sample.max_new_tokens = 25  # of at most 24 moves and the end
     config.tokenizer.vocab_size = 13  # every character is a piece of its own
@@ -30,7 +28,6 @@ def get_config() -> ConfigDict:
     config.optim.decay_steps = 0
     config.optim.updates_per_step = 1
     config.optim.micro_tokens = 512
-    config.eval.prompts = 1024
     config.eval.samples = 2
     config.eval.temperature = 1.0
     return config

@@ -40,7 +40,7 @@ from krl.run.checkpoint import Checkpoints, check_workdir, make_workdir, write_j
 from krl.run.command import run_program
 from krl.run.data import encode, load_task_sets, make_verifiers
 from krl.run.learner import merged, read_frozen, with_adapters
-from krl.run.metrics import progress
+from krl.run.log import progress
 from krl.run.processes import first_before_others, is_first, place_whole, say
 from krl.run.scoring import FaultWatch
 from krl.run.setup import NAMES, find_slots, name_own

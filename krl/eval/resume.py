@@ -14,7 +14,8 @@ import numpy as np
 from krl.base.types import Decoder, Prompts, Rollouts
 from krl.eval.estimates import summarize
 from krl.eval.sample import Score, as_failures, sample_tasks, score_apart
-from krl.run.metrics import mean_of, short
+from krl.run.log import short
+from krl.run.metrics import mean_of
 from krl.run.processes import is_first, sum_over_processes
 from krl.run.scoring import decode_rollouts, make_items
 from krl.tasks import EncodedTasks
@@ -88,7 +89,7 @@ def evaluate_set(
         for ids, rollouts in batches:
             texts, task_ids = decode_rollouts(tokenizer, rollouts), ids[rollouts.prompt_index].tolist()
             tasks = encoded.tasks
-            rewards, failed = score_apart(score, make_items(tasks.prompts, tasks.answers, tasks.rows, task_ids, texts))
+            rewards, failed = score_apart(score, make_items(tasks, task_ids, texts))
             missing, measured = missing + sum(failed.values()), measured + len(texts)
             hear(missing, measured, name)
             if file is None:
@@ -107,7 +108,7 @@ def evaluate_set(
             rows += [_measure(row) for row in batch]
             faults.update(failed)
             until_now = as_failures(np.array([row.reward for row in rows], float))
-            report(len(rows) // samples, f"mean reward {short(mean_of(until_now, np.isfinite(until_now)))}")
+            report(len(rows) // samples, f"mean reward {short(mean_of(until_now))}")
     return _summary(rows, samples) | {"faults": dict(faults)} if is_first() else {}
 
 

@@ -6,14 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from krl.base.answers import Answer
 from krl.base.types import Decoder, Prompts, Rollouts
-from krl.rewards.functions import SOLVED, Item, Row, as_float32
+from krl.rewards.functions import SOLVED, Item, as_float32
 from krl.rewards.pool import FAULTS, VerifierPool
 from krl.run.metrics import mean_of
 from krl.run.processes import sum_over_processes, to_host
 from krl.run.scoring import decode_rollouts, make_items
-from krl.tasks import EncodedTasks
+from krl.tasks import EncodedTasks, TaskSet
 
 # n items -> rewards [n] float64 or float32, and how often the verifiers failed, by kind.
 Score = Callable[[Sequence[Item]], tuple[np.ndarray, dict[str, int]]]
@@ -52,9 +51,7 @@ def score_rollouts(
     tokenizer: Decoder,
     score: Score,
     rollouts: Rollouts,
-    prompts: Sequence[str],
-    answers: Sequence[Answer],
-    rows: Sequence[Row] = (),
+    tasks: TaskSet,
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Decode responses and have them verified, on the host; of several processes, each does its share.
 
@@ -62,16 +59,14 @@ def score_rollouts(
         tokenizer: turns tokens into text.
         score: the verifiers, see `Score`.
         rollouts: R rollouts of M prompts.
-        prompts: the M questions, without their template.
-        answers: the M gold answers.
-        rows: the other fields of the M rows of the data; () where there are none.
+        tasks: the M that these are of.
 
     Returns:
         (rewards [R] as `score` has them, 0 on padding rows; how often the verifiers failed, by kind).
     """
     index, real = np.asarray(rollouts.prompt_index), np.flatnonzero(rollouts.mask)
     texts = decode_rollouts(tokenizer, rollouts)
-    items = make_items(prompts, answers, rows, index[real].tolist(), [texts[row] for row in real])
+    items = make_items(tasks, index[real].tolist(), [texts[row] for row in real])
     found, faults = score_apart(score, items)
     rewards = np.zeros(len(index), found.dtype)
     rewards[real] = found
@@ -144,7 +139,7 @@ def sample_tasks(
 
 def evaluate(
     sample: Callable[..., Rollouts],
-    score: Callable[[Rollouts, Sequence[str], Sequence[Answer], Sequence[Row]], tuple[np.ndarray, dict[str, int]]],
+    reward: Callable[[Rollouts, TaskSet], tuple[np.ndarray, dict[str, int]]],
     params: dict[str, Any],
     encoded: EncodedTasks,
     key: jax.Array,
@@ -157,8 +152,8 @@ def evaluate(
     """Sample every task a few times and average.
 
     Args:
-        score: (rollouts, questions, gold answers, rows) -> (rewards [R], NaN for none; verifier faults by
-            kind), such as `score_rollouts` with its tokenizer and verifiers bound.
+        reward: (rollouts, their tasks) -> (rewards [R], NaN for none; verifier faults by kind), such as
+            `score_rollouts` with its tokenizer and verifiers bound.
         sample, params, encoded, key, samples, num_rollouts, place: as for `sample_tasks`.
         hear: told after each batch how many rewards until then could not be computed, of how many; see `FaultWatch`.
 
@@ -172,8 +167,7 @@ def evaluate(
     for ids, rollouts in sample_tasks(
         sample, params, encoded, key, samples=samples, num_rollouts=num_rollouts, place=place
     ):
-        batch = encoded.tasks.take(ids.tolist())
-        got, failed = score(rollouts, batch.prompts, batch.answers, batch.rows)
+        got, failed = reward(rollouts, encoded.tasks.take(ids.tolist()))
         found.append((got.reshape(len(ids), samples), rollouts.lengths, rollouts.finished))
         faults += sum(failed.values())
         hear(faults, samples * (int(ids[-1]) + 1), "the evaluation")
@@ -181,7 +175,7 @@ def evaluate(
     every = as_failures(rewards.astype(np.float64))
     solved = (as_float32(rewards) >= SOLVED).sum(axis=1)  # 0.7 + 0.2 + 0.1, which is below 1, too
     metrics = {
-        "accuracy": mean_of(every, np.isfinite(every)),
+        "accuracy": mean_of(every.ravel()),
         "pass_at_k": float((solved > 0).mean()),
         "response_length": float(lengths.mean()),
         "truncation_rate": float((~finished).mean()),

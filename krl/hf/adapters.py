@@ -22,7 +22,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of adapter_config.json that say nothing about what is computed, or nothing that the tensors do not say. All
 # others but "r", "lora_alpha" and "use_rslora" ask for more than an adapter if they have a value.
 _ASIDE = {
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules", "inference_mode",
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules", "inference_mode",
     "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout", "megatron_config", "megatron_core",
     "peft_type", "peft_version", "qalora_group_size", "revision", "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
@@ -42,8 +42,8 @@ def _names(config: PolicyConfig) -> dict[str, Part]:
             continue
         if more:
             raise ValueError(
-                f"{name} is several weights in one, and PEFT has one adapter for it where a run has one for each: export "
-                "the merged policy (without --adapters), and merge other adapters with peft (merge_and_unload)"
+                f"{name} is several weights in one, and PEFT has one adapter for it where a run has one for each: "
+                "export the merged policy (without --adapters), and merge other adapters with peft (merge_and_unload)"
             )
         stem, (blocks, own), (outputs, inputs) = name.removesuffix("weight"), part.path, part.groups
         into = tuple(range(len(inputs))), (len(inputs),)  # A [inputs, r] is stored as [r, inputs]

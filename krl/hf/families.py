@@ -185,7 +185,7 @@ def translate(fields: dict[str, Any], family: str) -> dict[str, Any]:
     for name, value in fields.items():
         # Dropout is never applied: updates compute the policy that has sampled.
         harmless = name in _HARMLESS or name.startswith(("_", "unsloth_")) or name.endswith(("_dropout", "_pdrop"))
-        off = value in (0, None, "", [], {}) or (type(value) is float and value == 1.0)  # or a factor of one
+        off = value in (0, "", [], {}) or (type(value) is float and value == 1.0)  # or a factor of one
         if not (harmless or off) or name.startswith("clip"):
             raise ValueError(
                 f"the field {name!r} = {value!r} may change the computation and is not supported for {family}; "
@@ -243,7 +243,10 @@ def _rotary(fields: dict[str, Any], own: dict[str, Any], family: str, found: dic
     if kind != "default":
         options |= _scaling(kind, values, fields | own, options["rotary_size"] or found["head_size"])
     if values:
-        raise ValueError(f"the field 'rope_scaling' of type {kind!r} has {sorted(values)}, which is not supported")
+        raise ValueError(
+            f"the field 'rope_scaling' of type {kind!r} has {sorted(values)}, which is not supported, nor read "
+            "by transformers; remove it from the file to compute as transformers does"
+        )
     if family == "smollm3":
         layers, turns = found["num_layers"], own.get("no_rope_layers")
         if turns is None:

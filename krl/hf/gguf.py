@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from krl.configs.flags import one_line_errors
 from krl.hf.config import STORED_TYPES
-from krl.hf.weights import INDEX, appearing_whole, check_hf
+from krl.hf.weights import appearing_whole, check_hf, check_new, plan_files, write_index
 
 _MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
 _WHOLE = {
@@ -68,9 +68,7 @@ def convert(files: Sequence[str | pathlib.Path], out: str | pathlib.Path, *, dty
         ValueError: no GGUF file, one that is cut off, or an architecture, a quantisation, a tokenizer or an option
             that is not supported; the message names it.
     """
-    gguf, out = _package(), pathlib.Path(out).resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; choose another directory for the checkpoint")
+    gguf, out = _package(), check_new(out)
     with _readers([pathlib.Path(file) for file in files]) as readers, appearing_whole(out) as partial:
         if partial is None:  # the first of several processes writes
             return ""
@@ -233,7 +231,7 @@ def _check_kinds(stored: dict[str, Any]) -> None:
     for name, tensor in stored.items():
         kind = gguf.GGMLQuantizationType(tensor.tensor_type)
         try:
-            gguf.dequantize(np.array(tensor.data).reshape(-1, tensor.data.shape[-1])[:1], kind)
+            gguf.dequantize(np.array(tensor.data.reshape(-1, tensor.data.shape[-1])[:1]), kind)
         except NotImplementedError:
             raise ValueError(
                 f"the tensor {name} is quantised as {kind.name}, which the gguf package cannot undo"
@@ -257,23 +255,13 @@ def _write_weights(stored: dict[str, Any], config: dict[str, Any], out: pathlib.
     """Dequantise into safetensors, a file for each 5 GB."""
     gemma, size = config["model_type"].startswith("gemma"), np.dtype(dtype).itemsize
     names = {name: theirs for name in stored if (theirs := _name(name, gemma))}
-    shards: list[list[str]] = [[]]
-    held = 0
-    for name in names:
-        more = int(stored[name].n_elements) * size
-        if shards[-1] and held + more > _SHARD_BYTES:
-            shards, held = [*shards, []], 0
-        shards[-1].append(name)
-        held += more
-    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else ["model.safetensors"]
-    for file, shard in zip(files, shards, strict=True):
+    sizes = {name: int(stored[name].n_elements) * size for name in names}
+    files = plan_files(sizes, _SHARD_BYTES)
+    for file, shard in files.items():
         arrays = {names[name]: _weight(stored[name], names[name], config).astype(dtype) for name in shard}
         safetensors.numpy.save_file(arrays, out / file, metadata={"format": "pt"})
         (out / file).chmod(0o644)
-    if len(shards) > 1:
-        weight_map = {names[name]: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
+    write_index(out, {file: [names[name] for name in shard] for file, shard in files.items()}, sum(sizes.values()))
 
 
 def _weight(tensor: Any, name: str, config: dict[str, Any]) -> np.ndarray:

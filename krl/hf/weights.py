@@ -9,7 +9,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -241,15 +241,15 @@ def save_hf(
         params, config = jax.jit(lora.merge, static_argnums=0)(config, params), dataclasses.replace(config, lora=None)
     text, itemsize = config_json(config, dtype), np.dtype(stored).itemsize
     leaves = flatten_dict(params)
-    shards = _plan_shards(config, leaves, itemsize, shard_bytes)
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    names = names if len(shards) > 1 else ["model.safetensors"]
+    tensors = parts_of(config)
+    sizes = {name: math.prod(tensor_shape(parts, leaves)) * itemsize for name, parts in tensors.items()}
+    shards = plan_files(sizes, shard_bytes)
     try:
         with appearing_whole(path) as partial:
-            for name, shard in zip(names, shards, strict=True):
+            for name, shard in shards.items():
                 arrays = {
-                    n: np.concatenate([write_part(leaves[part.path], part) for part in parts]).astype(stored)
-                    for n, parts in shard.items()
+                    n: np.concatenate([write_part(leaves[part.path], part) for part in tensors[n]]).astype(stored)
+                    for n in shard
                 }
                 if partial is not None:
                     safetensors.numpy.save_file(arrays, partial / name, metadata={"format": "pt"})
@@ -258,11 +258,7 @@ def save_hf(
                 (partial / "config.json").write_text(text)
                 for file in files:
                     shutil.copy(file, partial / file.name)
-                if len(shards) > 1:
-                    size = sum(leaf.size for leaf in leaves.values()) * itemsize
-                    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-                    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-                    (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+                write_index(partial, shards, sum(sizes.values()))
     except OSError as error:
         raise ValueError(f"cannot write the checkpoint {path}: {error}") from None
 
@@ -371,19 +367,26 @@ def _newest(directory: epath.Path, like: dict[str, Any]) -> tuple[int, dict[str,
     return step, found["params"], found["about"] if told else {}
 
 
-def _plan_shards(
-    config: PolicyConfig, leaves: dict[tuple[str, ...], Any], itemsize: int, shard_bytes: int
-) -> list[dict[str, tuple[Part, ...]]]:
-    """Tensors in their order, cut into runs of at most shard_bytes."""
-    shards: list[dict[str, tuple[Part, ...]]] = [{}]
-    size = 0
-    for name, parts in parts_of(config).items():
-        more = math.prod(tensor_shape(parts, leaves)) * itemsize
-        if shards[-1] and size + more > shard_bytes:
-            shards, size = [*shards, {}], 0
-        shards[-1][name] = parts
-        size += more
-    return shards
+def plan_files(sizes: Mapping[str, int], most: int) -> dict[str, list[str]]:
+    """The files of a checkpoint and the tensors of each: all in their order, cut into runs of at most so many bytes."""
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if shards[-1] and held + size > most:
+            shards, held = [*shards, []], 0
+        shards[-1].append(name)
+        held += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, start=1)}
+
+
+def write_index(directory: pathlib.Path, files: Mapping[str, Iterable[str]], size: int) -> None:
+    """Say which of several files from `plan_files` holds which tensor; nothing for a single one."""
+    if len(files) > 1:
+        weight_map = {name: file for file, shard in files.items() for name in shard}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def write_part(leaf: Any, part: Part) -> np.ndarray:

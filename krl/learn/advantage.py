@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ops import segment_sum
 
-from krl.base.masked import divide, segment_differs, segment_moments, segment_sum
+from krl.base.masked import divide, segment_differs, segment_moments
 
 ROUNDED = 1e-4  # most that float32 may round a reward, in parts of the distance between its group's best and worst
 SCALES = ("std", "none", "mean")  # what the advantages of a prompt are divided by

@@ -48,18 +48,14 @@ def map_rows(function: Callable[[Any], jax.Array], rows: Any, num_rows: jax.Arra
         rows, num_rows = share
 
         def one(index: jax.Array, whole: jax.Array) -> jax.Array:
-            part = function(_part(rows, index, micro_rows))
-            return jax.lax.dynamic_update_slice_in_dim(whole, part, index * micro_rows, 0)
+            begin = index * micro_rows
+            part = function(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, begin, micro_rows), rows))
+            return jax.lax.dynamic_update_slice_in_dim(whole, part, begin, 0)
 
         nothing = jnp.zeros(jax.tree.leaves(rows)[0].shape, jnp.float32)
         return jax.lax.fori_loop(0, _batches(num_rows, micro_rows), one, nothing)
 
     return jax.lax.map(of_share, (rows, num_rows))
-
-
-def _part(rows: Any, index: jax.Array | int, micro_rows: int) -> Any:
-    """A micro-batch of a tree of [W, ...]."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index * micro_rows, micro_rows), rows)
 
 
 def _batches(num_rows: Any, micro_rows: int) -> Any:

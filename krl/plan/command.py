@@ -69,12 +69,12 @@ class Plan(NamedTuple):
         return self.config.data.max_prompt_tokens + self.config.sample.max_new_tokens
 
     @property
-    def shares(self) -> bool:
+    def shared(self) -> bool:
         """Whether the rollouts of an update share their prompts."""
         return self.config.optim.packed and has_branches(self.sizes.attention, self.longest, self.sizes.head_size)
 
     @property
-    def share(self) -> int:
+    def update_rollouts(self) -> int:
         """Rollouts of an update."""
         return self.config.alloc.budget // self.config.optim.updates_per_step
 
@@ -133,7 +133,9 @@ def plan(config: ConfigDict, topology: str, tokens: int = 0, accelerator: Accele
     )  # fmt: skip
     asked, answered = config.data.max_prompt_tokens, config.sample.max_new_tokens
     with jax.set_mesh(mesh):
-        columns, _, rows = row_shape(asked, answered, config.optim.micro_tokens, found.share, shared=found.shares)
+        columns, _, rows = row_shape(
+            asked, answered, config.optim.micro_tokens, found.update_rollouts, shared=found.shared
+        )
     return found._replace(rows=rows // batch_devices(mesh), columns=columns)
 
 
@@ -145,10 +147,10 @@ def step_work(found: Plan) -> dict[str, Work]:
     sequence = config.data.max_prompt_tokens + found.tokens
     # Rollouts in a row; all have a gradient, and at best they have the same prompt.
     packed = found.columns // sequence if config.optim.packed else 1
-    if found.shares:
+    if found.shared:
         packed = (found.columns - config.data.max_prompt_tokens) // found.tokens
     at_once = found.rows * batch_devices(found.mesh)
-    batches = math.ceil(math.ceil(found.share / packed) / at_once) * config.optim.updates_per_step
+    batches = math.ceil(math.ceil(found.update_rollouts / packed) / at_once) * config.optim.updates_per_step
     return {
         "prefill": prefill_work(
             found.sizes, found.decoding, found.prompts, config.data.max_prompt_tokens - 1, weights, prompts
@@ -264,7 +266,7 @@ def _advise_update(found: Plan, limit: float) -> list[str]:
     if not update.temporaries:
         return []
     room = limit - update.held + update.temporaries
-    rows = min(int(found.rows * room / update.temporaries), math.ceil(found.share / devices))
+    rows = min(int(found.rows * room / update.temporaries), math.ceil(found.update_rollouts / devices))
     if rows < 1:
         return ["not even one row a device fits the update: split the policy there too, or take more devices"]
     if rows == found.rows:

@@ -239,7 +239,7 @@ def why_not(kernel: str, query: jax.Array, segments: Layout, softcap: float) -> 
         if softcap:
             return "cuDNN has no soft cap of attention logits"
         if segments is not None:
-            return "cuDNN has no segments for packed rows"
+            return "cuDNN has no segments for packed rows (optim.packed=False and sft.row_tokens=0 pack none)"
     if kernel == "splash" and isinstance(segments, Segments):
         return "splash has no prompts that several responses share"
     if kernel == "splash" and (size % _LANES or length % _LANES):

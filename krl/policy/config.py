@@ -105,9 +105,8 @@ class PolicyConfig:
             value, most = getattr(self, name), 10_000 if name == "num_layers" else 10_000_000
             if type(value) is not int or not 1 <= value <= most:
                 raise ValueError(f"{name} {value!r} must be a whole number from 1 to {most:,}")
-        positive = ("rope_theta", "norm_epsilon", "embedding_scale", "residual_scale", "logit_divisor")
-        factors = {name: getattr(self, name) for name in positive}
-        for name, value in factors.items():
+        for name in ("rope_theta", "norm_epsilon", "embedding_scale", "residual_scale", "logit_divisor"):
+            value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} {value!r} must be a number above 0")
         for name in ("attention_scale", "attention_softcap", "logit_softcap", "sliding_rope_theta", "balance"):
@@ -127,9 +126,11 @@ class PolicyConfig:
             if getattr(self, name) and len(getattr(self, name)) != self.num_layers:
                 raise ValueError(f"{name} names {len(getattr(self, name))} layers and num_layers is {self.num_layers}")
         if self.lora and not set(self.lora.modules) <= set(self.adaptable):
-            raise ValueError(f"experts have no adapters; leave {', '.join(UNIT)} out of lora_modules")
+            raise ValueError(f"experts have no adapters; leave {', '.join(UNIT)} out of config.policy.lora_modules")
         if self.balance and not self.experts:
-            raise ValueError(f"balance {self.balance!r} is of experts, and the policy has none; set it to 0")
+            raise ValueError(
+                f"balance {self.balance!r} is of experts, and the policy has none; set config.policy.balance to 0"
+            )
         if any(self.sliding) and self.window < 1:
             raise ValueError(f"window {self.window} must be at least 1 where layers slide")
         for name, allowed in (("activation", ACTIVATIONS), ("remat", REMAT), ("attention", KERNELS), ("dtype", DTYPES)):

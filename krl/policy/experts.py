@@ -42,7 +42,7 @@ def apply_experts(
     Args:
         experts: their numbers, static.
         x: [B, T, E].
-        scores: [B, T, X], of the router.
+        scores: [B, T, X] float32, of the router.
         gate, up, down: [X, E, M], the same and [X, M, E], of x's dtype.
         activation: of the gate.
 
@@ -81,7 +81,7 @@ def apply_experts(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def balance(experts: Experts, coefficient: float, scores: jax.Array, real: jax.Array) -> jax.Array:
+def balanced(experts: Experts, coefficient: float, scores: jax.Array, real: jax.Array) -> jax.Array:
     """The scores as they are; a gradient that goes through them also spreads the tokens over the experts.
 
     That adds to the loss of every real token coefficient times
@@ -89,8 +89,9 @@ def balance(experts: Experts, coefficient: float, scores: jax.Array, real: jax.A
         X sum_x f_x P_x,
 
     which is 1 where all experts are used alike: f_x is the share of the choices that fell on expert x, and P_x the mean
-    score of it (Fedus et al., "Switch Transformers", arXiv 2101.03961, equation 4). f has no gradient. As the loss of
-    a step is a sum over tokens that is divided later, nothing but this gradient has to leave a layer.
+    score of it (Fedus et al., "Switch Transformers", arXiv 2101.03961, equation 4). f has no gradient. Nothing but this
+    gradient has to leave a layer, as the loss of a step is a sum over tokens that is divided later: the gradient that
+    comes in does not scale it, and of a mean it would be too large by the number of tokens.
 
     Args:
         experts: their numbers, static.
@@ -104,12 +105,6 @@ def balance(experts: Experts, coefficient: float, scores: jax.Array, real: jax.A
     return scores
 
 
-def _balance_forward(
-    experts: Experts, coefficient: float, scores: jax.Array, real: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return scores, (scores, real)
-
-
 def _balance_backward(
     experts: Experts, coefficient: float, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, None]:
@@ -121,4 +116,4 @@ def _balance_backward(
     return gradient + jnp.where(real[..., None], slope, 0), None
 
 
-balance.defvjp(_balance_forward, _balance_backward)
+balanced.defvjp(lambda experts, coefficient, scores, real: (scores, (scores, real)), _balance_backward)

@@ -24,7 +24,7 @@ from krl.base.types import Layout, Segments
 from krl.policy import lora
 from krl.policy.attention import attend_cached, attend_rows
 from krl.policy.config import ACTIVATIONS, REMAT, PolicyConfig
-from krl.policy.experts import Experts, apply_experts, balance
+from krl.policy.experts import Experts, apply_experts, balanced
 from krl.policy.rotary import Rotations, frequencies, rotate
 from krl.policy.scores import token_scores
 
@@ -98,6 +98,9 @@ def apply(
         segments: [B, T] int32 in place of the mask, for rows packed with several sequences: each is a
             run of columns with a number of its own in the row, and padding has number 0. Or `Segments`.
 
+    With config.balance gradients also hold that of the loss that balances experts, whatever is made of the result:
+    see `krl.policy.experts.balanced`.
+
     Returns:
         [B, T, V] float32; undefined on padding.
     """
@@ -123,11 +126,11 @@ def for_decoding(config: PolicyConfig, params: dict[str, Any]) -> dict[str, Any]
     def cast(leaf: jax.Array) -> jax.Array:
         return leaf if leaf.ndim == 1 else leaf.astype(config.dtype)
 
-    def read(layer: int) -> dict[str, Any]:
+    def of_layer(layer: int) -> dict[str, Any]:
         block = jax.tree.map(lambda leaf: leaf[layer], params["blocks"])
         return jax.tree.map(cast, lora.merge_layer(config, block, jnp.dtype(config.dtype)))
 
-    layers = tuple(read(layer) for layer in range(config.num_layers))
+    layers = tuple(of_layer(layer) for layer in range(config.num_layers))
     return jax.tree.map(cast, {name: part for name, part in params.items() if name != "blocks"}) | {"blocks": layers}
 
 
@@ -203,7 +206,8 @@ def token_logps(
     """Log-probability of each token given those before it.
 
     Logits exist for about `chunk` tokens at a time and are computed again in the backward pass, so no
-    [B, T, V] array is ever made.
+    [B, T, V] array is ever made. With config.balance gradients also hold that of the loss that balances experts,
+    whatever is made of the result: see `krl.policy.experts.balanced`.
 
     Args:
         config: the decoder's sizes.
@@ -249,19 +253,20 @@ def _hidden(
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Hidden states [B, T, E] in some order of columns, and the function that restores the order."""
     if isinstance(segments, Segments):
-        return _decoder(config, params, tokens, segments.position, segments), lambda hidden: hidden
+        positions = jnp.where(segments.number > 0, segments.position, -1)
+        return _decoder(config, params, tokens, positions, segments), lambda hidden: hidden
     columns = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if segments is not None:
         first = jnp.diff(segments, axis=1, prepend=-1) != 0
-        positions = columns - jax.lax.cummax(jnp.where(first, columns, 0), axis=1)
+        positions = jnp.where(segments > 0, columns - jax.lax.cummax(jnp.where(first, columns, 0), axis=1), -1)
         return _decoder(config, params, tokens, positions, segments), lambda hidden: hidden
     if mask is None:
         return _decoder(config, params, tokens, columns), lambda hidden: hidden
     # A row that starts in column 0 needs no mask but the causal one, which every kernel has.
     roll = jax.vmap(functools.partial(jnp.roll, axis=0))
     starts = jnp.argmax(mask, axis=1)
-    real = roll(mask, -starts).astype(jnp.int32) if config.balance else None  # padding chooses experts, too
-    return _decoder(config, params, roll(tokens, -starts), columns, real), lambda hidden: roll(hidden, starts)
+    positions = jnp.where(roll(mask, -starts), columns, -1)
+    return _decoder(config, params, roll(tokens, -starts), positions), lambda hidden: roll(hidden, starts)
 
 
 def _decoder(config: PolicyConfig, params: dict[str, Any], *inputs: Any) -> Any:
@@ -360,7 +365,7 @@ class Block(nn.Module):
         if c.post_norms:
             attended = Norm(c, name="attention_post_norm")(attended)
         x = constrain(x + _scaled(attended, c.residual_scale), "batch", "length", None)
-        fed = self._mlp(Norm(c, name="mlp_norm")(x) if c.pre_norms else x, segments)
+        fed = self._mlp(Norm(c, name="mlp_norm")(x) if c.pre_norms else x, positions)
         if c.post_norms:
             fed = Norm(c, name="mlp_post_norm")(fed)
         return constrain(x + _scaled(fed, c.residual_scale), "batch", "length", None), stored
@@ -429,21 +434,19 @@ class Block(nn.Module):
             return jax.lax.cond(slides, with_window(c.window), with_window(0), query, key, value, segments)
         return with_window(c.window if any(c.sliding) else 0)(query, key, value, segments)
 
-    def _mlp(self, x: jax.Array, segments: Layout) -> jax.Array:
+    def _mlp(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         c = self.config
         if c.experts:
-            return self._experts(x, segments, c.experts)
+            return self._experts(x, positions, c.experts)
         gate, up = (self._times(x, name, (c.embed_size, c.mlp_size), ("embed", "mlp")) for name in ("gate", "up"))
         return self._times(ACTIVATIONS[c.activation](gate) * up, "down", (c.mlp_size, c.embed_size), ("mlp", "embed"))
 
-    def _experts(self, x: jax.Array, segments: Layout, experts: Experts) -> jax.Array:
+    def _experts(self, x: jax.Array, positions: jax.Array, experts: Experts) -> jax.Array:
         c, count = self.config, experts.count
         scores = self._times(x, "router", (c.embed_size, count), ("embed", None)).astype(jnp.float32)
         scores = jax.nn.softmax(scores)
         if c.balance:
-            number = segments.number if isinstance(segments, Segments) else segments
-            real = jnp.ones(x.shape[:2], bool) if number is None else number > 0
-            scores = balance(experts, c.balance / c.num_layers, scores, real)
+            scores = balanced(experts, c.balance / c.num_layers, scores, positions >= 0)
         into, out = (count, c.embed_size, c.mlp_size), (count, c.mlp_size, c.embed_size)
         gate, up = (
             self._weight(name, into, ("expert", "embed", None), into[1] ** -0.5, kept_dtype(c))

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from krl.configs.flags import one_line_errors
 from krl.report.history import Run, before_and_after, read_runs, rollouts_to_reach, summary
-from krl.run.metrics import format_seconds
+from krl.run.log import format_seconds
 
 # What figures and page are drawn with: module, and what pip calls it. Slow to import, and a run needs none of them.
 LIBRARIES = {"altair": "altair", "jinja2": "jinja2", "vl_convert": "vl-convert-python"}

@@ -9,7 +9,7 @@ from typing import TypedDict
 import numpy as np
 
 from krl.rewards.functions import SOLVED
-from krl.run.metrics import read_rows
+from krl.run.log import read_rows
 
 STATES = ("never", "rarely", "sometimes", "mostly", "always")  # how often a held-out prompt is solved
 FIELD_VALUES = (2, 200)  # fewest and most values of a field that prompts are grouped by

@@ -21,7 +21,7 @@ from krl.report import charts, specs
 from krl.report.findings import NO_SETTINGS, by_settings, faults, over_seeds, spending
 from krl.report.history import Run, before_and_after, sample_rollouts, series, summary
 from krl.rewards.functions import SOLVED
-from krl.run.metrics import format_seconds
+from krl.run.log import format_seconds
 
 HERE = pathlib.Path(__file__).parent
 NONE = "\N{EN DASH}"  # in the place of a number that is not there

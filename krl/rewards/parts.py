@@ -13,15 +13,13 @@ def depths(text: str) -> list[int]:
     return list(itertools.accumulate((letter in "([{") - (letter in ")]}") for letter in text))
 
 
-def split(text: str, separators: str) -> list[str]:
-    """The parts between separators that stand outside all brackets, without empty ones."""
-    ends = [i for i, depth in enumerate(depths(text)) if depth == 0 and text[i] in separators]
-    return [part for begin, end in itertools.pairwise([-1, *ends, len(text)]) if (part := text[begin + 1 : end])]
-
-
 def list_parts(text: str) -> list[str]:
-    """The members of a list; one for what is none. A \\pm b has the two members a+b and a-b."""
-    parts = split(text, ",;")
+    """The members of a list, which stand between separators outside all brackets; one for what is none.
+
+    A \\pm b has the two members a+b and a-b.
+    """
+    ends = [i for i, depth in enumerate(depths(text)) if depth == 0 and text[i] in ",;"]
+    parts = [part for begin, end in itertools.pairwise([-1, *ends, len(text)]) if (part := text[begin + 1 : end])]
     if any(r"\pm" in part and not brackets(part) for part in parts):
         upper = [_MP.sub("-", _PM.sub("+", part)) for part in parts]
         lower = [_MP.sub("+", _PM.sub("-", part)) for part in parts]

@@ -3,7 +3,7 @@
 A slot whose response has ended takes the next waiting rollout, so decode steps carry live rows however
 ragged counts and lengths are. All slots write the same column of their caches at a step, and columns are
 used again in turn: T of them hold a response wherever it began. Nothing is moved but on a refill, and memory is
-that of the slots and the prompts, whatever R is.
+that of the slots and the prompts, whatever R is, beside the responses themselves.
 """
 
 import dataclasses
@@ -348,8 +348,8 @@ def _collect(options: Options, asked: Asked, order: jax.Array, responses: Respon
 def _with_a_look(function: Callable[..., State]) -> Callable[..., tuple[State, tuple[jax.Array, jax.Array]]]:
     """The same, and what has ended as arrays of their own, since the state is given away."""
 
-    def looked_at(*arguments: Any, **named: Any) -> tuple[State, tuple[jax.Array, jax.Array]]:
-        state = function(*arguments, **named)
+    def looked_at(*arguments: Any) -> tuple[State, tuple[jax.Array, jax.Array]]:
+        state = function(*arguments)
         return state, (state.responses.tokens, state.responses.lengths)
 
     return looked_at

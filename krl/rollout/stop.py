@@ -132,14 +132,12 @@ def make_table(tokenizer: Tokenizer, strings: Sequence[str], vocab_size: int) ->
         ValueError: what the tokenizer's tokens add to a text depends on the tokens beside them.
     """
     step = _automaton([string.encode() for string in strings])
-    found = len(step) - 1
     first, later, stays = _symbols(tokenizer, vocab_size)
     _check_symbols(tokenizer, first, later, stays)
     inside = _follow(step, np.arange(len(step)), later)
     # What a tokenizer puts in front of a text, it takes from there when it decodes: so the first token is another case.
     begin = np.where(stays, -1, _follow(step, np.zeros(1, int), first)[0])
     table = 1 + np.concatenate([begin[None], inside])
-    assert table.shape == (found + 2, vocab_size)
     return table.astype(np.int16 if len(table) < 1 << 15 else np.int32)
 
 

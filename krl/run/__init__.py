@@ -1,1 +1,1 @@
-"""Devices, disk and screen: the optimiser step, checkpoints, evaluation, metrics and figures."""
+"""What a run is: devices, disk and screen; the optimiser step, checkpoints, metrics."""

@@ -60,10 +60,11 @@ class Checkpoints(contextlib.AbstractContextManager):
         with self._disk_errors():
             self._manager.wait_until_finished()
 
-    def save(self, step: int, trees: dict, about: dict | None = None) -> None:
+    def save(self, step: int, trees: dict, about: dict | None = None, *, again: bool = False) -> None:
         """Write pytrees of arrays, and JSON about them, under a step; returns once they are copied from the devices.
 
-        Checkpoints of later steps, which have been undone, are deleted first.
+        Checkpoints of later steps, which have been undone, are deleted first. One of this step stays as it is, unless
+        it is written `again`.
 
         Raises:
             ValueError: this one or the one before, whose writing ends meanwhile, found no space on the disk.
@@ -71,7 +72,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         if about:
             arguments[_ABOUT] = ocp.args.JsonSave(about)
-        undone = [later for later in self._manager.all_steps() if later > step]
+        undone = [later for later in self._manager.all_steps() if later > step or (again and later == step)]
         if undone:
             self._finish()
         for later in undone:

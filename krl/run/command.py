@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from krl.configs.flags import define_flags, one_line_errors, parse_flags
 from krl.run.checkpoint import keep_from_others
-from krl.run.metrics import keep_compilations
+from krl.run.clock import keep_compilations
 from krl.run.processes import STOPPED, join_processes, stay_together
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from krl.base.types import TrainState
-from krl.run.metrics import read_rows
+from krl.run.log import read_rows
 from krl.run.optimizer import skipped_updates
 from krl.run.processes import is_first, say
 

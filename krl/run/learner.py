@@ -20,7 +20,7 @@ from krl.policy.model import abstract_params
 from krl.rewards.functions import as_float32
 from krl.run.checkpoint import Checkpoints
 from krl.run.lock import wait_for
-from krl.run.metrics import progress
+from krl.run.log import progress
 from krl.run.optimizer import abstract_state, init_state, make_optimizer
 from krl.run.processes import any_process, is_first, place_whole, say, to_host
 from krl.run.scoring import Verdicts
@@ -272,9 +272,9 @@ def rewards_to_compare(scale: str, said: Verdicts, *, summed: bool) -> np.ndarra
     return as_float32(said.rewards)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def find_advantages(
-    loss: FrozenConfigDict, num_prompts: int, longest: int, rewards: jax.Array, rollouts: Rollouts,
+    loss: FrozenConfigDict, num_prompts: int, rewards: jax.Array, rollouts: Rollouts,
     chances: jax.Array | None,
 ) -> jax.Array:  # fmt: skip
     """The advantages of a step's rollouts, [R] float32, times their weights in the loss.
@@ -282,11 +282,11 @@ def find_advantages(
     Args:
         loss: config.loss.
         num_prompts: M.
-        longest: the most tokens of a response.
         rewards, rollouts: R of each; a rollout that is not in the mask teaches nothing.
         chances: [M] float32, those with which the prompts were served, for the average "candidates".
     """
-    groups, lengths = (rollouts.prompt_index, rollouts.mask, num_prompts), rollouts.lengths
+    groups = rollouts.prompt_index, rollouts.mask, num_prompts
+    lengths, longest = rollouts.lengths, rollouts.tokens.shape[1]
     if loss.overlong_tokens:
         rewards = rewards - learn.overlong_penalty(lengths, longest, loss.overlong_tokens)
     values = learn.group_advantages(

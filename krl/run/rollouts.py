@@ -10,7 +10,8 @@ import json
 import math
 import pathlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet
 
-from krl.base.types import Array, Rollouts
+from krl.base.types import Array
 from krl.rewards.pool import FAULTS
 from krl.run.processes import gather, is_first, say, to_host
 from krl.tasks import EncodedTasks
@@ -48,13 +49,7 @@ def describe_rollouts(
     tasks: EncodedTasks,
     step: int,
     groups: Mapping[str, Array],
-    rollouts: Rollouts,
-    rewards: Array,
-    advantages: Array,
-    faults: np.ndarray,
-    texts: Sequence[str | None],
-    reasons: Sequence[str],
-    parts: Mapping[str, np.ndarray],
+    each: Mapping[str, Any],
 ) -> pa.Table:
     """A step's rollouts as rows of SCHEMA, by prompt and sample; of several rewards each has a further column.
 
@@ -64,18 +59,14 @@ def describe_rollouts(
         tasks: the D training prompts.
         step: steps finished.
         groups: [M] each: task_ids, counts, belief, prior.
-        rollouts: R rollouts of the M prompts.
-        rewards, advantages: [R] float32.
-        faults: [R] int32, 0 for none, else 1 and its place in FAULTS.
-        texts: the R responses; None for those of other processes.
-        reasons: R texts, why a reward could not be computed; "" for none.
-        parts: [R] float64, each of several rewards by its name: the column "reward/NAME".
+        each: what `krl.run.spend.each_rollout` gives of R rollouts of the M prompts.
     """
+    rollouts, faults, texts = each["rollouts"], each["faults"], each["texts"]
     within = jnp.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
     log_probs = jnp.where(within, rollouts.logps, 0.0).sum(axis=1)
     slots = rollouts.prompt_index, rollouts.sample_index, rollouts.lengths, rollouts.finished
     prompts, samples, lengths, finished = to_host(slots)
-    rewards, advantages, log_probs = to_host((rewards, advantages, log_probs))
+    rewards, advantages, log_probs = to_host((each["rewards"], each["advantages"], log_probs))
     groups = {name: np.asarray(values) for name, values in groups.items()}
     own = np.flatnonzero([text is not None for text in texts])
     order = own[np.lexsort((samples[own], prompts[own]))]
@@ -98,10 +89,10 @@ def describe_rollouts(
         "belief": groups["belief"][prompt],
         "prior": groups["prior"][prompt],
         "fault": [("", *FAULTS)[kind] for kind in faults[order]],
-        "reason": [reasons[row] for row in order],
+        "reason": [each["reasons"][row] for row in order],
     }
     table = pa.table(columns, schema=SCHEMA)
-    for name, values in parts.items():
+    for name, values in each["parts"].items():
         table = table.append_column(f"reward/{name}", pa.array(values[order], pa.float32(), mask=faults[order] > 0))
     return table
 

@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from krl.base.answers import Answer
 from krl.base.types import Decoder, Rollouts
-from krl.rewards.functions import Item, Row
+from krl.rewards.functions import Item
 from krl.rewards.pool import FAULTS, VerifierPool
 from krl.run.processes import first_text, say, sum_over_processes
 from krl.tasks import TaskSet
@@ -55,12 +54,11 @@ def decode_rollouts(tokenizer: Decoder, rollouts: Rollouts) -> list[str]:
     return [tokenizer.decode(row[:n].tolist()) for row, n in zip(np.asarray(rollouts.tokens), lengths, strict=True)]
 
 
-def make_items(
-    prompts: Sequence[str], answers: Sequence[Answer], rows: Sequence[Row], which: Sequence[int], texts: Sequence[str]
-) -> list[Item]:
-    """What the verifiers get of n responses: `which` [n] is the number of each one's prompt, answer and row."""
+def make_items(tasks: TaskSet, which: Sequence[int], texts: Sequence[str]) -> list[Item]:
+    """What the verifiers get of n responses: `which` [n] is the number of each one's task."""
     pairs = zip(which, texts, strict=True)
-    return [(prompts[i], text, answers[i], rows[i]) if rows else (prompts[i], text, answers[i]) for i, text in pairs]
+    items: list[Any] = [(tasks.prompts[i], text, tasks.answers[i], *tasks.rows[i : i + 1]) for i, text in pairs]
+    return items
 
 
 class Verdicts(NamedTuple):
@@ -104,9 +102,9 @@ class Scoring:
 
     def watch(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, is_ready: Callable[[], bool]) -> None:
         """Have more rollouts verified, until the devices are ready; see `krl.rollout.Watch`."""
-        tasks, which = self._tasks, self._prompt_index[rows].tolist()
+        which = self._prompt_index[rows].tolist()
         texts = [self._tokenizer.decode(row[:n].tolist()) for row, n in zip(tokens, lengths, strict=True)]
-        self._verifiers.add(make_items(tasks.prompts, tasks.answers, tasks.rows, which, texts))
+        self._verifiers.add(make_items(self._tasks, which, texts))
         self._rows.extend(rows)
         self._texts.extend(texts)
         self._verifiers.work(is_ready, look_seconds=0.002)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ops import segment_sum
 from ml_collections import ConfigDict
 
 from krl import budget, rollout
@@ -15,7 +16,8 @@ from krl.base.sharding import named_sharding, reshape_mesh
 from krl.base.types import Prompts, Rollouts
 from krl.rewards.functions import as_float32
 from krl.rewards.pool import FAULTS
-from krl.run.metrics import PhaseClock, mean_of
+from krl.run.clock import PhaseClock
+from krl.run.metrics import mean_of
 from krl.run.processes import place_whole
 from krl.run.scoring import Scoring, Verdicts
 from krl.run.setup import Setup, find_slots
@@ -24,6 +26,18 @@ from krl.run.setup import Setup, find_slots
 mean_tokens = jax.jit(budget.mean_tokens)
 allocate = jax.jit(budget.allocate, static_argnames=("rule", "n_min", "n_max", "group", "explored"))
 reach_chances = jax.jit(budget.reach_chances, static_argnames=("group", "explored", "reach"))
+
+
+class Chosen(NamedTuple):
+    """The prompts of a step, or the candidates for it, and what was known of each: [M] or [C]."""
+
+    task_ids: np.ndarray  # int32
+    before: budget.Belief  # from what was sampled of the prompt itself
+    known: budget.Belief  # with what the prior makes of its features
+    features: jax.Array  # [M, F] int32
+    chances: jax.Array | None  # float32, the probability with which it is served, where the loss asks for it
+    counts: jax.Array | None = None  # int32, where the rule chose the prompts, too
+    info: dict[str, jax.Array] | None = None  # what it says of them
 
 
 class Drawn(NamedTuple):
@@ -49,8 +63,7 @@ def describe_groups(drawn: Drawn, task_ids: np.ndarray, prior: jax.Array) -> dic
     index, num_prompts = drawn.rollouts.prompt_index, len(task_ids)
     successes = jnp.where(drawn.scored, jnp.clip(drawn.rewards, 0.0, 1.0), 0.0)
     given, wins, tokens = (
-        jax.ops.segment_sum(x, index, num_segments=num_prompts)
-        for x in (drawn.scored.astype(jnp.int32), successes, drawn.rollouts.lengths)
+        segment_sum(x, index, num_prompts) for x in (drawn.scored.astype(jnp.int32), successes, drawn.rollouts.lengths)
     )
     return {
         "task_ids": task_ids, "counts": drawn.counts, "scored": given, "successes": wins, "tokens": tokens,
@@ -62,9 +75,9 @@ def describe_spending(drawn: Drawn, clock: PhaseClock, names: Sequence[str]) -> 
     """A step's metrics of its rewards (of each of `names` too), its verifiers and its time; see docs/metrics.md."""
     said, seconds = drawn.verdicts, sum(clock.seconds.values())
     has_reward = (said.faults == 0) & (said.prompt_index < len(drawn.counts))
-    metrics: dict[str, float] = {"reward_mean": mean_of(said.rewards, has_reward)}
+    metrics: dict[str, float] = {"reward_mean": mean_of(said.rewards[has_reward])}
     metrics |= {f"verifier/{kind}": int((said.faults == number).sum()) for number, kind in enumerate(FAULTS, start=1)}
-    metrics |= {f"reward/{name}": mean_of(part, has_reward) for name, part in zip(names, said.parts.T, strict=True)}
+    metrics |= {f"reward/{name}": mean_of(part[has_reward]) for name, part in zip(names, said.parts.T, strict=True)}
     metrics |= {f"seconds/{phase}": spent for phase, spent in clock.seconds.items()}
     return metrics | {"seconds/step": seconds, "tokens_per_second": int(drawn.rollouts.lengths.sum()) / seconds}
 
@@ -83,7 +96,17 @@ def rule_metrics(rule: str, info: dict[str, jax.Array], metrics: dict[str, float
 
 
 def each_rollout(drawn: Drawn, advantages: jax.Array, names: Sequence[str]) -> dict[str, Any]:
-    """What the rollout log keeps of R rollouts: [R] of each, for `krl.run.rollouts.describe_rollouts`."""
+    """What the rollout log keeps of R rollouts, for `krl.run.rollouts.describe_rollouts`.
+
+    Args:
+        drawn: what the budget was spent on.
+        advantages: [R] float32.
+        names: of several rewards, () for one alone.
+
+    Returns:
+        rollouts; rewards and advantages, [R] float32; faults, [R] int32 as in `Verdicts`; texts, the R responses, None
+        for those of other processes; reasons, R texts; parts, each of several rewards by its name, [R] float64.
+    """
     said = drawn.verdicts
     several = dict(zip(names, said.parts.T, strict=True))
     each = {"faults": said.faults, "texts": said.texts, "reasons": said.reasons, "parts": several}
@@ -91,10 +114,10 @@ def each_rollout(drawn: Drawn, advantages: jax.Array, names: Sequence[str]) -> d
 
 
 def spend_budget(
-    config: ConfigDict, parts: Setup, params: dict, prompts: Prompts, known: budget.Belief, step: int, key: jax.Array,
-    clock: PhaseClock, chosen: tuple[jax.Array, dict] | None,
+    config: ConfigDict, parts: Setup, params: dict, prompts: Prompts, chosen: Chosen, step: int, key: jax.Array,
+    clock: PhaseClock,
 ) -> Drawn:  # fmt: skip
-    """Choose the counts of M prompts by what is known of them, [M] each, if they are not `chosen`; sample and score.
+    """Choose the counts of M prompts by what is known of them, if they were not chosen with them; sample and score.
 
     A rule in rounds sees what the rounds before have shown; a round's samples of a prompt go on from there.
     Scouts come before all rounds: the counts follow from what they alone show, and nothing else does.
@@ -118,9 +141,10 @@ def spend_budget(
         index, scored, lengths = rollouts.prompt_index, rollouts.mask & has_reward, rollouts.lengths
         seen = budget.observe(known, jnp.arange(num_prompts), outcomes, index, scored, step, lengths)
         sums = (jnp.where(scored, x, 0.0) for x in (outcomes, 1 - outcomes))
-        return seen, *(jax.ops.segment_sum(x, index, num_segments=num_prompts) for x in sums)
+        return seen, *(segment_sum(x, index, num_prompts) for x in sums)
 
-    lengths, scouts = mean_tokens(known), alloc.scouts
+    known, scouts = chosen.known, alloc.scouts
+    lengths = mean_tokens(known)
     if scouts:  # their samples are numbered after those that count, and neither they nor their time do
         every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock(config.stuck_seconds)
         seen = draw(every, num_prompts * scouts, free, first_sample=alloc.n_max)
@@ -134,9 +158,11 @@ def spend_budget(
             known, wins, losses = learn_from(known, *rounds[-1])
             shown = budget.Shown(counts, shown.successes + wins, shown.failures + losses)
         told = {"shown": shown} if budget.has_rounds(parts.rule) else {}
-        with clock.phase("budget"):
-            counts, info = chosen or jax.block_until_ready(allocate(parts.rule, known, until, **parts.bounds, **told))
-        check_counts(alloc, counts, until)
+        if chosen.counts is not None:
+            counts, info = chosen.counts, chosen.info or {}
+        else:
+            with clock.phase("budget"):
+                counts, info = find_counts(config, parts, known, until, **told)
         rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
     rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
     verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
@@ -145,6 +171,15 @@ def spend_budget(
         rewards=place(as_float32(verdicts.rewards)),
         scored=rollouts.mask & place(verdicts.faults == 0),
     )  # fmt: skip
+
+
+def find_counts(
+    config: ConfigDict, parts: Setup, known: budget.Belief, spent: int, **told: budget.Shown
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """What the rule of a run makes of what is known of prompts, refused if it must not: (counts [M], what it says)."""
+    counts, info = jax.block_until_ready(allocate(parts.rule, known, spent, **parts.bounds, **told))
+    check_counts(config.alloc, counts, spent)
+    return counts, info
 
 
 def find_chances(config: ConfigDict, parts: Setup, known: budget.Belief) -> jax.Array | None:

@@ -151,8 +151,7 @@ def _scores(config, params, columns: Columns, *, temperature, packed, shared, en
     scores = policy.token_logps(
         config, params, tokens, **layout, temperature=temperature, entropy=entropy, wanted=columns.response
     )
-    logps, entropies = (jnp.pad(part, ((0, 0), (1, 0))) for part in (scores if entropy else (scores, scores)))
-    return logps, entropies if entropy else None
+    return jax.tree.map(lambda part: jnp.pad(part, ((0, 0), (1, 0))), scores if entropy else (scores, None))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "optimizer", "micro_tokens"), donate_argnames=("state",))

@@ -152,18 +152,19 @@ def _entries(generator: Generator, rng: np.random.Generator) -> Iterator[Entry]:
         import reasoning_gym
     except ImportError as error:
         raise ValueError(f"these tasks need a library ({error}): pip install 'krl[reasoning-gym]'") from None
+    options = ", ".join(f"{name}={value!r}" for name, value in generator.options.items())
+    spelled = f"{generator.name}({options})"
     while True:
         try:
             made = reasoning_gym.create_dataset(
                 generator.name, **generator.options, seed=int(rng.integers(2**31)), size=_CHUNK
             )
         except Exception as error:  # asserts, TypeErrors and others, as its authors chose
-            raise ValueError(f"reasoning-gym has no {generator.name}({_spelled(generator.options)}): {error}") from None
+            raise ValueError(f"reasoning-gym has no {spelled}: {error}") from None
         for number in range(_CHUNK):
             try:
                 entry = made[number]
             except Exception as error:
-                spelled = f"{generator.name}({_spelled(generator.options)})"
                 raise ValueError(
                     f"reasoning-gym's {spelled} failed: {error!r}; change its options or leave it out"
                 ) from None
@@ -177,10 +178,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_plain, value))
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _spelled(options: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def _difficulty(metadata: Mapping[str, Any]) -> str:
