@@ -508,6 +508,10 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path):
     broken(f"{first} is missing", lambda path: (path / first).unlink())
     broken("not an index", lambda path: (path / INDEX).write_text("{"))
     broken("model.safetensors is missing", lambda path: (path / INDEX).unlink())
+    broken(
+        "at most 10,000",
+        lambda path: (path / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": 10**300})),
+    )
     for text in ("{", "[" * 100_000, "9" * 5_000):
         broken("not the configuration", lambda path, text=text: (path / "config.json").write_text(text))
     broken("hf_quant_config.json says", lambda path: (path / "hf_quant_config.json").write_text("{}"))

@@ -295,7 +295,9 @@ def test_a_rule_in_rounds_works_wherever_rules_do():
     belief = budget.init_belief(4)
     assert budget.allocate(second_look, belief, 16, 2, 8)[0].tolist() == [4, 4, 4, 4]
     assert budget.explain(belief, 16, 2, 8, rule=second_look)["count"].tolist() == [4, 4, 4, 4]
-    for rule in (second_look, functools.partial(second_look, least=1.0)):
+    ends = lambda prompts, rollouts, n_min, group: (prompts * n_min, rollouts)  # noqa: E731
+    marked = budget.in_rounds(ends)(functools.partial(second_look, least=1.0))
+    for rule in (second_look, functools.partial(second_look, least=1.0), marked):
         assert budget.has_rounds(rule)
         assert budget.rounds_of(rule, 4, 16, 2) == (8, 16)
         shown = replayed(rule, jnp.full((1, 3, 16), 0.5))

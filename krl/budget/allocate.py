@@ -14,6 +14,7 @@ and the largest gains of whole groups are exact. Single rollouts would not fall 
 nothing; groups of two or more do.
 """
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Mapping
@@ -209,8 +210,10 @@ def has_rounds(rule: str | Rule) -> bool:
 
 def _ends_of(rule: str | Rule) -> Rounds | None:
     """Where the rounds of a rule end, see `in_rounds`; of a partial function, those of the whole one."""
-    found = find_rule(rule)
-    return getattr(getattr(found, "func", found), "ends", None)
+    found: Any = find_rule(rule)
+    while not hasattr(found, "ends") and isinstance(found, functools.partial):
+        found = found.func
+    return getattr(found, "ends", None)
 
 
 def may_choose(rule: str | Rule) -> bool:

@@ -29,7 +29,9 @@ def describe(path: str | pathlib.Path) -> str:
     values = {field.name: getattr(config, field.name) for field in options}
     unusual = [_in_words(field.name, values[field.name]) for field in options if values[field.name] != field.default]
     fields = json.loads(config.source)
-    made_as = [name for name in fields.get("architectures") or [] if not name.endswith("ForCausalLM")]
+    named = fields.get("architectures")
+    names = [str(name) for name in named] if isinstance(named, list) else []
+    made_as = [name for name in names if not name.endswith("ForCausalLM")]
     unusual += [f"made as {name}" for name in made_as]
     unusual += ["images, which are left out"] if sees_images(path) else []
     stored = f" in {config.stored_dtype}" if fields.get("dtype") or fields.get("torch_dtype") else ""

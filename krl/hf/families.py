@@ -161,6 +161,8 @@ def translate(fields: dict[str, Any], family: str) -> dict[str, Any]:
     }  # fmt: skip
     fields = absent | fields | {"hidden_act": _ACTIVATIONS[act]}
     found = {ours: fields.pop(theirs) for theirs, ours in FIELDS.items()}
+    if found["num_layers"] > 10_000:  # before a list has as many entries
+        raise ValueError(f"num_hidden_layers {found['num_layers']} must be at most 10,000")
     found |= {ours: own[theirs] for theirs, ours in _OWN_FIELDS.items() if theirs in own}
     found |= _rotary(fields, own, family, found)
     if "query_pre_attn_scalar" in own:
