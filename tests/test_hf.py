@@ -431,6 +431,10 @@ def test_what_a_checkpoint_is_takes_one_line(tmp_path, capsys, monkeypatch):
     assert "training keeps 163 kB" in told  # 16 bytes of each parameter
     assert ", of which a token goes through 8.85 k; " in hf.describe(GOLDEN / "olmoe")
     assert "images, which are left out; " in hf.describe(GOLDEN / "gemma3_images")
+    for odd in (5, [1], "LlamaForCausalLM", {}):
+        fields = json.loads((GOLDEN / "olmo3" / "config.json").read_text()) | {"architectures": odd}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        assert hf.describe(tmp_path).startswith("olmo3 is supported")
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(SystemExit, match=r"krl.hf: .*'mamba' is not supported"):
         command.main()
