@@ -50,8 +50,8 @@ def arm(chosen: str, number: int) -> None:
             strike("commit")  # a checkpoint is written and has no name yet
         return rename(source, *arguments, **options)
 
-    def armed_save(checkpoints, step, trees, about):
-        save(checkpoints, step, trees, about)
+    def armed_save(checkpoints, *arguments, **options):
+        save(checkpoints, *arguments, **options)
         if checkpoints.directory.name == "checkpoints":
             strike("checkpoint")  # another thread is writing it
         if chosen != "checkpoint":
