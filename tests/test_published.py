@@ -28,6 +28,13 @@ def rounds(rule, prompts, total, n_min, n_max, group, outcomes):
     return all_counts
 
 
+def test_a_rule_without_rounds_is_not_told_what_they_have_shown():
+    belief = visited([[1, 0], [0, 0], [1, 1]])
+    shown = shown_by([2, 0, 1], [2, 2, 2])
+    counts = [budget.allocate("knapsack", belief, 24, 2, 16, shown=told)[0].tolist() for told in (None, shown)]
+    assert counts[0] == counts[1]
+
+
 @pytest.mark.parametrize("rule", sorted(filter(budget.has_rounds, budget.RULES)))
 def test_rounds_add_up_and_take_nothing_back(rule):
     rng = np.random.default_rng(0)

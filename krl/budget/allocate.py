@@ -250,7 +250,8 @@ def allocate(
         explored: with n_min = 0, how many prompts get a group that the rule gives nothing: those that were not sampled
             for longest, the lower index first; static. The rule has g times as many rollouts less. 0 in a pool that has
             fewer prompts than the budget has groups, and in rounds.
-        shown: of the rounds before, for a rule in rounds, nothing by default; budget is what is spent with this round.
+        shown: of the rounds before, nothing by default; only a rule in rounds is told. budget is then what is spent
+            with this round.
 
     Returns:
         (counts [M] int32, info: the rule's own numbers; docs/metrics.md says which). The counts of the rules
@@ -271,10 +272,8 @@ def allocate(
     if not n_min and not 2 <= group <= n_max:
         raise ValueError(f"a group must have 2 to n_max={n_max} rollouts, got group={group}")
     _check_sum(prompts, budget, n_min, n_max, 1 if n_min else group)
-    if shown is None and has_rounds(rule):
-        none = jnp.zeros(prompts)
-        shown = Shown(none.astype(jnp.int32), none, none)
-    more = {} if shown is None else {"shown": shown}
+    none = jnp.zeros(prompts)
+    more = {"shown": shown or Shown(none.astype(jnp.int32), none, none)} if has_rounds(rule) else {}
     if n_min:
         return _checked(rule, rule(belief, budget, n_min, n_max, **more), prompts)
     budget, explored = jnp.asarray(budget, jnp.int32), 0 if more else min(explored, prompts)

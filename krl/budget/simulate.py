@@ -16,7 +16,7 @@ from jax.ops import segment_sum
 
 from krl.base.masked import divide
 from krl.budget import belief as beliefs
-from krl.budget.allocate import Rule, allocate, find_rule, has_rounds, rounds_of
+from krl.budget.allocate import Rule, allocate, find_rule, rounds_of
 from krl.budget.solve import Shown
 from krl.budget.value import grpo_value
 
@@ -242,8 +242,7 @@ def _in_rounds(setting: _Setting, belief: beliefs.Belief, draws: jax.Array, step
     rows, number = jnp.arange(len(draws)), jnp.arange(n_max)
     for until in rounds_of(rule, len(draws), budget, n_min, group):
         drawn = number < counts[:, None]
-        so_far = Shown(counts, *((drawn & kind).sum(axis=1, dtype=jnp.float32) for kind in (draws, ~draws)))
-        shown = so_far if has_rounds(rule) else None
+        shown = Shown(counts, *((drawn & kind).sum(axis=1, dtype=jnp.float32) for kind in (draws, ~draws)))
         counts, _ = allocate(rule, belief, until, n_min, n_max, group=group, explored=explored, shown=shown)
         new = ~drawn & (number < counts[:, None])
         outcomes = draws.reshape(-1).astype(jnp.float32), jnp.repeat(rows, n_max), new.reshape(-1)

@@ -267,7 +267,7 @@ KEYS: dict[str, Key] = {
         'what the backward pass computes again to save memory: "none", "full" (whole layers), or "dots" (all but '
         "products of matrices)"),
     "policy.attention": Key("auto", ANY, FREE, 'attention kernel: "auto", "xla", "cudnn" (GPU) or "splash" (TPU)'),
-    "policy.balance": Key(0.0, FROM_0, FIXED,
+    "policy.balance": Key(0.0, SHARE, FIXED,
         "weight of an auxiliary loss that spreads tokens over the experts of a checkpoint; that loss is 1 where all "
         "are used alike; 0 computes none"),
     # ---------------------------------------------------------------- sft

@@ -157,12 +157,11 @@ def spend_budget(
         if rounds:
             known, wins, losses = learn_from(known, *rounds[-1])
             shown = budget.Shown(counts, shown.successes + wins, shown.failures + losses)
-        told = {"shown": shown} if budget.has_rounds(parts.rule) else {}
         if chosen.counts is not None:
             counts, info = chosen.counts, chosen.info or {}
         else:
             with clock.phase("budget"):
-                counts, info = find_counts(config, parts, known, until, **told)
+                counts, info = find_counts(config, parts, known, until, shown)
         rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
     rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
     verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
@@ -174,10 +173,10 @@ def spend_budget(
 
 
 def find_counts(
-    config: ConfigDict, parts: Setup, known: budget.Belief, spent: int, **told: budget.Shown
+    config: ConfigDict, parts: Setup, known: budget.Belief, spent: int, shown: budget.Shown | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What the rule of a run makes of what is known of prompts, refused if it must not: (counts [M], what it says)."""
-    counts, info = jax.block_until_ready(allocate(parts.rule, known, spent, **parts.bounds, **told))
+    counts, info = jax.block_until_ready(allocate(parts.rule, known, spent, **parts.bounds, shown=shown))
     check_counts(config.alloc, counts, spent)
     return counts, info
 
