@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import integrate, special, stats
 
 from krl import budget
-from krl.budget.belief import SOLVED
+from krl.budget.belief import PROVEN
 
 allocate = jax.jit(budget.allocate, static_argnums=(0, 3, 4), static_argnames=("group", "explored"))
 POWERS = {"knapsack": (1, 2), "knapsack_log": (0, 1)}
@@ -21,7 +21,7 @@ def believed(rng, tasks):
     """Beliefs of all kinds: never seen, always failed, always solved, sure and unsure; some may be hopeless."""
     failures = rng.integers(0, 30, tasks) * rng.integers(0, 2, tasks)
     successes = rng.integers(0, 30, tasks) * rng.integers(0, 2, tasks)
-    barren = np.where(successes > 0, SOLVED, -rng.exponential(2.0, tasks))
+    barren = np.where(successes > 0, PROVEN, -rng.exponential(2.0, tasks))
     belief = budget.init_belief(tasks).replace(
         successes=jnp.float32(successes), failures=jnp.float32(failures), barren=jnp.float32(barren),
         last_step=jnp.int32(rng.integers(-1, 9, tasks)), hopeless=jnp.float32(special.logit(rng.uniform(0.01, 0.5))),

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from krl.rewards.functions import as_number, component_names, load_rewards, parse_rewards
+from krl.rewards.functions import as_number, component_names, load_rewards, parse_rewards, reward_or_error
 from krl.rewards.pool import VerifierPool
-from krl.rewards.worker import reward_or_error
 
 MODULE = """
 import functools

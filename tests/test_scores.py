@@ -11,7 +11,7 @@ import pytest
 from krl import policy
 from krl.base.sharding import make_mesh, named_sharding
 from krl.policy import scores
-from krl.policy.scores import token_scores
+from krl.policy.scores import Options, token_scores
 from tests import tiny
 
 
@@ -32,16 +32,7 @@ def test_scores_and_their_gradients_equal_a_whole_log_softmax(vocab_first, softc
         return jnp.take_along_axis(logps, targets[..., None], axis=-1)[..., 0], entropy
 
     def chunked(hidden, head, entropy=True):
-        return token_scores(
-            hidden,
-            head,
-            targets,
-            temperature=0.7,
-            softcap=softcap,
-            vocab_first=vocab_first,
-            chunk=chunk,
-            entropy=entropy,
-        )
+        return token_scores(hidden, head, targets, Options(softcap, vocab_first, entropy), temperature=0.7, chunk=chunk)
 
     def total(scores):
         return (by_logp * scores[0] + by_entropy * scores[1]).sum()
@@ -81,9 +72,7 @@ def test_devices_score_their_own_rows_and_sum_the_heads_gradient_once(shape, nam
     wanted = jnp.arange(12) < jnp.array([0, 0, 1, 12, 5, 0, 7, 12])[:, None]  # devices have unequal work
 
     def total(hidden, head):
-        scores = token_scores(
-            hidden, head, targets, temperature=0.7, softcap=0.0, vocab_first=False, chunk=3, entropy=True, wanted=wanted
-        )
+        scores = token_scores(hidden, head, targets, Options(0.0, False, True), temperature=0.7, chunk=3, wanted=wanted)
         return jnp.where(wanted, scores[0] * weights + scores[1], 0.0).sum()
 
     alone = jax.value_and_grad(total, (0, 1))(hidden, head)
@@ -129,9 +118,8 @@ def test_scores_that_are_not_wanted_cost_nothing_and_change_no_other(chunk, monk
 
     def total(hidden, head, wanted=None):
         found = token_scores(
-            hidden, head, targets, temperature=0.7, softcap=0.0, vocab_first=True, chunk=chunk, entropy=True,
-            wanted=wanted,
-        )  # fmt: skip
+            hidden, head, targets, Options(0.0, True, True), temperature=0.7, chunk=chunk, wanted=wanted
+        )
         kept = [jnp.where(some, part, 0.0) for part in found]
         return (by_logp * kept[0] + kept[1]).sum(), kept
 

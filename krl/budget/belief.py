@@ -27,7 +27,7 @@ from krl.base.sharding import readable
 # certainty, above it no prompt could ever differ from the average one.
 STRENGTH_RANGE = (0.1, 10.0)
 DISCOUNT_RATE = 0.5  # logits by which a discount moves for a slope of one nat
-SOLVED = 1e6  # log-likelihood of what was solved once, against any that its failures may have
+PROVEN = 1e6  # log-likelihood of what was solved once, against any that its failures may have
 FEW_HOPELESS = (2.0, 20.0)  # before anything is known: two hopeless tasks among twenty
 WINDOW = 16  # newest outcomes kept one by one, for the rule of the paper
 
@@ -48,7 +48,7 @@ class Belief(struct.PyTreeNode):
     recorded: jax.Array  # [D] int32, rollouts seen in all
     last_count: jax.Array  # [D] int32, rollouts of the newest visit
     last_successes: jax.Array  # [D] float32, sum of their rewards
-    barren: jax.Array  # [D] float32, log-probability of its failures if it can be solved; SOLVED after a success
+    barren: jax.Array  # [D] float32, log-probability of its failures if it can be solved; PROVEN after a success
     recent: jax.Array  # [D] uint32, bit i = the i-th newest outcome of WINDOW was a reward of 1/2 or more
     prior_alpha: jax.Array  # [] float32
     prior_beta: jax.Array  # [] float32
@@ -98,7 +98,7 @@ def init_belief(
         discount=jnp.float32(discount),
         discount_mixed=jnp.float32(discount_mixed),
         fade=jnp.float32(fade),
-        hopeless=jnp.float32(-SOLVED),
+        hopeless=jnp.float32(-PROVEN),
     )
 
 
@@ -139,7 +139,7 @@ def fit_hopeless(log_odds: jax.Array, barren: jax.Array, seen: jax.Array) -> jax
 
     Args:
         log_odds: to begin with.
-        barren: log-probability of the failures of each if it does not fail always, SOLVED where there was a success.
+        barren: log-probability of the failures of each if it does not fail always, PROVEN where there was a success.
         seen: those that say anything. FEW_HOPELESS more are taken to be seen.
     """
     share, known = FEW_HOPELESS
@@ -288,8 +288,8 @@ def _observe(belief: Belief, old: Belief, task_ids: jax.Array, outcomes: Outcome
         recorded=old.recorded + number,
         last_count=number,
         last_successes=wins,
-        # Once solved, for good; and what happened at a barren of SOLVED stays so.
-        barren=jnp.where(solved | (old.barren > 0), SOLVED, failed),
+        # Once solved, for good; and what happened at a barren of PROVEN stays so.
+        barren=jnp.where(solved | (old.barren > 0), PROVEN, failed),
         recent=_shift_in(old.recent, rewards, index, number),
     )
     return _put(belief, task_ids, count > 0, new)

@@ -47,34 +47,32 @@ def explain(
     counts, _ = allocate(rule, belief, budget, n_min, n_max, group=group, explored=explored)
     kept = 0 if n_min else int(kept_groups(len(counts), budget // group, explored))
     chosen, _ = allocate(rule, belief, budget - group * kept, n_min, n_max, group=group)
-    alpha, beta = posterior(belief)
     # In steps of the unit from the first count that is worth anything: one rollout, or no group.
     first, unit = (1, 1) if n_min else (0, group)
     log_gains = expected_gains(belief, first, n_max + unit, group)
     gains, taken, by_price = jnp.exp(log_gains), (counts - first) // unit, (chosen - first) // unit
     spent = jnp.arange(gains.shape[1]) < taken[:, None]
-    rows = jnp.arange(len(counts))
-    free = max(n_min - 1, 0)
+    rows, free = jnp.arange(len(counts)), max(n_min - 1, 0)
     smallest = price(log_gains[:, free:], by_price - free, 0)
-    number = np.asarray(counts)
-    from scipy import stats  # slow to import; jax itself needs scipy
-
-    low, high = stats.beta.interval(interval, np.asarray(alpha, np.float64), np.asarray(beta, np.float64))
+    number, (low, high) = np.asarray(counts), _between(belief, interval)
     why = np.select(
         [number > np.asarray(chosen), number > n_max - unit, np.asarray(belief.visits) == 0, number == n_min],
         ["waited", "n_max", "unseen", "n_min" if n_min else "nothing"],
         "price",
     )
     columns = {
-        "mean": mean(belief),
-        "low": low,
-        "high": high,
-        "visits": belief.visits,
-        "count": counts,
+        "mean": mean(belief), "low": low, "high": high, "visits": belief.visits, "count": counts,
         "value": jnp.where(spent, gains, 0.0).sum(axis=1),
         "gain": jnp.where(taken > 0, gains[rows, jnp.maximum(taken - 1, 0)], 0.0),
         "next_gain": gains[rows, taken],
         "price": jnp.full(len(counts), jnp.exp(smallest)),
         "why": why,
-    }
+    }  # fmt: skip
     return jax.device_get(columns)
+
+
+def _between(belief: Belief, interval: float) -> tuple[np.ndarray, np.ndarray]:
+    """The two ends [M] of the success rates' intervals of a probability."""
+    from scipy import stats  # slow to import; jax itself needs scipy
+
+    return stats.beta.interval(interval, *(np.asarray(part, np.float64) for part in posterior(belief)))

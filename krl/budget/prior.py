@@ -29,7 +29,7 @@ from jax.ops import segment_sum
 from jax.scipy.special import betaln, logit
 
 from krl.base.masked import divide
-from krl.budget.belief import SOLVED, Belief, fit_hopeless, possible, prior_rate
+from krl.budget.belief import PROVEN, Belief, fit_hopeless, possible, prior_rate
 
 MEMORIES = (0.8, 0.95)  # what is left of a source's evidence of a feature after a step whose groups with it are mixed
 SLOW_MEMORY = 0.995  # the same where they are even: without a gradient the policy moves little on such prompts
@@ -88,7 +88,7 @@ def init_prior(source: "str | Source", num_features: int) -> Prior:
     source = PRIORS[source] if isinstance(source, str) else source
     evidence = jax.vmap(source.start)(_spreads(num_features))
     scores = jnp.zeros((len(CANDIDATES), len(STRENGTHS)))
-    return Prior(evidence, scores, jnp.float32(0.0), jnp.zeros(num_features), jnp.float32(-SOLVED), source)
+    return Prior(evidence, scores, jnp.float32(0.0), jnp.zeros(num_features), jnp.float32(-PROVEN), source)
 
 
 def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
@@ -115,11 +115,11 @@ def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
     move = jnp.where(belief.prior_of < 0, 0.0, outcomes * (then - belief.prior_then))
     move = jnp.clip(move, -belief.successes, belief.failures)
     of_feature = prior.hopeless - _barren(prior.failed, belief)
-    worst = of_feature.at[features].get(mode="fill", fill_value=-SOLVED).max(axis=1)
+    worst = of_feature.at[features].get(mode="fill", fill_value=-PROVEN).max(axis=1)
     solvable = jax.nn.log_sigmoid(-belief.hopeless) + jax.nn.log_sigmoid(-worst)
     hopeless = jnp.log(-jnp.expm1(solvable)) - solvable
     return belief.replace(
-        hopeless=jnp.maximum(hopeless, -SOLVED),
+        hopeless=jnp.maximum(hopeless, -PROVEN),
         prior_alpha=jnp.where(better, alphas[best, strength], belief.prior_alpha),
         prior_beta=jnp.where(better, betas[best, strength], belief.prior_beta),
         successes=belief.successes + move,
@@ -205,11 +205,11 @@ def _candidates(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.
 
 
 def _barren(failed: jax.Array, belief: Belief) -> jax.Array:
-    """Log-probability that so many in a row fail at a rate of the common prior; SOLVED where failed is -1."""
+    """Log-probability that so many in a row fail at a rate of the common prior; PROVEN where failed is -1."""
     # With alpha near 0 a Beta has what is hopeless in itself, and failures would say nothing.
     alpha, beta = jnp.maximum(belief.prior_alpha, LEAST_ALPHA), belief.prior_beta
     log_probability = betaln(alpha, beta + jnp.maximum(failed, 0.0)) - betaln(alpha, beta)
-    return jnp.where(failed < 0, SOLVED, log_probability)
+    return jnp.where(failed < 0, PROVEN, log_probability)
 
 
 def _log_likelihood(

@@ -185,11 +185,8 @@ def log_gains_beta(
         E[g(n)] = [B(a+i+n, b+k+1) + B(a+i+1, b+k+n)] / B(a, b),
 
     and as a mixture of functions that fall in n it falls in n too. The paper's value is i = 1, k = 2. With i = 0 and
-    k = 1 a mixed group moves the logit of p by as much everywhere, and so log p by 1 - p as much.
-
-    Prompts never seen, always failed and always solved need no special case: 0 of 2 and 0 of 200 are different
-    beliefs. The ratios of Beta functions are products of plain fractions, so no Gamma function is evaluated: it
-    would lose its digits for strong beliefs.
+    k = 1 a mixed group moves the logit of p by as much everywhere, and so log p by 1 - p as much. The ratios of Beta
+    functions are products of plain fractions: Gamma functions would lose their digits for strong beliefs.
 
     Args:
         alpha, beta: [M] float > 0, the parameters of each prompt's belief.
@@ -200,8 +197,7 @@ def log_gains_beta(
         [M, J] float32, finite; column j of row i is the gain of rollout n_min_i + j + 1.
 
     Raises:
-        ValueError: alpha or beta is not of rank 1, powers that are not whole and >= 0, or the bounds are wrong as for
-            `log_gains`.
+        ValueError: alpha or beta is not of rank 1, powers that are not whole and >= 0, or bounds as for `log_gains`.
     """
     n = _rollouts(n_min, n_max, columns, alpha=alpha, beta=beta)
     if not all(isinstance(power, int) and power >= 0 for power in powers):
@@ -210,14 +206,9 @@ def log_gains_beta(
     if a.shape != b.shape:
         raise ValueError(f"alpha and beta must both have shape [M], got {a.shape} and {b.shape}")
     i, k = powers
-
-    def log_rising(x: jax.Array, times: int) -> jax.Array:
-        """log of x (x+1) ... (x+times-1)."""
-        return sum((jnp.log(x + j) for j in range(times)), jnp.zeros_like(x))
-
-    total = log_rising(a + b, i + k + 1)
-    won = log_rising(a, i) + log_rising(b, k + 1) - total  # at n = 0
-    lost = log_rising(a, i + 1) + log_rising(b, k) - total
+    total = _log_rising(a + b, i + k + 1)
+    won = _log_rising(a, i) + _log_rising(b, k + 1) - total  # at n = 0
+    lost = _log_rising(a, i + 1) + _log_rising(b, k) - total
 
     def one_more(won: jax.Array, lost: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
         """From n to n + 1 by B(x+1, y) = B(x, y) x / (x+y)."""
@@ -228,9 +219,7 @@ def log_gains_beta(
         won, lost = one_more(*state, n)
         return jnp.where(n < first, won, state[0]), jnp.where(n < first, lost, state[1])
 
-    def column(
-        state: tuple[jax.Array, jax.Array, jax.Array], offset: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], jax.Array]:
+    def column(state: tuple[jax.Array, ...], offset: jax.Array) -> tuple[tuple[jax.Array, ...], jax.Array]:
         won_since, lost_since, lowest = state  # from 0, so that small steps are not lost in a large sum
         # Rounding must not make a row rise.
         gain = jnp.minimum(lowest, jnp.logaddexp(won + won_since, lost + lost_since))
@@ -240,6 +229,11 @@ def log_gains_beta(
     won, lost = jax.lax.fori_loop(0, first.max(initial=0).astype(jnp.int32), before_first, (won, lost))
     start = jnp.zeros_like(won), jnp.zeros_like(won), jnp.full_like(won, jnp.inf)
     return jax.lax.scan(column, start, jnp.arange(n.shape[1], dtype=jnp.float32))[1].T
+
+
+def _log_rising(x: jax.Array, times: int) -> jax.Array:
+    """log of x (x+1) ... (x+times-1)."""
+    return sum((jnp.log(x + j) for j in range(times)), jnp.zeros_like(x))
 
 
 def gains_of(value: Value, p: jax.Array, n_min: Bound, n_max: Bound, *, columns: int | None = None) -> jax.Array:

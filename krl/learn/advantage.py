@@ -13,6 +13,7 @@ from krl.base.masked import divide, segment_differs, segment_moments
 
 ROUNDED = 1e-4  # most that float32 may round a reward, in parts of the distance between its group's best and worst
 SCALES = ("std", "none", "mean")  # what the advantages of a prompt are divided by
+EPSILON = 1e-6  # added to a standard deviation before it divides, in units of reward
 LARGEST = 1e30  # most that a reward may differ from the middle of a group that is moved and scaled
 
 
@@ -40,16 +41,14 @@ def group_advantages(
     scale_by_std: bool = True,
     scale_by_mean: bool = False,
     leave_one_out: bool = False,
-    epsilon: float = 1e-6,
     clip: float = math.inf,
 ) -> jax.Array:
-    """How much better each rollout did than its prompt's others.
+    """How much better each rollout did than its prompt's others (Shao et al., arXiv 2402.03300, section 4.1).
 
-        A_j = (r_j - mean) / (std + epsilon)
+        A_j = (r_j - mean) / (std + 1e-6)
 
     over the N rollouts of the same prompt, with the sample standard deviation (N - 1 in the denominator), as the common
-    implementations have it. Groups may have any sizes, and rewards any that float32 has. With leave_one_out the mean is
-    that of the prompt's other rollouts (RLOO), which makes r_j - mean larger by N / (N - 1).
+    implementations have it. Groups may have any sizes, and rewards any that float32 has.
 
     Args:
         rewards: [R] float32; see `fit_float32` for those of a wider range.
@@ -60,8 +59,8 @@ def group_advantages(
         scale_by_mean: instead divide by the mean of the prompt's rewards, which must not be negative: of rewards of 0
             and 1 that is the gradient of log p, in which rare successes count as much as common ones (MaxRL, arXiv
             2602.02710).
-        leave_one_out: compare a rollout with the mean of the others alone.
-        epsilon: added to the standard deviation, in units of reward.
+        leave_one_out: compare a rollout with the mean of the others alone, which makes r_j - mean larger by N / (N - 1)
+            (Ahmadian et al., arXiv 2402.14740, section 2.2).
         clip: the largest size of an advantage.
 
     Returns:
@@ -69,10 +68,6 @@ def group_advantages(
 
     Raises:
         ValueError: rewards, prompt_index and mask are not all of shape [R].
-
-    References:
-        Shao et al., "DeepSeekMath", arXiv 2402.03300, section 4.1; Ahmadian et al., "Back to Basics", arXiv
-        2402.14740, section 2.2 (leave-one-out).
 
     >>> group_advantages(jnp.array([1.0, 0.0, 1.0]), jnp.array([0, 0, 1]), jnp.ones(3, bool), 2).round(3).tolist()
     [0.7070000171661377, -0.7070000171661377, 0.0]
@@ -92,7 +87,7 @@ def group_advantages(
         advantages = divide(advantages, jnp.append(reward, 1.0)[index])
     elif scale_by_std:
         std = jnp.sqrt(divide(squares, count - 1))
-        advantages = divide(advantages, (jnp.append(std, 1.0) + epsilon / unit)[index])
+        advantages = divide(advantages, (jnp.append(std, 1.0) + EPSILON / unit)[index])
     else:
         advantages = advantages * unit[index]
     mixed = mixed_groups(rewards, index, mask, num_prompts)

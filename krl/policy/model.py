@@ -26,7 +26,7 @@ from krl.policy.attention import attend_cached, attend_rows
 from krl.policy.config import ACTIVATIONS, REMAT, PolicyConfig
 from krl.policy.experts import Experts, apply_experts, balanced
 from krl.policy.rotary import Rotations, frequencies, rotate
-from krl.policy.scores import token_scores
+from krl.policy.scores import Options, token_scores
 
 
 class Cache(struct.PyTreeNode):
@@ -234,10 +234,10 @@ def token_logps(
         hidden = jnp.take_along_axis(hidden.astype(jnp.float32), segments.previous()[:, start:, None], axis=1)
     else:
         hidden = back(hidden)[:, start - 1 : -1]
+    options = Options(softcap=config.logit_softcap, vocab_first=config.tie_embeddings, entropy=entropy)
     logps, entropies = token_scores(
-        hidden.astype(config.dtype), _head(config, params), tokens[:, start:],
-        temperature=temperature, softcap=config.logit_softcap, vocab_first=config.tie_embeddings, chunk=chunk,
-        entropy=entropy, wanted=None if wanted is None else wanted[:, start:],
+        hidden.astype(config.dtype), _head(config, params), tokens[:, start:], options, temperature=temperature,
+        chunk=chunk, wanted=None if wanted is None else wanted[:, start:],
     )  # fmt: skip
     return (logps, entropies) if entropy else logps
 

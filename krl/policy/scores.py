@@ -13,23 +13,21 @@ from krl.base.sharding import RULES, open_axes
 
 
 class Options(NamedTuple):
-    """What is static about scores; `token_scores` says more of each."""
+    """What is static about scores."""
 
-    softcap: float
-    vocab_first: bool
-    entropy: bool
+    softcap: float  # bound on logits before the temperature, 0 for none
+    vocab_first: bool  # the layout of the head: [V, E], or [E, V]
+    entropy: bool  # whether entropies are wanted
 
 
 def token_scores(
     hidden: jax.Array,
     head: jax.Array,
     targets: jax.Array,
+    options: Options,
     *,
     temperature: jax.Array | float,
-    softcap: float,
-    vocab_first: bool,
     chunk: int,
-    entropy: bool,
     wanted: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Score tokens by the distributions that hidden states predict.
@@ -45,13 +43,11 @@ def token_scores(
 
     Args:
         hidden: [B, T, E] in the compute dtype.
-        head: [V, E], or [E, V] unless vocab_first, in the compute dtype.
+        head: [V, E] or [E, V] in the compute dtype.
         targets: [B, T] int32, the tokens to score.
+        options: static.
         temperature: the logits are divided by it, > 0; no gradient flows to it.
-        softcap: bound on logits before the temperature, 0 for none.
-        vocab_first: the layout of the head.
         chunk: tokens, over all rows of a device, whose logits are alive at a time.
-        entropy: whether entropies are wanted.
         wanted: [B, T] bool, which scores are; None for all. The others are finite and mean nothing.
 
     Returns:
@@ -69,7 +65,6 @@ def token_scores(
         array = jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
         return array.reshape(rows, -1, columns, *array.shape[2:]).swapaxes(0, 1)
 
-    options = Options(softcap, vocab_first, entropy)
     live = cut(jnp.ones_like(targets, bool) if wanted is None else wanted).any(axis=2)
     scores = _scores(cut(hidden), head, cut(targets), jnp.asarray(temperature, jnp.float32), live, options)
     logps, entropies = (part.swapaxes(0, 1).reshape(rows, -1)[:, :length] for part in scores)

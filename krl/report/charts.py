@@ -100,7 +100,6 @@ def make(runs: Sequence[Run]) -> tuple[list[Chart], Rows]:
     rows: Rows = {
         "accuracy": _labelled(runs, spending),
         "steps": _labelled(runs, _steps),
-        "budgets": _labelled(runs, lambda run: budget_map(run["groups"])),
     }
     lines = {chart.name: draw_chart(runs, rows, chart) for chart in LINE_CHARTS}
     compared = any(row.get("mismatch") is not None for run in runs for row in run["metrics"] if row["step"])
@@ -165,7 +164,9 @@ def budgets(runs: Sequence[Run], rows: Rows) -> Chart:
     """Where the budget went, by believed success rate."""
     bounds = [f"{100 * edge:.0f}" for edge in bin_edges()]
     names = [f"{low}\N{EN DASH}{high}%" for low, high in pairwise(bounds)]
-    rows["budgets"] = [{"rates": names[row["bin"]], **row} for row in rows["budgets"]]
+    rows["budgets"] = _labelled(
+        runs, lambda run: [{"rates": names[row["bin"]], **row} for row in budget_map(run["groups"])]
+    )
     shares = [row["share"] for row in rows["budgets"]] or [0.0]
     most = float(np.percentile(shares, 99))  # the first step knows nothing: all in one bin
     shade = alt.Scale(domain=[0, most], range=[0.04, 1], clamp=True)

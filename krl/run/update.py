@@ -49,8 +49,7 @@ def policy_update(
     The loss is a mean over all tokens of the step: an update minimises num_updates times its share's part of it.
 
     Args:
-        config, optimizer: the policy's sizes; from `make_optimizer`.
-        state: donated.
+        config, optimizer, state: the policy's sizes; from `make_optimizer`; donated.
         prompts, rollouts: M prompts, R rollouts of them.
         advantages: [R] float32, 0 on padding rows; what `krl.learn.token_weights` makes of them is another mean.
         key: shuffles the rollouts over the updates; consumed.
@@ -65,22 +64,19 @@ def policy_update(
 
     Returns:
         (new state, metrics: float32 scalars). `loss` and `grad_norm` are means over the updates, and of an optimiser
-        that waits `updated`, the share of them that were made. `shared_tokens` is the share of the tokens of the
-        rollouts that were run which are prompts that another rollout of the row has. The ratio and clip metrics are
-        over the tokens of these rollouts, `mismatch` over those of the first update.
+        that waits `updated`, the share of them that were made. `shared_tokens` is the share of prompts that another
+        rollout of the row has in the tokens of the rollouts that were run. The ratio and clip metrics are over the
+        tokens of these rollouts, `mismatch` over those of the first update.
     """
     loss = learn.Loss(**{"importance_cap": 0.0} | options)
     run = rollouts.mask & ((advantages != 0) | bool(loss.kl_coefficient or loss.entropy_coefficient))
     shares = jax.random.permutation(key, advantages.shape[0]).reshape(num_updates, -1)
     longest = prompts.tokens.shape[1] + rollouts.tokens.shape[1]
     shared = packed and has_branches(config.attention, longest, config.head_size)
-    rows, num_rows, micro_rows = place_rollouts(
-        prompts, rollouts, run, shares, micro_tokens, packed=packed, shared=shared
-    )
-    scores_of = functools.partial(_scores, config, temperature=temperature, packed=packed, shared=shared)
-    loss_of = functools.partial(_loss, loss, scores_of)
-    frozen = (reference or {}) if config.lora else {}
-    drawn = (prompts, rollouts, advantages)
+    layout: dict[str, Any] = {"packed": packed, "shared": shared}
+    rows, num_rows, micro_rows = place_rollouts(prompts, rollouts, run, shares, micro_tokens, **layout)
+    scores_of = functools.partial(_scores, config, temperature=temperature, **layout)
+    frozen, drawn = (reference or {}) if config.lora else {}, (prompts, rollouts, advantages)
 
     def score(params: dict) -> jax.Array:
         one = lambda place: scores_of(params, fill_columns(place, *drawn), entropy=False)[0]  # noqa: E731
@@ -95,9 +91,8 @@ def policy_update(
 
     def update(state: TrainState, share):
         members, rows, num_rows, known = share
-        (loss_sum, metrics), grads = accumulate(
-            loss_of, state.params, (frozen, drawn), (rows, known), num_rows, micro_rows
-        )
+        given, loss_of = (frozen, drawn), functools.partial(_loss, loss, scores_of)
+        (loss_sum, metrics), grads = accumulate(loss_of, state.params, given, (rows, known), num_rows, micro_rows)
         learnt = (rollouts.mask & (advantages != 0))[members].sum(dtype=jnp.float32)
         state, grad_norm = apply_gradients(config, optimizer, state, grads, loss_sum, tokens_in_share, learnt)
         of_update = {"loss": divide(loss_sum, tokens_in_share), "grad_norm": grad_norm}
@@ -106,8 +101,8 @@ def policy_update(
         return state, (of_update, metrics)
 
     state, (of_updates, metrics) = jax.lax.scan(update, state, (shares, rows, num_rows, known))
-    learnt = {name: values.mean() for name, values in of_updates.items()} | {"shared_tokens": saved}
-    return state, _means(metrics) | learnt
+    learnt = {name: values.mean() for name, values in of_updates.items()}
+    return state, _means(metrics) | learnt | {"shared_tokens": saved}
 
 
 def _loss(loss: learn.Loss, scores_of: Callable, params: dict, given: tuple, part: tuple) -> tuple[jax.Array, dict]:
