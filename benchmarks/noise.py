@@ -195,11 +195,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         "|---" * 8 + "|",
     ]
     for rule, row in rows.items():
-        shares = (
-            row["per rollout"] / base["per rollout"],
-            row["rise"] / base["rise"],
-            row["error"] / base["rise"],
-        )
+        shares = (row["per rollout"] / base["per rollout"], row["rise"] / base["rise"], row["error"] / base["rise"])
         lines.append(
             f"| {rule} | {row['effective']:.3f} | {row['signal']:.3g} | {row['within']:.3g} | {row['between']:.3g} | "
             + " | ".join(f"{share:.2f}" for share in shares)

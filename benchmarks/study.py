@@ -379,10 +379,7 @@ def draw(found: Found, file: pathlib.Path) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.4), layout="constrained", sharey=True)
     curves = {name: np.array([row["curve"] for row in found[name].values()]) for name in DRAWN if found.get(name)}
-    units = {
-        runs.ROLLOUTS: ("rollouts, thousands", 1e3),
-        runs.TOKENS: ("tokens, thousands", 1e3),
-    }
+    units = {runs.ROLLOUTS: ("rollouts, thousands", 1e3), runs.TOKENS: ("tokens, thousands", 1e3)}
     for axes, (column, (label, unit)) in zip(panels, units.items(), strict=True):
         for name in sorted(curves, key=lambda name: -curves[name][:, -1, runs.ACCURACY].mean()):
             spent, accuracy = curves[name][:, :, column].mean(axis=0) / unit, curves[name][:, :, runs.ACCURACY]

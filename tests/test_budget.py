@@ -198,12 +198,7 @@ def test_belief_update_equals_loops():
         mask = index < 4
         rewards = rng.choice([0.0, 0.5, 1.0], 12).astype(np.float32)
         belief = budget.update(
-            belief,
-            jnp.array(ids),
-            jnp.array(rewards),
-            jnp.array(index),
-            jnp.array(mask),
-            fit_discounts=False,
+            belief, jnp.array(ids), jnp.array(rewards), jnp.array(index), jnp.array(mask), fit_discounts=False
         )
         successes, failures = updated_by_hand(successes, failures, ids, rewards, index, mask, 0.8, 0.3)
         np.testing.assert_allclose(belief.successes, successes, rtol=1e-5)

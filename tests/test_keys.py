@@ -859,10 +859,7 @@ GRADIENTS = {
 }  # fmt: skip
 # In `make test` every average once; `make slow` has every two settings together.
 OF_ALL = tuple(average for average in learn.AVERAGES if average != "candidates")
-LOSSES = [
-    *cycled("loss.average", OF_ALL, pairwise(GRADIENTS)),
-    *slow(pairwise({"loss.average": OF_ALL} | GRADIENTS)),
-]
+LOSSES = [*cycled("loss.average", OF_ALL, pairwise(GRADIENTS)), *slow(pairwise({"loss.average": OF_ALL} | GRADIENTS))]
 
 
 @pytest.mark.parametrize("changes", LOSSES)

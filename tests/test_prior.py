@@ -262,11 +262,7 @@ def test_eight_devices_learn_what_one_learns(source):
         splits = leaf.ndim and leaf.shape[0] % 8 == 0
         spread.append(jax.device_put(leaf, rows if splits else whole))
     placed = jax.tree.unflatten(jax.tree.structure((prior, *arguments)), jax.tree.leaves(spread))
-    for alone, shared in zip(
-        jax.tree.leaves(LEARN(prior, *arguments)),
-        jax.tree.leaves(LEARN(*placed)),
-        strict=True,
-    ):
+    for alone, shared in zip(jax.tree.leaves(LEARN(prior, *arguments)), jax.tree.leaves(LEARN(*placed)), strict=True):
         np.testing.assert_allclose(shared, alone, rtol=2e-4, atol=2e-4)
 
 

@@ -10,16 +10,7 @@ import pytest
 
 from krl.report import command as report
 from krl.report import figures
-from krl.report.history import (
-    found,
-    read_run,
-    read_runs,
-    rollouts_to_reach,
-    smooth,
-    states,
-    summary,
-    transitions,
-)
+from krl.report.history import found, read_run, read_runs, rollouts_to_reach, smooth, states, summary, transitions
 from krl.run.log import MetricsLog
 
 STATE = {"never": 0, "rarely": 1, "sometimes": 2, "mostly": 3, "always": 4}

@@ -131,12 +131,7 @@ def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
 
 
 def learn_prior(
-    prior: Prior,
-    belief: Belief,
-    features: jax.Array,
-    rewards: jax.Array,
-    prompt_index: jax.Array,
-    mask: jax.Array,
+    prior: Prior, belief: Belief, features: jax.Array, rewards: jax.Array, prompt_index: jax.Array, mask: jax.Array
 ) -> Prior:
     """The prior after a step's outcomes: candidates are judged by them first, and then learn from them.
 

@@ -50,8 +50,7 @@ LETTERS = Range("from 1 to 2704, the pairs of letters there are", lambda value: 
 SIDE = Range("at least 2: a maze of one cell has no path", lambda value: value >= 2)
 MODULES = ("query", "key", "value", "output", "gate", "up", "down")  # of a layer
 ADAPTED = Range(
-    f"different ones of {', '.join(MODULES)}",
-    lambda value: 0 < len(set(value) & set(MODULES)) == len(value),
+    f"different ones of {', '.join(MODULES)}", lambda value: 0 < len(set(value) & set(MODULES)) == len(value)
 )
 DTYPE = Range("'float32' or 'bfloat16'", lambda value: value in ("float32", "bfloat16"))
 SOURCE = Range(

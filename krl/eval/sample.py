@@ -48,10 +48,7 @@ def as_failures(rewards: np.ndarray) -> np.ndarray:
 
 
 def score_rollouts(
-    tokenizer: Decoder,
-    score: Score,
-    rollouts: Rollouts,
-    tasks: TaskSet,
+    tokenizer: Decoder, score: Score, rollouts: Rollouts, tasks: TaskSet
 ) -> tuple[np.ndarray, dict[str, int]]:
     """Decode responses and have them verified, on the host; of several processes, each does its share.
 

@@ -6,18 +6,7 @@ from typing import Any
 from krl import _moved
 from krl.policy.config import Lora, PolicyConfig
 from krl.policy.lora import frozen, join, merge, trained
-from krl.policy.model import (
-    Cache,
-    adapt,
-    apply,
-    decode,
-    for_decoding,
-    init,
-    init_cache,
-    param_axes,
-    read,
-    token_logps,
-)
+from krl.policy.model import Cache, adapt, apply, decode, for_decoding, init, init_cache, param_axes, read, token_logps
 
 __all__ = [
     "Cache",

@@ -341,12 +341,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: jax.Array,
-        layer: Layer,
-        positions: jax.Array,
-        segments: Layout,
-        stored: Any = None,
+        self, x: jax.Array, layer: Layer, positions: jax.Array, segments: Layout, stored: Any = None
     ) -> tuple[jax.Array, Any]:
         """(x, None), or (x, (keys, values)) with stored = (keys, values, column to write, visible [B, T, C])."""
         c = self.config

@@ -97,10 +97,7 @@ LINE_CHARTS = (
 
 def make(runs: Sequence[Run]) -> tuple[list[Chart], Rows]:
     """The charts of some runs, in the order of the page, and their rows by name."""
-    rows: Rows = {
-        "accuracy": _labelled(runs, spending),
-        "steps": _labelled(runs, _steps),
-    }
+    rows: Rows = {"accuracy": _labelled(runs, spending), "steps": _labelled(runs, _steps)}
     lines = {chart.name: draw_chart(runs, rows, chart) for chart in LINE_CHARTS}
     compared = any(row.get("mismatch") is not None for run in runs for row in run["metrics"] if row["step"])
     if compared and not lines["mismatch"].views:

@@ -45,12 +45,7 @@ SCHEMA = pa.schema([
 ])  # fmt: skip
 
 
-def describe_rollouts(
-    tasks: EncodedTasks,
-    step: int,
-    groups: Mapping[str, Array],
-    each: Mapping[str, Any],
-) -> pa.Table:
+def describe_rollouts(tasks: EncodedTasks, step: int, groups: Mapping[str, Array], each: Mapping[str, Any]) -> pa.Table:
     """A step's rollouts as rows of SCHEMA, by prompt and sample; of several rewards each has a further column.
 
     Of several processes all must call it. Each gets the rows of the rollouts that it scored, whose texts it has.
