@@ -109,10 +109,10 @@ def measure_step(options):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    warm, each, new_tokens = 2, EACH, NEW_TOKENS
+    warm, each, new_tokens, parts = 2, EACH, NEW_TOKENS, 1
     model, tokenizer, name = None, None, "ragged" if options.ragged else "full"
     if options.path:
-        each, new_tokens, name = 4, 64, "real"
+        each, new_tokens, parts, name = 4, 64, 4, "real"  # what the backward pass keeps of all rows is beyond 20 GB
         model, tokenizer, questions = read(options)
         texts = questions * (warm + options.repeats)
     else:
@@ -139,7 +139,7 @@ def measure_step(options):
     with tempfile.TemporaryDirectory() as directory:
         config = GRPOConfig(
             output_dir=directory, use_cpu=True, bf16=False, gradient_checkpointing=False, num_iterations=1, beta=0.0,
-            per_device_train_batch_size=PROMPTS * each, gradient_accumulation_steps=1, steps_per_generation=1,
+            per_device_train_batch_size=PROMPTS * each // parts, gradient_accumulation_steps=parts,
             num_generations=each, max_completion_length=new_tokens, temperature=1.0, top_p=1.0, top_k=0,
             learning_rate=1e-6, max_steps=warm + options.repeats, save_strategy="no", report_to="none",
             disable_tqdm=True, shuffle_dataset=not options.path, generation_kwargs=ends[name],

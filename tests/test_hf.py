@@ -5,8 +5,10 @@ import functools
 import json
 import pathlib
 import re
+import runpy
 import shutil
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -418,8 +420,10 @@ def test_adapters_of_weights_that_are_stored_as_one_are_merged_alone(tmp_path):
 
 def test_what_a_checkpoint_is_takes_one_line(tmp_path, capsys, monkeypatch):
     shutil.copy(GOLDEN / "olmo3" / "config.json", tmp_path)
-    monkeypatch.setattr("sys.argv", ["krl.hf", "check", str(tmp_path)])
-    command.main()
+    monkeypatch.setattr("sys.argv", ["krl.hf.check", str(tmp_path)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that the package has imported it before
+        runpy.run_module("krl.hf.check", run_name="__main__")
     told = capsys.readouterr().out
     assert told.count("\n") == 1
     assert told.startswith(

@@ -5,12 +5,12 @@ python -m krl.hf check DIR
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from krl.configs.flags import one_line_errors
-from krl.hf.check import describe
 from krl.hf.config import STORED_TYPES
+from krl.hf.summary import describe
 from krl.hf.weights import export
 
 
@@ -19,7 +19,7 @@ def _first(function: Callable[..., Any]) -> str:
     return (function.__doc__ or "").splitlines()[0]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command line of the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m krl.hf", description="Hugging Face checkpoints.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
@@ -33,7 +33,7 @@ def main() -> None:
     command.add_argument(
         "--adapters", action="store_true", help="the adapters alone, for peft; else they are merged into the policy"
     )
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     with one_line_errors("krl.hf"):
         if given.command == "check":
             print(describe(given.path))
