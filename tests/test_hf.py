@@ -441,7 +441,7 @@ def test_what_a_checkpoint_is_takes_one_line(tmp_path, capsys, monkeypatch):
         assert hf.describe(tmp_path).startswith("olmo3 is supported")
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(SystemExit, match=r"krl.hf: .*'mamba' is not supported"):
-        command.main()
+        command.main(["check", str(tmp_path)])
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "qwen2_sliding"])

@@ -215,7 +215,7 @@ def _replay_one(setting: _Setting, rates: jax.Array, key: jax.Array, start: beli
         draws = jax.random.uniform(luck, (prompts_per_step, n_max)) < p[:, None]
         informed = believed
         if setting.known:
-            always = jnp.full_like(p, beliefs.SOLVED)
+            always = jnp.full_like(p, beliefs.PROVEN)
             informed = believed.replace(successes=KNOWN * p, failures=KNOWN * (1 - p), barren=always)
         counts = _in_rounds(setting, informed, draws, step)
         index = jnp.searchsorted(jnp.cumsum(counts), jnp.arange(budget), side="right")

@@ -73,9 +73,10 @@ def policy_update(
     shares = jax.random.permutation(key, advantages.shape[0]).reshape(num_updates, -1)
     longest = prompts.tokens.shape[1] + rollouts.tokens.shape[1]
     shared = packed and has_branches(config.attention, longest, config.head_size)
-    layout: dict[str, Any] = {"packed": packed, "shared": shared}
-    rows, num_rows, micro_rows = place_rollouts(prompts, rollouts, run, shares, micro_tokens, **layout)
-    scores_of = functools.partial(_scores, config, temperature=temperature, **layout)
+    rows, num_rows, micro_rows = place_rollouts(
+        prompts, rollouts, run, shares, micro_tokens, packed=packed, shared=shared
+    )
+    scores_of = functools.partial(_scores, config, temperature=temperature, packed=packed, shared=shared)
     frozen, drawn = (reference or {}) if config.lora else {}, (prompts, rollouts, advantages)
 
     def score(params: dict) -> jax.Array:
@@ -101,8 +102,7 @@ def policy_update(
         return state, (of_update, metrics)
 
     state, (of_updates, metrics) = jax.lax.scan(update, state, (shares, rows, num_rows, known))
-    learnt = {name: values.mean() for name, values in of_updates.items()}
-    return state, _means(metrics) | learnt | {"shared_tokens": saved}
+    return state, _means(metrics) | jax.tree.map(jnp.mean, of_updates) | {"shared_tokens": saved}
 
 
 def _loss(loss: learn.Loss, scores_of: Callable, params: dict, given: tuple, part: tuple) -> tuple[jax.Array, dict]:
