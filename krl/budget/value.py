@@ -33,7 +33,7 @@ from krl.base.sharding import readable
 
 Bound = int | np.ndarray | jax.Array  # one number of rollouts for all prompts, or [M] of them
 Value = Callable[[jax.Array, jax.Array], jax.Array]  # (p, n) -> value, broadcasting
-Three = tuple[jax.Array, jax.Array, jax.Array]
+_State = tuple[jax.Array, jax.Array, jax.Array]  # of a scan over rollouts
 
 
 def grpo_value(p: jax.Array, n: jax.Array) -> jax.Array:
@@ -220,7 +220,7 @@ def log_gains_beta(
         won, lost = one_more(*state, n)
         return jnp.where(n < first, won, state[0]), jnp.where(n < first, lost, state[1])
 
-    def column(state: Three, offset: jax.Array) -> tuple[Three, jax.Array]:
+    def column(state: _State, offset: jax.Array) -> tuple[_State, jax.Array]:
         won_since, lost_since, lowest = state  # from 0, so that small steps are not lost in a large sum
         # Rounding must not make a row rise.
         gain = jnp.minimum(lowest, jnp.logaddexp(won + won_since, lost + lost_since))
