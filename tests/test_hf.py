@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 import runpy
@@ -279,6 +280,11 @@ def changed(tmp_path, family="qwen2", **fields):
         ("model_type", ["qwen2"], "is not supported"),
         ("model_type", "mamba", "'mamba' is not supported; supported are llama"),
         ("hidden_size", None, "hidden_size"),
+        ("hidden_size", 10**400, "embed_size 1000"),
+        ("rms_norm_eps", 10**39, "norm_epsilon 1000"),
+        ("rope_parameters", {"rope_type": "linear", "factor": 1e39, "rope_theta": 1e4}, "factor 1e.39 of rope_scaling"),
+        ("rope_parameters", {"rope_type": "default", "partial_rotary_factor": math.inf}, "partial"),
+        ("rope_parameters", {"rope_theta": 1e4, "full_attention": {}, "sliding_attention": {}}, "must not have 'full"),
     ],
 )
 def test_fields_that_change_the_computation_are_refused_by_name(tmp_path, field, value, message):
@@ -306,6 +312,7 @@ def test_fields_that_change_the_computation_are_refused_by_name(tmp_path, field,
         ("qwen3_moe", "decoder_sparse_step", 2, "decoder_sparse_step"),
         ("qwen3_moe", "mlp_only_layers", [0], "mlp_only_layers"),
         ("qwen3_moe", "num_experts_per_tok", 7, "of 6 experts 7"),
+        ("olmoe", "num_experts", 10**39, "experts 2 cannot"),
         ("qwen3_moe", "layer_types", ["full_attention"] * 3, "layer_types"),
         ("qwen3_moe", "norm_topk_prob", "no", "normalised 'no'"),
         ("olmoe", "clip_qkv", 1.0, "clip_qkv"),
@@ -319,6 +326,8 @@ def test_fields_that_change_the_computation_are_refused_by_name(tmp_path, field,
         ("llama2", "vocab_size", 10**13, "from 1 to 10,000,000"),
         ("granite", "logits_scaling", 0.0, "logit_divisor"),
         ("qwen2_yarn", "partial_rotary_factor", 0.5, "partial_rotary_factor"),
+        ("gemma2", "query_pre_attn_scalar", 10**400, "malformed field"),
+        ("olmo3", "rope_parameters", {"rope_type": "default", "rope_theta": 5e5}, "must have 'full_attention'"),
     ],
 )
 def test_what_a_family_may_ask_for_and_is_not_there_is_refused_by_name(tmp_path, family, field, value, message):
@@ -514,7 +523,8 @@ def test_a_checkpoint_that_does_not_fit_is_one_line(tmp_path):
     broken(f"{first}: .*cut off", lambda path: (path / first).write_bytes((path / first).read_bytes()[:-10]))
     broken(f"{first}: .*cut off", lambda path: (path / first).write_bytes(b""))
     broken(f"{first} is missing", lambda path: (path / first).unlink())
-    broken("not an index", lambda path: (path / INDEX).write_text("{"))
+    for text in ("{", "[" * 100_000, json.dumps({"weight_map": {"a": "x" * 5_000}})):
+        broken("not an index", lambda path, text=text: (path / INDEX).write_text(text))
     broken("model.safetensors is missing", lambda path: (path / INDEX).unlink())
     broken(
         "at most 10,000",

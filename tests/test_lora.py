@@ -255,6 +255,8 @@ def test_a_policy_is_exported_with_its_adapters_merged(tmp_path):
         ({"r": 0}, "r=0 must be"),
         ({"r": 4}, "r=4 and the policy ask for"),
         ({"lora_alpha": "x"}, "lora_alpha='x'"),
+        ({"lora_alpha": 10**400}, "lora_alpha=1000"),
+        ({"use_rslora": "no"}, "use_rslora='no'"),
     ],
     ids=lambda value: str(value)[:24],
 )
@@ -288,8 +290,10 @@ def test_tensors_that_are_not_those_of_adapters_are_refused_by_name(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="cannot read"):
         hf.load_adapters(tmp_path / "adapter", config)
-    with pytest.raises(ValueError, match="holds no adapters"):
-        hf.load_adapters(tmp_path, config)
+    (tmp_path / "adapter" / "adapter_config.json").write_text("[" * 100_000)
+    for place in (tmp_path, tmp_path / "adapter"):
+        with pytest.raises(ValueError, match="holds no adapters"):
+            hf.load_adapters(place, config)
 
 
 # ---------------------------------------------------------------- runs
@@ -397,6 +401,7 @@ def test_a_policy_with_adapters_is_given_merged(finished, tmp_path):
 def test_a_run_goes_on_from_adapters_or_merges_them(tmp_path):
     start = write_qwen(tmp_path / "start")
     config = hf.read_config(start, lora=Lora(2, 32.0, ("query", "value", "up")))
+    assert config.lora == Lora(2, 32.0, ("up", "value", "query"))  # in whatever order they are told
     fresh = policy.trained(config, policy.init(config, jax.random.key(0)))
     moved = jax.tree.map(lambda leaf: leaf + 0.1, fresh)
     hf.save_adapters(tmp_path / "adapter", config, moved)

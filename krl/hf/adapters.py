@@ -17,6 +17,7 @@ from krl.hf.weights import appearing_whole, check_new, few, first_device, read_p
 from krl.policy import lora
 from krl.policy.config import MODULES, Lora, PolicyConfig
 from krl.policy.model import abstract_params
+from krl.policy.rotary import LARGEST
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of adapter_config.json that say nothing about what is computed, or nothing that the tensors do not say. All
@@ -120,7 +121,7 @@ def _read_fields(file: pathlib.Path) -> tuple[int, float]:
     try:
         fields = json.loads(file.read_text())
         kind, rank, alpha = fields["peft_type"], fields["r"], fields["lora_alpha"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         inside = next(file.parent.glob(f"*/{CONFIG}"), None)
         told = f"; {inside.parent} does: name it" if inside else ""
         raise ValueError(f"{file.parent} holds no adapters: cannot read {file} ({error!r}){told}") from None
@@ -129,7 +130,9 @@ def _read_fields(file: pathlib.Path) -> tuple[int, float]:
     for name in fields.keys() - _ASIDE - {"r", "lora_alpha", "use_rslora"}:
         if fields[name] and fields[name] not in _PLAIN.get(name, ()):
             raise ValueError(f"{file}: {name}={fields[name]!r} is not supported{_MERGE}")
-    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+    if type(fields.get("use_rslora", False)) not in (bool, type(None)):
+        raise ValueError(f"{file}: use_rslora={fields['use_rslora']!r} must be true or false")
+    if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not 0 < alpha < LARGEST:
         raise ValueError(f"{file}: r={rank!r} must be a whole number and lora_alpha={alpha!r} a number, above 0")
     return rank, float(alpha) * (math.sqrt(rank) if fields.get("use_rslora") else 1)
 

@@ -123,7 +123,7 @@ def read_config(path: str | pathlib.Path, **options: Any) -> PolicyConfig:
         found = translate(fields, family)
         found |= {"source": text, "stored_dtype": stored if stored in STORED_TYPES.values() else "float32"}
         return PolicyConfig(**found | options)
-    except (KeyError, TypeError, ZeroDivisionError, AttributeError) as error:
+    except (KeyError, TypeError, ArithmeticError, AttributeError) as error:
         raise ValueError(f"{file}: missing or malformed field: {error}") from None
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -59,6 +59,7 @@ _GEMMA3_FIELDS = {
 }  # fmt: skip
 _GEMMA = {"activation": "gelu_tanh", "norm_plus_one": True, "post_norms": True}
 _GEMMA_OWN = (*_WINDOWS, "query_pre_attn_scalar", "final_logit_softcapping")
+_ROTARY_BY_KIND = ("gemma3_text", "olmo3")  # whose rope_parameters are those of two kinds of layers
 _OLMO = {"qk_norm": True, "joint_qk_norm": True, "pre_norms": False, "post_norms": True}
 # Those about the training of routers are not computed here, and norm_topk_prob is false where it is absent.
 _EXPERTS = (
@@ -144,7 +145,7 @@ def translate(fields: dict[str, Any], family: str) -> dict[str, Any]:
 
     Raises:
         ValueError: a field that may change the computation and is not known, or a value that is not supported.
-        KeyError, TypeError, ZeroDivisionError, AttributeError: a field that is missing or malformed.
+        KeyError, TypeError, ArithmeticError, AttributeError: a field that is missing or malformed.
     """
     if family == "mistral" and fields.get("layer_types"):  # as transformers reads it
         family = "ministral"
@@ -220,6 +221,12 @@ def _sliding(own: dict[str, Any], family: str, found: dict[str, Any]) -> tuple[b
 
 def _rotary(fields: dict[str, Any], own: dict[str, Any], family: str, found: dict[str, Any]) -> dict[str, Any]:
     """Rotary options; takes the fields of both generations of config.json that hold them."""
+    apart = fields.get("rope_parameters")
+    if apart and ("full_attention" in apart) != (family in _ROTARY_BY_KIND):
+        must = "must" if family in _ROTARY_BY_KIND else "must not"
+        raise ValueError(
+            f"the field 'rope_parameters' of {family} {must} have 'full_attention' and 'sliding_attention'"
+        )
     given = [value for name in ("rope_parameters", "rope_scaling") if (value := fields.pop(name, None))]
     if len(given) > 1 and given[0] != given[1]:
         raise ValueError("the fields 'rope_parameters' and 'rope_scaling' say two things; leave one of them out")

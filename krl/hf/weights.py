@@ -187,8 +187,9 @@ def _weight_files(path: pathlib.Path) -> list[pathlib.Path]:
     if index.exists():
         try:
             names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(f"{index} is not an index of safetensors: {error!r}") from None
+            any((path / name).is_file() for name in names)  # may be no name of a file
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(f"{index} is not an index of safetensors: {str(error)[:200]!r}") from None
     missing = [name for name in names if not (path / name).is_file()]
     if missing:
         parts = sorted(file.name for file in path.glob("model*.safetensors"))

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from krl.policy.attention import KERNELS
 from krl.policy.experts import Experts
-from krl.policy.rotary import RopeScaling
+from krl.policy.rotary import LARGEST, RopeScaling
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nn.silu,
@@ -31,16 +31,17 @@ class Lora:
 
     rank: int  # r of A [inputs, r] and B [r, outputs]
     alpha: float
-    modules: tuple[str, ...] = MODULES  # the weights of every layer that have them
+    modules: tuple[str, ...] = MODULES  # the weights of every layer that have them, in whatever order they are given
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"lora rank {self.rank!r} must be a whole number of at least 1")
-        if not 0 < self.alpha < float("inf"):
+        if not 0 < self.alpha < LARGEST:
             raise ValueError(f"lora alpha {self.alpha!r} must be a number above 0")
         unknown = [name for name in self.modules if name not in MODULES]
         if unknown or not self.modules or len(set(self.modules)) < len(self.modules):
             raise ValueError(f"lora modules {self.modules} must be different ones of {', '.join(MODULES)}")
+        object.__setattr__(self, "modules", tuple(name for name in MODULES if name in self.modules))
 
     @property
     def scale(self) -> float:
@@ -107,15 +108,15 @@ class PolicyConfig:
                 raise ValueError(f"{name} {value!r} must be a whole number from 1 to {most:,}")
         for name in ("rope_theta", "norm_epsilon", "embedding_scale", "residual_scale", "logit_divisor"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < float("inf"):
+            if type(value) not in (int, float) or not 0 < value < LARGEST:
                 raise ValueError(f"{name} {value!r} must be a number above 0")
         for name in ("attention_scale", "attention_softcap", "logit_softcap", "sliding_rope_theta", "balance"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value < float("inf"):
+            if type(value) not in (int, float) or not 0 <= value < LARGEST:
                 raise ValueError(f"{name} {value!r} must be a number of at least 0")
         for name in ("window", "longest"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number of at least 0")
+            if type(getattr(self, name)) is not int or not 0 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number from 0 to 2^31 - 1")
         if type(self.tie_embeddings) is not bool:
             raise ValueError(f"tie_embeddings {self.tie_embeddings!r} must be true or false")
         if self.num_heads % self.num_kv_heads:

@@ -19,7 +19,8 @@ class Experts:
     normalised: bool = False  # the weights of a token's own experts are divided by their sum
 
     def __post_init__(self) -> None:
-        if type(self.count) is not int or type(self.active) is not int or not 1 <= self.active <= self.count:
+        whole = type(self.count) is type(self.active) is int
+        if not whole or not 1 <= self.active <= self.count <= 1_000_000:
             raise ValueError(f"of {self.count!r} experts {self.active!r} cannot be active for a token")
         if type(self.normalised) is not bool:
             raise ValueError(f"normalised {self.normalised!r} of experts must be true or false")

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LARGEST = float(np.finfo(np.float32).max)  # of a number that computes with others in float32
+
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
@@ -30,9 +32,9 @@ class RopeScaling:
     def __post_init__(self) -> None:
         for name in ("factor", "low_frequency_factor", "high_frequency_factor", "original_length", "magnitude"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 < value < math.inf:
+            if type(value) not in (int, float) or not 0 < value < LARGEST:
                 raise ValueError(f"{name} {value!r} of rope_scaling must be a number above 0")
-        if any(type(value) not in (int, float) or not 0 < value < math.inf for value in self.divisors):
+        if any(type(value) not in (int, float) or not 0 < value < LARGEST for value in self.divisors):
             raise ValueError(f"divisors {self.divisors} of rope_scaling must be numbers above 0")
         low, high = self.low_frequency_factor, self.high_frequency_factor
         if low >= high:
