@@ -110,10 +110,12 @@ class PolicyConfig:
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 < value < LARGEST:
                 raise ValueError(f"{name} {value!r} must be a number above 0")
+            object.__setattr__(self, name, float(value))  # whole numbers may be larger than what JAX has of them
         for name in ("attention_scale", "attention_softcap", "logit_softcap", "sliding_rope_theta", "balance"):
             value = getattr(self, name)
             if type(value) not in (int, float) or not 0 <= value < LARGEST:
                 raise ValueError(f"{name} {value!r} must be a number of at least 0")
+            object.__setattr__(self, name, float(value))
         for name in ("window", "longest"):
             if type(getattr(self, name)) is not int or not 0 <= getattr(self, name) < 2**31:
                 raise ValueError(f"{name} {getattr(self, name)!r} must be a whole number from 0 to 2^31 - 1")
