@@ -8,6 +8,7 @@ import pathlib
 import re
 import runpy
 import shutil
+import sys
 import types
 import warnings
 
@@ -430,6 +431,7 @@ def test_adapters_of_weights_that_are_stored_as_one_are_merged_alone(tmp_path):
 def test_what_a_checkpoint_is_takes_one_line(tmp_path, capsys, monkeypatch):
     shutil.copy(GOLDEN / "olmo3" / "config.json", tmp_path)
     monkeypatch.setattr("sys.argv", ["krl.hf.check", str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "krl.hf.check", raising=False)  # doctests import all modules
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # that the package has imported it before
         runpy.run_module("krl.hf.check", run_name="__main__")
