@@ -6,11 +6,10 @@ import json
 import math
 import pathlib
 import re
-import runpy
 import shutil
+import subprocess
 import sys
 import types
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +28,7 @@ from krl.policy.experts import Experts
 from krl.run import start
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+ROOT = pathlib.Path(__file__).parent.parent
 FAMILIES = sorted(path.parent.name for path in GOLDEN.glob("*/golden.npz"))
 
 
@@ -428,14 +428,11 @@ def test_adapters_of_weights_that_are_stored_as_one_are_merged_alone(tmp_path):
     np.testing.assert_allclose(policy.apply(*hf.load_hf(tmp_path / "merged"), tokens), expected, atol=1e-4)
 
 
-def test_what_a_checkpoint_is_takes_one_line(tmp_path, capsys, monkeypatch):
+def test_what_a_checkpoint_is_takes_one_line(tmp_path):
     shutil.copy(GOLDEN / "olmo3" / "config.json", tmp_path)
-    monkeypatch.setattr("sys.argv", ["krl.hf.check", str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "krl.hf.check", raising=False)  # doctests import all modules
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # that the package has imported it before
-        runpy.run_module("krl.hf.check", run_name="__main__")
-    told = capsys.readouterr().out
+    # In a process of its own: a module that its package has imported is run with a warning.
+    command_line = [sys.executable, "-W", "error::RuntimeWarning", "-m", "krl.hf.check", str(tmp_path)]
+    told = subprocess.run(command_line, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert told.count("\n") == 1
     assert told.startswith(
         "olmo3 is supported: 10.2 k parameters in bfloat16; 3 layers; unusual: qk_norm, joint_qk_norm"
