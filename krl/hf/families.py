@@ -225,7 +225,8 @@ def _rotary(fields: dict[str, Any], own: dict[str, Any], family: str, found: dic
     if apart and ("full_attention" in apart) != (family in _ROTARY_BY_KIND):
         must = "must" if family in _ROTARY_BY_KIND else "must not"
         raise ValueError(
-            f"the field 'rope_parameters' of {family} {must} have 'full_attention' and 'sliding_attention'"
+            f"the field 'rope_parameters' of {family} {must} have 'full_attention' and 'sliding_attention': "
+            "transformers reads others elsewise; write it as transformers saves that family"
         )
     given = [value for name in ("rope_parameters", "rope_scaling") if (value := fields.pop(name, None))]
     if len(given) > 1 and given[0] != given[1]:

@@ -21,7 +21,9 @@ class Experts:
     def __post_init__(self) -> None:
         whole = type(self.count) is type(self.active) is int
         if not whole or not 1 <= self.active <= self.count <= 1_000_000:
-            raise ValueError(f"of {self.count!r} experts {self.active!r} cannot be active for a token")
+            raise ValueError(
+                f"of {self.count!r} experts (at most 1,000,000) {self.active!r} cannot be active for a token"
+            )
         if type(self.normalised) is not bool:
             raise ValueError(f"normalised {self.normalised!r} of experts must be true or false")
 

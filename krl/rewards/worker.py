@@ -16,7 +16,9 @@ import signal
 import sys
 from typing import BinaryIO
 
-from krl.rewards.functions import load_rewards, rewards_and_reason
+from krl.rewards.functions import load_rewards, reward_or_error, rewards_and_reason
+
+__all__ = ["OUT_OF_MEMORY", "main", "reward_or_error"]
 
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 OUT_OF_MEMORY = errno.ENOMEM  # exit code of a worker whose function ran into its limit

@@ -64,9 +64,9 @@ def policy_update(
 
     Returns:
         (new state, metrics: float32 scalars). `loss` and `grad_norm` are means over the updates, and of an optimiser
-        that waits `updated`, the share of them that were made. `shared_tokens` is the share of prompts that another
-        rollout of the row has in the tokens of the rollouts that were run. The ratio and clip metrics are over the
-        tokens of these rollouts, `mismatch` over those of the first update.
+        that waits `updated`, the share of them that were made. Of the tokens of the rollouts that were run,
+        `shared_tokens` is the share that are prompts which another rollout of the row has. The ratio and clip metrics
+        are over these tokens, `mismatch` over those of the first update.
     """
     loss = learn.Loss(**{"importance_cap": 0.0} | options)
     run = rollouts.mask & ((advantages != 0) | bool(loss.kl_coefficient or loss.entropy_coefficient))
