@@ -156,6 +156,10 @@ def updates(run: Seen) -> int:
     return max(int(n) for _, n in optax.tree_utils.tree_get_all_with_path(run.learner.state.opt_state, "count"))
 
 
+def moments(run: Seen) -> set[str]:
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(run.learner.state.opt_state) if leaf.ndim}
+
+
 def centred(rewards: np.ndarray) -> np.ndarray:
     return rewards - rewards.mean()
 
@@ -372,8 +376,11 @@ STEPS = {
         "optim.weight_decay": lambda run: weights(run) < 0.1 < largest(jax.tree.leaves(run.begun)),
         "optim.grad_clip": lambda run: weights(run) < 0.1 * run.config.optim.learning_rate,
     }),
-    "four updates, all but one at rest": Trial({"optim.updates_per_step": 4, "optim.decay_steps": 1}, {
+    "four updates, all but one at rest": Trial({
+        "optim.updates_per_step": 4, "optim.decay_steps": 1, "optim.moment_dtype": "bfloat16"
+    }, {
         "optim.updates_per_step": lambda run: updates(run) == 4,
+        "optim.moment_dtype": lambda run: moments(run) == {"bfloat16", "float32"} and moments(run.plain) == {"float32"},
         "optim.decay_steps": lambda run: 0.9 < largest(run.moved) < 1.1,
     }),
     "a row for each, few at a time": Trial({"optim.packed": False, "optim.micro_tokens": 13}, {

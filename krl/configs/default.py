@@ -349,6 +349,8 @@ KEYS: dict[str, Key] = {
     "optim.decay_steps": Key(395, FROM_0, FIXED, "updates over which it then falls linearly to 0; 0 keeps it constant"),
     "optim.beta1": Key(0.9, DECAY, FIXED, "decay of AdamW's first moment"),
     "optim.beta2": Key(0.98, DECAY, FIXED, "decay of AdamW's second moment"),
+    "optim.moment_dtype": Key("float32", DTYPE, FIXED,
+        "what AdamW's first moment is kept in; bfloat16 saves two bytes for each parameter that is trained"),
     "optim.weight_decay": Key(0.0, FROM_0, FIXED, "decoupled weight decay of AdamW"),
     "optim.grad_clip": Key(1.0, ABOVE_0, FIXED, "largest global norm of the gradient; larger ones are scaled down"),
     "optim.updates_per_step": Key(2, FROM_1, FIXED, "optimiser updates per step, on equal shares of the rollouts"),

@@ -25,6 +25,7 @@ def make_optimizer(
     beta2: float,
     weight_decay: float,
     grad_clip: float,
+    moment_dtype: str = "float32",
     wait_for: int = 0,
 ) -> optax.GradientTransformation:
     """AdamW behind a clip of the global norm, which skips and counts non-finite gradients; one object for equal values.
@@ -36,12 +37,13 @@ def make_optimizer(
         beta1, beta2: decay of the moments, per update.
         weight_decay: decoupled, per update, times the learning rate.
         grad_clip: the largest global norm of a gradient.
+        moment_dtype: "float32" or "bfloat16", what the first moment is kept in; the second is of the gradients' type.
         wait_for: an update waits until the rollouts with an advantage are so many, and is then along the mean gradient.
     """
     rise = optax.linear_schedule(learning_rate / (warmup_steps + 1), learning_rate, warmup_steps)
     fall = optax.linear_schedule(learning_rate, 0.0 if decay_steps else learning_rate, decay_steps)
     schedule = optax.join_schedules([rise, fall], [warmup_steps])
-    adamw = optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay)
+    adamw = optax.adamw(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay, mu_dtype=moment_dtype)
     optimizer = optax.chain(optax.clip_by_global_norm(grad_clip), adamw)
     never = jnp.iinfo(jnp.int32).max  # does it take an update that is not finite: `refuse_bad_updates` ends the run
     return optax.apply_if_finite(_wait(optimizer, wait_for) if wait_for else optimizer, never)

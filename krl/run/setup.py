@@ -241,6 +241,7 @@ def find_optimizer(config: ConfigDict) -> optax.GradientTransformation:
     return make_optimizer(
         learning_rate=optim.learning_rate, warmup_steps=optim.warmup_steps, decay_steps=optim.decay_steps,
         beta1=optim.beta1, beta2=optim.beta2, weight_decay=optim.weight_decay, grad_clip=optim.grad_clip,
+        moment_dtype=optim.moment_dtype,
         wait_for=config.alloc.budget // optim.updates_per_step if config.alloc.rule == "dynamic" else 0,
     )  # fmt: skip
 
