@@ -400,3 +400,19 @@ def test_outcomes_that_other_processes_have_a_part_of_are_not_looked_at():
 def test_a_budget_is_a_whole_number():
     with pytest.raises(ValueError, match=r"budget 16\.5 must be a whole number of rollouts"):
         budget.allocate("uniform", budget.init_belief(4), 16.5, 2, 8)
+    with pytest.raises(ValueError, match="budget None must be a whole number of rollouts"):
+        budget.allocate("uniform", budget.init_belief(4), None, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"group": 4.0}, "got group=4.0"),
+        ({"group": "4"}, "got group='4'"),
+        ({"explored": -1}, "explored must be a whole number of prompts, not below 0, got -1"),
+        ({"explored": 1.5}, "explored must be a whole number of prompts, not below 0, got 1.5"),
+    ],
+)
+def test_groups_and_explored_prompts_are_whole_numbers(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        budget.allocate("reach", budget.init_belief(4), 8, 0, 8, **{"group": 4} | wrong)

@@ -258,8 +258,8 @@ def allocate(
         in RULES sum to R.
 
     Raises:
-        ValueError: an unknown name, bounds with n_min < 0 or n_max < n_min, a budget out of range, a rule that cannot
-            give nothing where n_min is 0.
+        ValueError: an unknown name, bounds with n_min < 0 or n_max < n_min, a budget, a group or `explored` out of
+            range, a rule that cannot give nothing where n_min is 0.
     """
     if not n_min and not may_choose(rule):
         names = sorted(filter(may_choose, RULES))
@@ -269,8 +269,10 @@ def allocate(
     rule = find_rule(rule)
     prompts = belief.visits.shape[0]
     check_bounds(n_min, n_max, prompts, least=0)
-    if not n_min and not 2 <= group <= n_max:
-        raise ValueError(f"a group must have 2 to n_max={n_max} rollouts, got group={group}")
+    if not n_min and not (isinstance(group, int | np.integer) and 2 <= group <= n_max):
+        raise ValueError(f"a group must have 2 to n_max={n_max} rollouts, got group={group!r}")
+    if not isinstance(explored, int | np.integer) or explored < 0:
+        raise ValueError(f"explored must be a whole number of prompts, not below 0, got {explored!r}")
     _check_sum(prompts, budget, n_min, n_max, 1 if n_min else group)
     none = jnp.zeros(prompts)
     more = {"shown": shown or Shown(none.astype(jnp.int32), none, none)} if has_rounds(rule) else {}
@@ -328,7 +330,7 @@ def _check_sum(prompts: int, budget: jax.Array | int, n_min: int, n_max: int, gr
     """Refuse a budget that no counts sum to, where it is known."""
     if isinstance(budget, jax.core.Tracer):
         return
-    if isinstance(budget, str) or budget % 1 != 0:  # not a number, and infinity, too
+    if budget is None or isinstance(budget, str) or budget % 1 != 0:  # not a number, and infinity, too
         raise ValueError(f"budget {budget} must be a whole number of rollouts")
     check_sum(int(budget), prompts, prompts * n_min, prompts * (n_max // group * group))
     if int(budget) % group:
