@@ -36,6 +36,7 @@ WARM = {
     "alloc.rule": "uniform",
     "alloc.prior": "shared",
     "alloc.n_min": 1,
+    "loss.average": "prompts",
 }  # a run of the warm start alone
 ROLLOUTS, TOKENS, SECONDS, ACCURACY = range(4)  # columns of a row's curve
 

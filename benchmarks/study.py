@@ -108,7 +108,10 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 CORE = tuple(SETTINGS)[:8]
 SETTINGS |= PUBLISHED
-UNTUNED = (*PUBLISHED, "reach_32", "knapsack_log", "variance")  # run at CENTRE, which tuning chose for the baseline
+UNTUNED = (  # run at CENTRE, which tuning chose for the baseline
+    *PUBLISHED, "reach_32", "reach_untilted", "knapsack_log", "variance", "variance_none", "variance_mean", "odds_none",
+    "odds_mean",
+)  # fmt: skip
 MAIN, DOUBLE, FOUR_TIMES = "reach", "uniform_64x8", "uniform_64x16"
 GRIDS = {RATE: (6e-4, 1.2e-3, 2.4e-3), PENALTY: (0.0, 0.02, 0.04)}  # tuned in this order
 CENTRE = {RATE: 1.2e-3, PENALTY: 0.02}

@@ -282,6 +282,8 @@ def test_every_setting_of_the_study_can_run(task):
         config = importlib.import_module(f"krl.configs.{job.task}").get_config()
         config.update_from_flattened_dict(job.changes)
         check(config, NAMES)
+        config.update_from_flattened_dict(runs.WARM)  # as the warm start of its seed may be made from it
+        check(config, NAMES)
 
 
 def test_the_study_tunes_and_resumes(options, monkeypatch, capsys):
