@@ -156,7 +156,7 @@ def updates(run: Seen) -> int:
     return max(int(n) for _, n in optax.tree_utils.tree_get_all_with_path(run.learner.state.opt_state, "count"))
 
 
-def moments(run: Seen) -> set[str]:
+def moment_dtypes(run: Seen) -> set[str]:
     return {str(leaf.dtype) for leaf in jax.tree.leaves(run.learner.state.opt_state) if leaf.ndim}
 
 
@@ -380,7 +380,7 @@ STEPS = {
         "optim.updates_per_step": 4, "optim.decay_steps": 1, "optim.moment_dtype": "bfloat16"
     }, {
         "optim.updates_per_step": lambda run: updates(run) == 4,
-        "optim.moment_dtype": lambda run: moments(run) == {"bfloat16", "float32"} and moments(run.plain) == {"float32"},
+        "optim.moment_dtype": lambda run: moment_dtypes(run) == {"bfloat16", "float32"} and moment_dtypes(run.plain) == {"float32"},
         "optim.decay_steps": lambda run: 0.9 < largest(run.moved) < 1.1,
     }),
     "a row for each, few at a time": Trial({"optim.packed": False, "optim.micro_tokens": 13}, {

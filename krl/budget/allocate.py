@@ -270,7 +270,7 @@ def allocate(
     prompts = belief.visits.shape[0]
     check_bounds(n_min, n_max, prompts, least=0)
     if not n_min and not (isinstance(group, int | np.integer) and 2 <= group <= n_max):
-        raise ValueError(f"a group must have 2 to n_max={n_max} rollouts, got group={group!r}")
+        raise ValueError(f"a group must have a whole number, 2 to n_max={n_max} rollouts, got group={group!r}")
     if not isinstance(explored, int | np.integer) or explored < 0:
         raise ValueError(f"explored must be a whole number of prompts, not below 0, got {explored!r}")
     _check_sum(prompts, budget, n_min, n_max, 1 if n_min else group)
