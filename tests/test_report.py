@@ -8,8 +8,8 @@ import pathlib
 import numpy as np
 import pytest
 
+from krl.report import charts, figures
 from krl.report import command as report
-from krl.report import figures
 from krl.report.history import found, read_run, read_runs, rollouts_to_reach, smooth, states, summary, transitions
 from krl.run.log import MetricsLog
 
@@ -191,7 +191,8 @@ def drawn(monkeypatch, workdirs, out: pathlib.Path) -> dict[str, dict]:
         patch.setattr(
             figures.vl_convert, "vegalite_to_png", lambda text, scale: asked.append(json.loads(text)) or b"PNG"
         )
-        figures.draw(read_runs(workdirs), out)
+        runs = read_runs(workdirs)
+        figures.draw(runs, *charts.make(runs), out)
     files = sorted(out.glob("*.png"), key=lambda path: path.stat().st_mtime_ns)
     return dict(zip((path.stem for path in files), asked, strict=True))
 

@@ -45,20 +45,21 @@ def _write(workdirs: Sequence[pathlib.Path], out: pathlib.Path) -> tuple[list[st
     problem = missing_libraries()
     if problem:
         raise ValueError(problem)
-    from krl.report import figures, page
+    from krl.report import charts, figures, page
 
-    runs, drawn = read_runs(workdirs), []
+    runs, said_of_figures = read_runs(workdirs), []
+    drawn, rows = charts.make(runs)
     path = out if out.suffix == ".html" else out / "report.html"
     if path != out:
-        figures.draw(runs, out)
-        drawn = [f"figures: {out}/figures.png"]
+        figures.draw(runs, drawn, rows, out)
+        said_of_figures = [f"figures: {out}/figures.png"]
     headings = {" ".join(heading.split()): cells for heading, cells in columns(runs).items()}
-    text = page.build(runs, headings, sentence(runs))
+    text = page.build(runs, drawn, rows, headings, sentence(runs))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8", errors="replace")
     partial.replace(path)
-    return drawn, path, in_words(runs)
+    return said_of_figures, path, in_words(runs)
 
 
 def missing_libraries() -> str:

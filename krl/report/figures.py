@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import vl_convert
 
-from krl.report import charts
 from krl.report.history import Run
 from krl.report.specs import LOOK, Chart, Rows
 
@@ -25,9 +24,14 @@ LIGHT = {  # beside what the page's charts look like
 _APART = {"resolve": {"scale": {"color": "independent"}}}  # each chart has its own colours and legend
 
 
-def draw(runs: Sequence[Run], out: pathlib.Path) -> None:
-    """Write every chart that shows something as {name}.png, and figures.png of four of them."""
-    drawn, rows = charts.make(runs)
+def draw(runs: Sequence[Run], drawn: Sequence[Chart], rows: Rows, out: pathlib.Path) -> None:
+    """Write every chart that shows something as {name}.png, and figures.png of four of them.
+
+    Args:
+        runs: that are compared.
+        drawn, rows: their charts, from `krl.report.charts.make`.
+        out: directory, made if it is missing.
+    """
     labels = [run["label"] for run in runs] if len(runs) > 1 else []
     shown = {chart.name: _panel(chart, labels) for chart in drawn if chart.views}
     out.mkdir(parents=True, exist_ok=True)

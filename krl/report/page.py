@@ -17,7 +17,7 @@ from markupsafe import Markup
 from krl._version import __version__
 from krl.configs import default
 from krl.configs.check import flatten
-from krl.report import charts, specs
+from krl.report import specs
 from krl.report.findings import NO_SETTINGS, by_settings, faults, over_seeds, spending
 from krl.report.history import Run, before_and_after, sample_rollouts, series, summary
 from krl.rewards.functions import SOLVED
@@ -35,18 +35,24 @@ SHOWN = ("step", "belief", "count", "reward", "advantage", "length", "fault")  #
 LONGEST = 1200  # characters of a text that the page holds
 
 
-def build(runs: Sequence[Run], table: Mapping[str, Sequence[str]], sentence: str) -> str:
+def build(
+    runs: Sequence[Run],
+    drawn: Sequence[specs.Chart],
+    rows: specs.Rows,
+    table: Mapping[str, Sequence[str]],
+    sentence: str,
+) -> str:
     """The page of some runs.
 
     Args:
         runs: the last is the one in question.
+        drawn, rows: their charts, from `krl.report.charts.make`.
         table: columns of the comparison by their headings, a cell a run.
         sentence: what the comparison comes to.
 
     Returns:
         HTML. Whatever the runs wrote is in it as text alone.
     """
-    drawn, rows = charts.make(runs)
     by_name = {chart.name: chart for chart in drawn}
     labels, colours, rollouts = [run["label"] for run in runs], specs.colours(runs), _rollouts(runs)
     held = {
@@ -157,7 +163,7 @@ def _seeds(runs: Sequence[Run]) -> list[list[str]]:
     rows = []
     for each, config in zip(lists, settings, strict=True):
         ends = [end[-1]["accuracy"] for run in each if (end := spending(run))]
-        name = ", ".join(f"{key}={config.get(key)}" for key in sorted(own)) or config["alloc.rule"]
+        name = ", ".join(f"{key}={config[key]}" for key in sorted(own & config.keys())) or config["alloc.rule"]
         found = over_seeds(lists[0], each) if each is not lists[0] else None
         between = [NONE, NONE, NONE]
         if found:
