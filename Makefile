@@ -3,7 +3,7 @@
 # make pod    two processes on this machine that train one policy
 # make test   the test suite, or TESTS="tests/test_budget.py ..." of it
 # make oldest the same with the oldest versions that requirements.txt admits, in .venv-oldest
-# make slow   the long tests: several processes, recipes, notebooks; compiled as for users
+# make slow   the long tests: several processes, recipes, notebooks
 # make check  format, lint, types
 # make site   the documentation as web pages in site/; begin at site/index.html
 # make clean  remove what make demo and make smollm2 wrote (.venv stays)
@@ -57,7 +57,7 @@ oldest:
 	@$(MAKE) test VENV=.venv-oldest REQUIREMENTS="$$(sed -nE 's/^([A-Za-z0-9_-]+)>=([^, ]+).*/\1==\2/p' requirements.txt | xargs)"
 
 slow: $(VENV)/dev-installed
-	XLA_FLAGS= $(VENV)/bin/python -m pytest -m slow tests
+	$(VENV)/bin/python -m pytest -m slow tests
 
 check: $(VENV)/dev-installed
 	$(VENV)/bin/ruff format --check .

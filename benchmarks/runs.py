@@ -26,7 +26,7 @@ import numpy as np
 from scipy import stats
 
 from krl.configs.check import flatten
-from krl.report.history import found, read_run, spent_to_reach, transitions
+from krl.report.history import STATES, Run, found, read_run, spent_to_reach, states
 from krl.run.log import format_seconds, read_rows
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -150,6 +150,18 @@ def read_held_out(workdir: pathlib.Path) -> dict:
         result |= {"found": round(found(run), 4), "dead": round(float((rates < 0.05).mean()), 4)}
         break  # the first field
     return result
+
+
+def transitions(run: Run) -> np.ndarray | None:
+    """Held-out prompts by their state at the first evaluation (rows) and at the last: int [5, 5].
+
+    None if fewer than two evaluations were recorded.
+    """
+    if len(run["evaluations"]) < 2:
+        return None
+    table = np.zeros((len(STATES), len(STATES)), int)
+    np.add.at(table, (states(run["evaluations"][0]), states(run["evaluations"][-1])), 1)
+    return table
 
 
 def read_samples(workdir: pathlib.Path) -> dict:

@@ -134,7 +134,7 @@ def take_steps(
         return "stopped", {}
     if step == 0:
         write_held_out(workdir, parts.test.tasks)
-    hear = FaultWatch(parts.verifiers, config.verify.may_fail)
+    faults = FaultWatch(parts.verifiers, config.verify.may_fail)
     highest, newest = best.about_newest().get("accuracy", -math.inf), None
 
     # ---------------------------------------------------------------- the loop
@@ -144,7 +144,7 @@ def take_steps(
         profile(workdir / "profile", begin=step + 2, steps=config.profile.steps * processes.is_first()) as record,
     ):
         if step == 0 and config.eval.every and not should_stop():
-            newest = evaluate_start(config, parts, whole_policy(parts, learner, reference), log, hear)
+            newest = evaluate_start(config, parts, whole_policy(parts, learner, reference), log, faults)
             show(0, f"accuracy {short(newest)}")
         if config.steps == 0:
             save(checkpoints, step, learner, about)
@@ -160,14 +160,14 @@ def take_steps(
             every = processes.gather({k: v for k, v in metrics.items() if k.startswith("seconds/")} | memory_used())
             metrics |= {"compiles": compiles.count, "rollbacks": len(rollbacks)} | over_processes(every)
             if config.eval.every and (step % config.eval.every == 0 or step == config.steps):
-                metrics |= evaluate_held_out(config, parts, whole_policy(parts, learner, reference), log, step, hear)
+                metrics |= evaluate_held_out(config, parts, whole_policy(parts, learner, reference), log, step, faults)
                 newest = metrics["eval/accuracy"]
                 if newest > highest:
                     highest, kept = newest, about | {"step": step, "accuracy": newest}
                     best.save(step, {"params": learner.state.params}, kept, again=True)  # it may have been undone
             log_step(log, parts, step, metrics, every, groups, rollouts)
             show(step, status_line(metrics, newest))
-            hear(int(sum(metrics[f"verifier/{kind}"] for kind in FAULTS)), config.alloc.budget, f"step {step}")
+            faults(int(sum(metrics[f"verifier/{kind}"] for kind in FAULTS)), config.alloc.budget, f"step {step}")
             refuse_bad_updates(learner.state, config.max_bad_updates)
             if step % config.checkpoint.every == 0 or step == config.steps:
                 save(checkpoints, step, learner, about)
@@ -185,10 +185,10 @@ def save(checkpoints: Checkpoints, step: int, learner: Learner, about: dict[str,
 
 
 def evaluate_start(
-    config: ConfigDict, parts: Setup, params: dict[str, Any], log: MetricsLog, hear: FaultWatch
+    config: ConfigDict, parts: Setup, params: dict[str, Any], log: MetricsLog, faults: FaultWatch
 ) -> float:
     """The accuracy before the first step, which is the log's first row."""
-    metrics = {"rollouts_total": 0} | evaluate_held_out(config, parts, params, log, 0, hear)
+    metrics = {"rollouts_total": 0} | evaluate_held_out(config, parts, params, log, 0, faults)
     log.write(0, metrics)
     return metrics["eval/accuracy"]
 
@@ -270,17 +270,17 @@ def take_step(
     drawn = spend_budget(config, parts, params, prompts, chosen, step, sample_key, clock)
     give_back_memory(params)
     rollouts, rewards, scored, said = drawn.rollouts, drawn.rewards, drawn.scored, drawn.verdicts
-    heard = rollouts.replace(mask=scored)  # a rollout without a reward teaches nothing
+    taught = rollouts.replace(mask=scored)  # a rollout without a reward teaches nothing
     with clock.phase("update"):
         compared = place(rewards_to_compare(config.loss.scale, said, summed=len(parts.verifiers.names) > 1))
         loss = FrozenConfigDict(config.loss)
-        advantages = find_advantages(loss, len(task_ids), compared, heard, chosen.chances)
+        advantages = find_advantages(loss, len(task_ids), compared, taught, chosen.chances)
         update = for_this_backend(policy_update, parts.policy_config, parts.optimizer, **parts.learning)
-        state, learnt = update(state, prompts, heard, advantages, shuffle_key, reference=reference)
+        state, metrics = update(state, prompts, taught, advantages, shuffle_key, reference=reference)
         outcomes, index = jnp.clip(rewards, 0.0, 1.0), rollouts.prompt_index  # beliefs are about shares of success
         if prior is not None:
             prior = learn_prior(prior, before, chosen.features, outcomes, index, scored)
-            learnt |= budget.prior_metrics(prior, int((drawn.counts > 0).sum()))
+            metrics |= budget.prior_metrics(prior, int((drawn.counts > 0).sum()))
         belief = update_belief(
             belief, prompts.task_ids, outcomes, index, scored, step, rollouts.lengths, known=chosen.known,
             sampled=drawn.counts > 0, fit_discounts=config.alloc.fit_discounts,
@@ -288,7 +288,7 @@ def take_step(
         learner = jax.block_until_ready(Learner(state, belief, prior))
     give_back_memory(params)
     processes.check_agreement(drawn.counts, rewards, belief.successes, belief.failures)
-    metrics = learnt | step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages, scored)
+    metrics |= step_metrics(drawn.counts, before.visits > 0, rollouts, rewards, advantages, scored)
     metrics = {name: float(value) for name, value in metrics.items()} | belief_metrics(belief, step)
     metrics |= {"rollouts_total": (step + 1) * config.alloc.budget, "skipped_updates": skipped_updates(state)[1]}
     metrics |= {"candidates": parts.candidates} | describe_spending(drawn, clock, parts.verifiers.names)

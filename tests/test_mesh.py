@@ -138,7 +138,7 @@ def test_decoding_gathers_logits_and_never_a_parameter(mesh_of):
         asked = sampler.Asked(place_whole(mesh, tiny.prompts()), jnp.array(COUNTS), jax.random.key(0), 0, jnp.ones(4))
         work, state = sampler.PROGRAMS["begin"](CONFIG, options, params, asked)
         model, slots = mesh.shape["model"], sampler._slots_each(options)
-        for path, leaf in jax.tree.leaves_with_path(work.layers):
+        for path, leaf in jax.tree.leaves_with_path(work.weights):
             cuts = 1 if leaf.ndim == 1 else model
             assert np.prod(leaf.sharding.shard_shape(leaf.shape)) * cuts == leaf.size, path
         serving = sampler.PROGRAMS["serve"].lower(CONFIG, options, serve.Settings(1.0), work, state, 2)

@@ -133,7 +133,9 @@ def test_the_sampler_lays_its_arrays_out_as_planned():
         assert planned.sharding.is_equivalent_to(found, planned.ndim), (planned, found)
 
     jax.tree.map(
-        same, (sampler.work.layers, sampler.state), (compiled.output_shardings[0].layers, compiled.output_shardings[1])
+        same,
+        (sampler.work.weights, sampler.state),
+        (compiled.output_shardings[0].weights, compiled.output_shardings[1]),
     )
     jax.tree.map(same, sampler.work.prompts.cache, compiled.output_shardings[0].prompts.cache)
 

@@ -110,7 +110,7 @@ def test_scores_are_the_log_likelihood_of_outcomes_before_they_are_learnt_from()
     after = priors.learn_prior(prior, belief, jnp.asarray(features), *rollouts(wins, outcomes))
 
     x, s, f = dense(features, 30), np.asarray(belief.successes), np.asarray(belief.failures)
-    for c, (_, spread) in enumerate(priors.CANDIDATES):
+    for c, (_, spread) in enumerate(priors.SETTINGS):
         spreads = spread * np.where(np.arange(30) < 15, 1, priors.FURTHER_SHARE)
         for k, most in enumerate(priors.STRENGTHS):
             strength = 1 / (0.3 * 0.7 * x @ spreads + 1 / most)

@@ -8,9 +8,10 @@ import pathlib
 import numpy as np
 import pytest
 
+from benchmarks.runs import transitions
 from krl.report import charts, figures
 from krl.report import command as report
-from krl.report.history import found, read_run, read_runs, rollouts_to_reach, smooth, states, summary, transitions
+from krl.report.history import found, read_run, read_runs, rollouts_to_reach, smooth, states, summary
 from krl.run.log import MetricsLog
 
 STATE = {"never": 0, "rarely": 1, "sometimes": 2, "mostly": 3, "always": 4}

@@ -387,7 +387,7 @@ def test_another_layout_decodes_the_same_and_holds_no_parameter_whole():
         asked = sampler.Asked(prompts, jnp.array([9, 0, 7, 3]), jax.random.key(0), 0, jnp.ones(4))
         work, state = sampler.PROGRAMS["begin"](tiny.CONFIG, options, params, asked)
         for name in ("gate", "up", "down", "query", "output"):
-            assert not work.layers["blocks"][0][name].sharding.is_fully_replicated
+            assert not work.weights["blocks"][0][name].sharding.is_fully_replicated
         whole = state.slots.cache.keys[0]
         assert whole.sharding.shard_shape(whole.shape) == (whole.shape[0] // 4, whole.shape[1] // 2, *whole.shape[2:])
         lowered = sampler.PROGRAMS["serve"].lower(tiny.CONFIG, options, serve.Settings(1.0), work, state, 6)

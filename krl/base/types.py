@@ -2,14 +2,18 @@
 
 | letter  | axis                                                              |
 |---------|-------------------------------------------------------------------|
-| M       | prompts in a step                                                 |
+| M       | prompts in a step; of budgets those that they are divided among   |
+| C       | candidates of a step that chooses its prompts                     |
 | D       | prompts in the whole data set                                     |
 | R       | rollouts in a step: the budget, the sum of the counts             |
 | P, T    | prompt tokens (padded on the left), response tokens (right)       |
 | V, L, E | vocabulary, layers, embedding                                     |
 | H, K, Q | query heads, key/value heads, head size                           |
 | N       | rollouts given to one prompt                                      |
-| B, C    | rows of a generic batch, columns of a key/value cache             |
+| S       | slots of the sampler                                              |
+| B       | rows of a generic batch                                           |
+| W, C    | rows and columns of a packed batch, or of a key/value cache       |
+| F       | features of a prompt that a prior goes by, each one of W          |
 
 Masks are bool and True means real. Rollouts are flat rows, never an [M, N] grid: counts are ragged
 but their sum is constant, so `[R]` rows with a prompt index hold a step without padding.
@@ -46,7 +50,7 @@ class Rollouts(struct.PyTreeNode):
     logps: jax.Array  # [R, T] float32, nats, under the distribution sampled from; 0 on padding
     lengths: jax.Array  # [R] int32, response tokens with the end token counted
     finished: jax.Array  # [R] bool, False where the response was cut at T tokens
-    # [R, T] float32, nats, like logps but without top_k, top_p and min_p, as a learner computes them; None if the same
+    # [R, T] float32, nats, like logps but without top_k, top_p and min_p, as a learner computes them; None for logps
     policy_logps: jax.Array | None = None
 
 

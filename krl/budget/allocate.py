@@ -5,8 +5,8 @@ Where a rule from the literature was stated otherwise, its docstring says what w
 the bounds and the sum, so that runs and simulations can be compared at equal cost.
 
 The natural items of the knapsack are more prompts than a step can serve, of which most are best left alone for now. So
-those that may choose prompts also take `group`: with n_min = 0 a prompt gets nothing or whole groups of that many
-rollouts, which teach by their comparison. In units of groups the problem is a separable concave one as before,
+those that may choose prompts also take `group`, the unit of counts: with n_min = 0 a prompt gets nothing or a multiple
+of that many rollouts, all compared together. In such units the problem is a separable concave one as before,
 
     maximise sum_i V_i(g k_i)  subject to  sum_i k_i = R / g,  0 <= k_i <= n_max / g,
 

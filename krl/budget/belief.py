@@ -130,7 +130,7 @@ def possible(belief: Belief) -> jax.Array:
 
 
 def log_possible(belief: Belief) -> jax.Array:
-    """Its logarithm, which float32 can tell apart where the probability itself would be 0."""
+    """Logarithm of `possible`, which float32 can tell apart where the probability itself would be 0."""
     return jax.nn.log_sigmoid(belief.barren - belief.hopeless)
 
 
@@ -168,7 +168,7 @@ def prior_mean(belief: Belief) -> jax.Array:
 
 
 def prior_rate(belief: Belief) -> jax.Array:
-    """The same of what can be solved, of the shape of the prior."""
+    """`prior_mean` of what can be solved, of the shape of the prior."""
     return divide(belief.prior_alpha, belief.prior_alpha + belief.prior_beta)
 
 

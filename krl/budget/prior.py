@@ -87,7 +87,7 @@ def init_prior(source: "str | Source", num_features: int) -> Prior:
         raise ValueError(f"a prior needs at least one feature, got num_features={num_features}")
     source = PRIORS[source] if isinstance(source, str) else source
     evidence = jax.vmap(source.start)(_spreads(num_features))
-    scores = jnp.zeros((len(CANDIDATES), len(STRENGTHS)))
+    scores = jnp.zeros((len(SETTINGS), len(STRENGTHS)))
     return Prior(evidence, scores, jnp.float32(0.0), jnp.zeros(num_features), jnp.float32(-PROVEN), source)
 
 
@@ -106,7 +106,7 @@ def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
         from its kind. Of the candidate that expected m then and expects m' now, n outcomes count n (m' - m) successes
         more, within 0 and n.
     """
-    alphas, betas = _candidates(prior, belief, features)
+    alphas, betas = _of_settings(prior, belief, features)
     best, strength = jnp.unravel_index(prior.scores.argmax(), prior.scores.shape)
     better = prior.scores.max() > prior.shared_score
     rates = divide(alphas, alphas + betas)[:, 0]  # whatever the strength
@@ -155,7 +155,7 @@ def learn_prior(
     width = len(prior.failed)
     solved = (prior.failed < 0) | (_add_up(wins, features, width) > 0)
     failed = jnp.where(solved, -1.0, prior.failed + _add_up(outcomes - wins, features, width))
-    alphas, betas = _candidates(prior, belief, features)
+    alphas, betas = _of_settings(prior, belief, features)
     scores = SCORE_MEMORY * prior.scores + _log_likelihood(belief, alphas, betas, wins, outcomes)
     shared = _log_likelihood(belief, belief.prior_alpha, belief.prior_beta, wins, outcomes)
     strength = jnp.array(STRENGTHS)[prior.scores.max(axis=0).argmax()]
@@ -165,7 +165,7 @@ def learn_prior(
         prior.source.learn,
         features=features, centre=prior_rate(belief), wins=share * wins, outcomes=share * outcomes,
     )  # fmt: skip
-    memories = jnp.array(CANDIDATES)[:, 0]
+    memories = jnp.array(SETTINGS)[:, 0]
     return prior.replace(
         failed=failed,
         hopeless=fit_hopeless(prior.hopeless, _barren(failed, belief), failed != 0),
@@ -176,9 +176,10 @@ def learn_prior(
 
 
 def prior_metrics(prior: Prior, num_prompts: int) -> dict[str, jax.Array]:
-    """Float32 scalars: what the prior's best candidate predicts better than the common prior, and its strength.
+    """Float32 scalars: what the prior's best setting predicts better, its strength, and the share of hopeless features.
 
-    `prior_gain` is in nats per visit, averaged over the late steps that scores are; below 0 the common prior is used.
+    `prior_gain` is over the common prior, in nats per visit, averaged over the late steps that scores are; below 0 the
+    common prior is used.
     """
     visits = num_prompts / (1 - SCORE_MEMORY)
     strength = jnp.array(STRENGTHS)[prior.scores.max(axis=0).argmax()]
@@ -189,7 +190,7 @@ def prior_metrics(prior: Prior, num_prompts: int) -> dict[str, jax.Array]:
     }
 
 
-def _candidates(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _of_settings(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(alpha, beta) of every candidate, [C, S, M] float32."""
     estimate = functools.partial(prior.source.estimate, features=features, centre=prior_rate(belief))
     rates, unsure = jax.vmap(estimate)(prior.evidence, _spreads(len(prior.failed)))
@@ -218,7 +219,7 @@ def _log_likelihood(
 def _spreads(width: int) -> jax.Array:
     """The spread of every feature under every candidate, [C, W] float32; see `hash_features` for the upper half."""
     further = jnp.arange(width) >= width // 2
-    return jnp.array(CANDIDATES)[:, 1:] * jnp.where(further, FURTHER_SHARE, 1.0)
+    return jnp.array(SETTINGS)[:, 1:] * jnp.where(further, FURTHER_SHARE, 1.0)
 
 
 # ---------------------------------------------------------------- groups
@@ -367,7 +368,7 @@ PRIORS: dict[str, Source] = {
     "features": Source(_start_weights, _estimate_features, _learn_features),
     "gaussian_process": Source(_start_weights, _estimate_process, _learn_process),
 }
-CANDIDATES = tuple(itertools.product(MEMORIES, SPREADS))
+SETTINGS = tuple(itertools.product(MEMORIES, SPREADS))
 
 
 def hash_features(

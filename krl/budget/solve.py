@@ -170,7 +170,7 @@ def _take_largest_by_bisection(
 ) -> jax.Array:
     wanted = jnp.clip(budget, least.sum(), most.sum()) - least.sum()
 
-    def reach(threshold: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    def counts_at(threshold: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
         """How many rollouts each prompt has if it takes those with keys >= threshold; low <= it <= high."""
 
         def halve(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -185,13 +185,13 @@ def _take_largest_by_bisection(
 
     def enough(key: jax.Array, bracket: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         low, high = bracket
-        reached = reach(key, low, high)
+        reached = counts_at(key, low, high)
         holds = (reached - least).sum(dtype=jnp.int32) >= wanted
         return holds, (jnp.where(holds, low, reached), jnp.where(holds, reached, high))
 
     threshold, (low, high) = narrow_threshold(enough, (least, most))
     # Now low counts the keys above the threshold and high those at it too: what lies between is tied.
-    low, high = reach(threshold + 1, low, high), reach(threshold, low, high)
+    low, high = counts_at(threshold + 1, low, high), counts_at(threshold, low, high)
     missing = wanted - (low - least).sum(dtype=jnp.int32)
 
     def tied_before(column: jax.Array) -> jax.Array:

@@ -122,7 +122,7 @@ def plan(config: ConfigDict, topology: str, tokens: int = 0, accelerator: Accele
             config, sizes, optimizer, learner, reference or None, mesh, here=not topology
         )
     parts |= {
-        "parameters for decoding": gigabytes(sampler.work.layers),
+        "parameters for decoding": gigabytes(sampler.work.weights),
         "keys and values of prompts": gigabytes(sampler.work.prompts.cache),
         "keys and values of slots": gigabytes(sampler.state.slots.cache),
     }

@@ -77,11 +77,11 @@ def abstract_sampler(config: ConfigDict, policy_config: policy.PolicyConfig, par
     counts, expected = (_array(mesh, prompts.task_ids.shape, dtype) for dtype in (jnp.int32, jnp.float32))
     inputs = (params, Asked(prompts, counts, jax.eval_shape(jax.random.key, 0), 0, expected))
     work, state = PROGRAMS["begin"].eval_shape(policy_config, options, *inputs)
-    layers = jax.tree.map(
-        lambda leaf, axes: _array(mesh, leaf.shape, leaf.dtype, *axes), work.layers, decoding_axes(policy_config)
+    weights = jax.tree.map(
+        lambda leaf, axes: _array(mesh, leaf.shape, leaf.dtype, *axes), work.weights, decoding_axes(policy_config)
     )
     work = work.replace(
-        layers=layers, prompts=by_heads(work.prompts, None), queue=by_heads(work.queue, "batch"),
+        weights=weights, prompts=by_heads(work.prompts, None), queue=by_heads(work.queue, "batch"),
         order=by_heads(work.order, None),
     )  # fmt: skip
     given = Settings(_array(mesh, (), jnp.float32))

@@ -1,4 +1,4 @@
-"""Attention by backend: cuDNN on GPUs, the splash kernel on TPUs, XLA everywhere else.
+"""Attention by backend: cuDNN on GPUs for rows that are not packed, the splash kernel on TPUs, XLA everywhere else.
 
 All compute softmax(cap(scale q k)) v over the keys a query may see: those of its own segment, at or
 before its own position, and fewer than `window` positions back where a layer slides.
@@ -15,7 +15,7 @@ from krl.base.sharding import open_axes, partition_spec
 from krl.base.types import Layout, Segments
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
-_STEP = 128  # queries that see no keys behind them
+_STEP = 128  # queries at a time, of rows up to _BLOCK, each part with the keys up to its last query alone
 _BLOCK = 512  # queries whose attention XLA computes at a time
 _NOTHING = -1e30  # a logit that leaves a key no weight
 _LANES = 128  # the width of a TPU register: splash blocks and heads come in multiples of it

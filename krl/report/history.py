@@ -179,18 +179,6 @@ def _verdict(reward: float | None) -> str:
     return "right" if np.float32(reward) >= SOLVED else "wrong" if reward <= 0 else f"reward {reward:.2g}"
 
 
-def transitions(run: Run) -> np.ndarray | None:
-    """Held-out prompts by their state at the first evaluation (rows) and at the last: int [5, 5].
-
-    None if fewer than two evaluations were recorded.
-    """
-    if len(run["evaluations"]) < 2:
-        return None
-    table = np.zeros((len(STATES), len(STATES)), int)
-    np.add.at(table, (states(run["evaluations"][0]), states(run["evaluations"][-1])), 1)
-    return table
-
-
 def spread(number: int, most: int) -> list[int]:
     """At most so many of the numbers below `number`, evenly from the first to the last.
 

@@ -191,7 +191,7 @@ class Asked(struct.PyTreeNode):
 class Work(struct.PyTreeNode):
     """What the decoding of a step goes by."""
 
-    layers: dict[str, Any]  # of the policy, in the compute dtype, whole on every device but for the axis "model"
+    weights: dict[str, Any]  # of the policy, in the compute dtype, whole on every device but for the axis "model"
     prompts: PromptCache
     queue: Queue  # of the devices, one after the other
     order: jax.Array  # [R'] int32, the row of each in the rollouts; R where there is none
@@ -270,24 +270,24 @@ def _begin(config: policy.PolicyConfig, options: Options, params: dict[str, Any]
     sample = jnp.append(sample_index, 0)[order]
     task = jnp.append(prompts.task_ids, 0)[source]
     keys = jax.vmap(lambda task, sample: jax.random.fold_in(jax.random.fold_in(key, task), sample))(task, sample)
-    layers, queue = _for_decoding(config, params), Queue(source, keys)
-    read = _prefill(config, layers, prompts)
+    weights, queue = _for_decoding(config, params), Queue(source, keys)
+    read = _prefill(config, weights, prompts)
 
     def cleared(_: tuple[str, ...], prompts: PromptCache, queue: Queue) -> State:
         return idle(config, options, _slots_each(options), prompts, queue)
 
-    return Work(layers, read, queue, order), _each(cleared)(read, queue)
+    return Work(weights, read, queue, order), _each(cleared)(read, queue)
 
 
 def _for_decoding(config: policy.PolicyConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """The layers in the compute dtype, gathered once: whole on every device but for the axis "model"."""
+    """The parameters in the compute dtype, gathered once: whole on every device but for the axis "model"."""
 
-    layers = policy.for_decoding(config, params)
-    return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), layers, decoding_axes(config))
+    weights = policy.for_decoding(config, params)
+    return jax.tree.map(lambda leaf, axes: constrain(leaf, *axes), weights, decoding_axes(config))
 
 
 def decoding_axes(config: policy.PolicyConfig) -> dict[str, Any]:
-    """The logical axes along which the layers that decode are split: a tree with PartitionSpec leaves."""
+    """The logical axes along which the parameters that decode are split: a tree with PartitionSpec leaves."""
 
     def split(axes: PartitionSpec) -> PartitionSpec:
         return PartitionSpec(*(None if axis == "embed" else axis for axis in axes))
@@ -301,20 +301,20 @@ def _serve(
     config: policy.PolicyConfig, options: Options, given: Settings, work: Work, state: State, until: jax.Array | int
 ) -> State:
     def one(batch_axes: tuple[str, ...], whole: Any, rows: tuple[Queue, State]) -> State:
-        layers, given, prompts, until = whole
-        return serve(functools.partial(decode_step, config, options, layers, given), batch_axes, prompts, *rows, until)
+        weights, given, prompts, until = whole
+        return serve(functools.partial(decode_step, config, options, weights, given), batch_axes, prompts, *rows, until)
 
-    return _each(one)((work.layers, given, work.prompts, until), (work.queue, state))
+    return _each(one)((work.weights, given, work.prompts, until), (work.queue, state))
 
 
 def _drain(
     config: policy.PolicyConfig, options: Options, given: Settings, work: Work, state: State, most: jax.Array | int
 ) -> State:
     def one(batch_axes: tuple[str, ...], whole: Any, state: State) -> State:
-        layers, given, most = whole
-        return drain(functools.partial(decode_step, config, options, layers, given), batch_axes, state, most)
+        weights, given, most = whole
+        return drain(functools.partial(decode_step, config, options, weights, given), batch_axes, state, most)
 
-    return _each(one)((work.layers, given, most), state)
+    return _each(one)((work.weights, given, most), state)
 
 
 def _shrink(num_slots: int, state: State) -> State:
@@ -355,7 +355,7 @@ def _with_a_look(function: Callable[..., State]) -> Callable[..., tuple[State, t
     return looked_at
 
 
-PROGRAMS = {  # that sample a step's rollouts one after the other, the state donated from one to the next
+PROGRAMS = {  # that sample a step's rollouts one after the other; serve and drain are given the state away
     "begin": jax.jit(_begin, static_argnums=(0, 1)),
     "serve": jax.jit(_with_a_look(_serve), static_argnums=(0, 1), donate_argnums=4),
     "drain": jax.jit(_with_a_look(_drain), static_argnums=(0, 1), donate_argnums=4),
@@ -384,7 +384,7 @@ def _deal(expected: jax.Array, mask: jax.Array, devices: int) -> jax.Array:
 # ---------------------------------------------------------------- prompts
 
 
-def _prefill(config: policy.PolicyConfig, layers: dict[str, Any], prompts: Prompts) -> PromptCache:
+def _prefill(config: policy.PolicyConfig, weights: dict[str, Any], prompts: Prompts) -> PromptCache:
     """Read every prompt once, PREFILL_TOKENS at a time, but a prompt on each device at least."""
     tokens, mask = jnp.asarray(prompts.tokens), jnp.asarray(prompts.mask)
     num_prompts, columns = tokens.shape[0], tokens.shape[1] - 1
@@ -400,7 +400,7 @@ def _prefill(config: policy.PolicyConfig, layers: dict[str, Any], prompts: Promp
             return constrain(jax.lax.dynamic_slice_in_dim(array[:, :columns], begin, at_once), "batch", "length")
 
         empty = policy.init_cache(config, at_once, cache_columns(columns))
-        read = policy.read(config, layers, some(tokens), some(positions), empty, 0)[1]
+        read = policy.read(config, weights, some(tokens), some(positions), empty, 0)[1]
         # Written where they stay: results that a loop stacks are kept twice while they are gathered and put in order.
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=begin, axis=0)
         return by_heads(jax.tree.map(put, cache, by_heads(read)))

@@ -85,8 +85,8 @@ class State(struct.PyTreeNode):
 
     slots: Slots
     responses: Responses
-    next_row: jax.Array  # [1] int32, the first row of the queue that has no slot yet
-    step: jax.Array  # [1] int32
+    next_row: jax.Array  # [1] int32, the first row of the queue that has no slot yet; of a mesh's queues side by side
+    step: jax.Array  # [1] int32, the same
 
 
 def serve(
@@ -106,13 +106,13 @@ def serve(
         until: [] int32.
     """
     at_once = max(len(state.slots.row) // REFILL, 1)
-    num_waiting = (queue.source < len(prompts.last)).sum(dtype=jnp.int32)
+    num_given = (queue.source < len(prompts.last)).sum(dtype=jnp.int32)
 
     def waits(state: State) -> jax.Array:
-        return _anywhere(batch_axes, state.next_row[0] < jnp.minimum(num_waiting, until))
+        return _anywhere(batch_axes, state.next_row[0] < jnp.minimum(num_given, until))
 
     def cannot_refill(state: State) -> jax.Array:
-        left = num_waiting - state.next_row[0]
+        left = num_given - state.next_row[0]
         return ~_anywhere(batch_axes, (left > 0) & ((~state.slots.live).sum() >= jnp.minimum(at_once, left)))
 
     def decode_and_refill(state: State) -> State:
@@ -185,13 +185,13 @@ def by_heads(cache: policy.Cache) -> policy.Cache:
 
 
 def decode_step(
-    config: policy.PolicyConfig, options: Options, layers: dict[str, Any], given: Settings, state: State
+    config: policy.PolicyConfig, options: Options, weights: dict[str, Any], given: Settings, state: State
 ) -> State:
     """One more token in every live slot.
 
     Args:
         config, options: the policy's sizes; what the program is compiled for.
-        layers: from `krl.policy.for_decoding`.
+        weights: from `krl.policy.for_decoding`.
         given: temperature and stop table.
         state: of the queue.
     """
@@ -199,7 +199,7 @@ def decode_step(
     top_k, top_p, min_p = options.limits
     column = slots.cache.positions.shape[1] - slots.tokens.shape[1] + turn
     position = jnp.where(slots.live, slots.position, -1)
-    logits, cache = policy.decode(config, layers, slots.token[:, None], position[:, None], slots.cache, column)
+    logits, cache = policy.decode(config, weights, slots.token[:, None], position[:, None], slots.cache, column)
     uniform = jnp.take_along_axis(slots.uniform, slots.count[:, None, None], axis=1)[:, 0]
     token, logp, policy_logp = draw_tokens(
         constrain(logits, "batch", None), uniform, temperature=given.temperature, top_k=top_k, top_p=top_p, min_p=min_p

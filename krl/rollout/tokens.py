@@ -40,7 +40,7 @@ def draw_tokens(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Draw a token a row by the inverse of its distribution, in LEVELS choices of some V^(1/3) each.
 
-    Rare tokens are drawn as often as they should be, to about 1 in 10^4: neither one random number of 24 bits nor sums
+    Rare tokens are drawn as often as they should be, to about 1 in 10^4: neither one random number of 23 bits nor sums
     beside a large one decide among them.
 
     Args:

@@ -28,7 +28,7 @@ from krl.run.setup import Setup
 from krl.run.sft import finetune
 from krl.run.start import GIVEN, check_adapter, computed_by, fingerprint, make_cache
 
-# What a checkpoint says of its run and is as it was where the run continues -> what is told where it is not.
+# What a checkpoint says of its run that must not have changed where the run continues -> the message where it has.
 SAME = {
     "train": (
         "the training prompts are not those of the run: {was} at step {step}, {now} now; what is believed of each "
@@ -61,9 +61,9 @@ def start_or_continue(
     """Read the newest checkpoint, or begin, after fine-tuning.
 
     Returns:
-        (steps done, learner, the parameters that the run began with). The learner is None if it should stop before
-        fine-tuning was finished; the parameters are None without adapters, which stand on them, and a penalty, which
-        holds the policy close to them, and else about["reference"] tells them.
+        (steps done, learner, reference). The learner is None if it should stop before fine-tuning was finished. The
+        reference are the parameters that adapters stand on, or else those that a penalty holds the policy close to, and
+        None without either; its digest is put into about["reference"].
     """
     place, alloc = functools.partial(place_whole, parts.mesh), config.alloc
     kept = {name: alloc[name] for name in ("discount", "discount_mixed", "fade")}

@@ -79,7 +79,7 @@ class Setup:
     rule: budget.Rule  # from what is known of prompts to their counts
     prior: budget.Source | None  # None where all prompts share one
     candidates: int  # C, prompts that a step chooses from
-    served: int  # M, those that it can serve; C where every prompt gets some
+    served: int  # M, rows for those that it serves; C where every prompt gets some. Some may have a count of 0
     bounds: dict[str, int]  # what `krl.budget.allocate` is told of counts
     learning: dict[str, Any]  # what `krl.run.update.policy_update` is told of passes and loss
     given: tuple[policy.PolicyConfig, dict] | None  # a policy to begin from that is in no directory

@@ -48,7 +48,7 @@ class Drawn(NamedTuple):
     info: dict[str, jax.Array]  # what the rule says of the counts, float32 scalars
     rollouts: Rollouts  # R of them
     verdicts: Verdicts  # on the host, exact
-    rewards: jax.Array  # [R] float32, the nearest that there are
+    rewards: jax.Array  # [R] float32, those of the verdicts rounded
     scored: jax.Array  # [R] bool, the rollouts that have a reward
 
 
@@ -120,15 +120,17 @@ def spend_budget(
     """Choose the counts of M prompts by what is known of them, if they were not chosen with them; sample and score.
 
     A rule in rounds sees what the rounds before have shown; a round's samples of a prompt go on from there.
-    Scouts come before all rounds: the counts follow from what they alone show, and nothing else does.
+    Scouts come before all rounds: the counts, and the expected rates that are logged with them, follow from what they
+    alone show; the run's belief and the gradient see nothing of them.
     """
     alloc, num_prompts, place = config.alloc, len(prompts.task_ids), functools.partial(place_whole, parts.mesh)
+    expected_tokens = mean_tokens(chosen.known)
     tasks = parts.train.tasks.take(np.asarray(prompts.task_ids).tolist())
 
     def draw(counts, num_rollouts, clock=clock, **options):
         with clock.phase("rollout"):
             scoring = Scoring(parts.ends, parts.verifiers, tasks, counts)
-            options |= {"num_rollouts": num_rollouts, "expected_tokens": lengths, "watch": scoring.watch}
+            options |= {"num_rollouts": num_rollouts, "expected_tokens": expected_tokens, "watch": scoring.watch}
             options |= {name: config.sample[name] for name in ("temperature", "top_k", "top_p", "min_p")}
             rollouts = jax.block_until_ready(generate(config, parts, params, prompts, counts, key, **options))
         with clock.phase("verify"):
@@ -144,7 +146,6 @@ def spend_budget(
         return seen, *(segment_sum(x, index, num_prompts) for x in sums)
 
     known, scouts = chosen.known, alloc.scouts
-    lengths = mean_tokens(known)
     if scouts:  # their samples are numbered after those that count, and neither they nor their time do
         every, free = jnp.full_like(prompts.task_ids, scouts), PhaseClock(config.stuck_seconds)
         seen = draw(every, num_prompts * scouts, free, first_sample=alloc.n_max)
@@ -163,7 +164,7 @@ def spend_budget(
             with clock.phase("budget"):
                 counts, info = find_counts(config, parts, known, until, shown)
         rounds.append(draw(counts - shown.counts, until - spent, first_sample=shown.counts))
-    rollouts = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(rollouts for rollouts, _ in rounds))
+    rollouts = jax.tree.map(lambda *each: jnp.concatenate(each), *(rollouts for rollouts, _ in rounds))
     verdicts = functools.reduce(Verdicts.then, (verdicts for _, verdicts in rounds))
     return Drawn(
         counts=counts, believed=budget.mean(known), info=info, rollouts=rollouts, verdicts=verdicts,
@@ -173,11 +174,11 @@ def spend_budget(
 
 
 def find_counts(
-    config: ConfigDict, parts: Setup, known: budget.Belief, spent: int, shown: budget.Shown | None = None
+    config: ConfigDict, parts: Setup, known: budget.Belief, total: int, shown: budget.Shown | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """What the rule of a run makes of what is known of prompts, refused if it must not: (counts [M], what it says)."""
-    counts, info = jax.block_until_ready(allocate(parts.rule, known, spent, **parts.bounds, shown=shown))
-    check_counts(config.alloc, counts, spent)
+    counts, info = jax.block_until_ready(allocate(parts.rule, known, total, **parts.bounds, shown=shown))
+    check_counts(config.alloc, counts, total)
     return counts, info
 
 
@@ -196,13 +197,13 @@ def served_rows(counts: jax.Array, candidates: Any, most: int) -> tuple[jax.Arra
     return rows, jax.tree.map(lambda x: x[rows] if x.ndim else x, candidates)
 
 
-def check_counts(alloc: ConfigDict, counts: jax.Array, spent: int) -> None:
+def check_counts(alloc: ConfigDict, counts: jax.Array, total: int) -> None:
     """Refuse counts that a rule must not give: it is named, with what is wrong.
 
     Args:
         alloc: the part of the config about the budget.
         counts: of a step's prompts or candidates, [M] or [C].
-        spent: what they are to sum to, config.alloc.budget but for earlier rounds.
+        total: what they are to sum to, config.alloc.budget but for earlier rounds.
 
     Raises:
         ValueError: counts that are no integers, do not sum to it, leave the bounds, or split a group.
@@ -210,8 +211,8 @@ def check_counts(alloc: ConfigDict, counts: jax.Array, spent: int) -> None:
     given, wrong = np.asarray(counts), ""
     if not np.issubdtype(given.dtype, np.integer):
         wrong = f"counts of type {given.dtype}, which are to be whole numbers"
-    elif given.sum() != spent:
-        wrong = f"{given.sum()} rollouts, and {spent} of config.alloc.budget={alloc.budget} are to be spent"
+    elif given.sum() != total:
+        wrong = f"{given.sum()} rollouts, and {total} of config.alloc.budget={alloc.budget} are to be spent"
     elif given.min() < alloc.n_min or given.max() > alloc.n_max:
         wrong = (
             f"a prompt {given.min()} rollouts and another {given.max()}, and config.alloc.n_min={alloc.n_min} to "

@@ -66,7 +66,7 @@ def policy_update(
         (new state, metrics: float32 scalars). `loss` and `grad_norm` are means over the updates, and of an optimiser
         that waits `updated`, the share of them that were made. Of the tokens of the rollouts that were run,
         `shared_tokens` is the share that are prompts which another rollout of the row has. The ratio and clip metrics
-        are over these tokens, `mismatch` over those of the first update.
+        are over the response tokens of rollouts with an advantage, `mismatch` over those run in the first update.
     """
     loss = learn.Loss(**{"importance_cap": 0.0} | options)
     run = rollouts.mask & ((advantages != 0) | bool(loss.kl_coefficient or loss.entropy_coefficient))
@@ -83,17 +83,17 @@ def policy_update(
         one = lambda place: scores_of(params, fill_columns(place, *drawn), entropy=False)[0]  # noqa: E731
         return map_rows(one, rows, num_rows, micro_rows)
 
-    known = {"old_logps": score(policy.join(frozen, state.params))} if loss.importance_cap else {}
+    fixed = {"old_logps": score(policy.join(frozen, state.params))} if loss.importance_cap else {}
     if reference is not None and loss.kl_coefficient:
-        known["reference_logps"] = score(reference)
+        fixed["reference_logps"] = score(reference)
     separate = rollout_tokens(prompts, rollouts, run)
     saved = divide(separate - (rows.rollout >= 0).sum(dtype=jnp.float32), separate) if shared else jnp.float32(0)
     tokens_in_share = jnp.where(rollouts.mask, rollouts.lengths, 0).sum(dtype=jnp.float32) / num_updates
 
     def update(state: TrainState, share):
-        members, rows, num_rows, known = share
+        members, rows, num_rows, fixed = share
         given, loss_of = (frozen, drawn), functools.partial(_loss, loss, scores_of)
-        (loss_sum, metrics), grads = accumulate(loss_of, state.params, given, (rows, known), num_rows, micro_rows)
+        (loss_sum, metrics), grads = accumulate(loss_of, state.params, given, (rows, fixed), num_rows, micro_rows)
         learnt = (rollouts.mask & (advantages != 0))[members].sum(dtype=jnp.float32)
         state, grad_norm = apply_gradients(config, optimizer, state, grads, loss_sum, tokens_in_share, learnt)
         of_update = {"loss": divide(loss_sum, tokens_in_share), "grad_norm": grad_norm}
@@ -101,7 +101,7 @@ def policy_update(
             of_update["updated"] = (state.opt_state.inner_state.parts == 0).astype(jnp.float32)
         return state, (of_update, metrics)
 
-    state, (of_updates, metrics) = jax.lax.scan(update, state, (shares, rows, num_rows, known))
+    state, (of_updates, metrics) = jax.lax.scan(update, state, (shares, rows, num_rows, fixed))
     return state, _means(metrics) | jax.tree.map(jnp.mean, of_updates) | {"shared_tokens": saved}
 
 
@@ -110,13 +110,13 @@ def _loss(loss: learn.Loss, scores_of: Callable, params: dict, given: tuple, par
 
     What is given are parameters that are not trained, and what was drawn: (prompts, rollouts, advantages).
     """
-    (place, known), (frozen, drawn) = part, given
+    (place, fixed), (frozen, drawn) = part, given
     columns = fill_columns(place, *drawn)
     logps, entropies = scores_of(policy.join(frozen, params), columns, entropy=bool(loss.entropy_coefficient))
-    known = known | {"sampler_logps" if loss.importance_cap else "old_logps": columns.logps}
+    fixed = fixed | {"sampler_logps" if loss.importance_cap else "old_logps": columns.logps}
     (loss_sum, _), metrics = learn.policy_loss(
         logps=logps, advantages=columns.advantages, mask=columns.response, sequences=columns.sequences,
-        entropies=entropies, **known, **loss._asdict(),
+        entropies=entropies, **fixed, **loss._asdict(),
     )  # fmt: skip
     apart = jnp.where(columns.response, jnp.abs(logps - columns.logps), 0.0)
     mismatch = masked_sum(apart, columns.response)
