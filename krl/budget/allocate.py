@@ -27,14 +27,24 @@ import numpy as np
 from krl.base.masked import divide
 from krl.budget import published
 from krl.budget.belief import Belief, log_possible, mean, mean_tokens, possible, posterior, reward_variance
-from krl.budget.solve import Counts, Rounds, Shown, check_sum, in_proportion, in_rounds, knapsack, pilot_and_rest, price
+from krl.budget.solve import (
+    Allocation,
+    RoundEnds,
+    Shown,
+    check_sum,
+    in_proportion,
+    in_rounds,
+    knapsack,
+    pilot_and_rest,
+    price,
+)
 from krl.budget.value import Value, check_bounds, continuous_value, gains_of, log_gains_beta
 from krl.configs.named import find
 
-Rule = Callable[..., Counts]  # (belief, budget, n_min, n_max), and group= too where it may choose prompts
+Rule = Callable[..., Allocation]  # (belief, budget, n_min, n_max), and group= too where it may choose prompts
 
 
-def knapsack_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
+def knapsack_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Allocation:
     """The exact knapsack on the expected gains under each prompt's Beta belief.
 
     Assumes 0/1 rewards and that the policy moves little between a prompt's visits, beyond what the belief's
@@ -43,7 +53,7 @@ def knapsack_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: in
     return _solve(expected_gains(belief, n_min, n_max, group), budget, n_min, group)
 
 
-def knapsack_log_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
+def knapsack_log_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Allocation:
     """The knapsack with progress measured in log p: a mixed group is worth 1 - p instead of p (1-p)^2.
 
     A mixed group is taken to move the logit of p by as much everywhere, which moves log p by 1 - p as much. So moving
@@ -54,7 +64,7 @@ def knapsack_log_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max
     return _solve(expected_gains(belief, n_min, n_max, group, powers=(0, 1)), budget, n_min, group)
 
 
-def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
+def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Allocation:
     """The knapsack by gain per token: of prompts that teach as much, the short ones with short responses first.
 
     The R rollouts with the most expected gain for each of their tokens, which no other counts can beat at the tokens
@@ -72,7 +82,9 @@ def knapsack_tokens_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_
     return counts, info | {"expected_tokens": (counts * tokens).sum() + prompts}
 
 
-def knapsack_continuous_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
+def knapsack_continuous_rule(
+    belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1
+) -> Allocation:
     """The knapsack for rewards that are any numbers in [0, 1]: see `continuous_value`."""
     variance = reward_variance(belief)[:, None]
     return value_rule(lambda average, n: continuous_value(average, variance, n))(belief, budget, n_min, n_max, group)
@@ -80,7 +92,7 @@ def knapsack_continuous_rule(belief: Belief, budget: jax.Array | int, n_min: int
 
 def reach_rule(
     belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1, reach: float = 0.01
-) -> Counts:
+) -> Allocation:
     """Counts in proportion to sqrt(p (1-p)) / (p + r): the optimum for the objective sum_i log(p_i + r).
 
     For an objective sum_i f(p_i), unbiased gradients and scores of equal norm, the variance of an update falls most
@@ -89,7 +101,7 @@ def reach_rule(
     r) is bold above r and calm below it. The share of a prompt is the one that is expected under its belief: where p
     may be 0 or 0.1 it is the mean of what the two would get.
     """
-    return in_proportion(reach_weights(belief, reach), budget, n_min, n_max, group, belief.recorded.sum()), {}
+    return in_proportion(reach_weights(belief, reach), budget, n_min, n_max, group, turn=belief.recorded.sum()), {}
 
 
 def reach_weights(belief: Belief, reach: float) -> jax.Array:
@@ -132,18 +144,18 @@ def reach_chances(
     return chosen + (1 - chosen) * jnp.minimum(divide(kept, (1 - chosen).sum()), 1.0)
 
 
-def variance_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
+def variance_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Allocation:
     """Counts in proportion to sqrt(p (1-p)), the reward's standard deviation.
 
     Neyman's allocation (J. Royal Statistical Society 97, 1934): it minimises the variance of the mean reward's
     estimate over all prompts. Assumes that p is known; takes the belief's mean for it.
     """
     rate = mean(belief)
-    return in_proportion(jnp.sqrt(rate * (1 - rate)), budget, n_min, n_max, group, belief.recorded.sum()), {}
+    return in_proportion(jnp.sqrt(rate * (1 - rate)), budget, n_min, n_max, group, turn=belief.recorded.sum()), {}
 
 
 @in_rounds(pilot_and_rest)
-def two_round_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown) -> Counts:
+def two_round_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown) -> Allocation:
     """The knapsack after a pilot: n_min rollouts of every prompt from the current policy come first.
 
     Every prompt gets those in any case. Assumes that waiting between the two rounds is worth it.
@@ -154,7 +166,7 @@ def two_round_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: i
 def value_rule(value: Value) -> Rule:
     """A knapsack rule from a value function of your own, (p, n) -> value, at the belief's mean."""
 
-    def rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
+    def rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Allocation:
         def of_groups(p: jax.Array, n: jax.Array) -> jax.Array:
             return jnp.where(n > 0, value(p, group * jnp.maximum(n, 1)), 0.0)
 
@@ -208,7 +220,7 @@ def has_rounds(rule: str | Rule) -> bool:
     return _ends_of(rule) is not None
 
 
-def _ends_of(rule: str | Rule) -> Rounds | None:
+def _ends_of(rule: str | Rule) -> RoundEnds | None:
     """Where the rounds of a rule end, see `in_rounds`; of a partial function, those of the whole one."""
     found: Any = find_rule(rule)
     while not hasattr(found, "ends") and isinstance(found, functools.partial):
@@ -237,7 +249,7 @@ def allocate(
     group: int = 1,
     explored: int = 0,
     shown: Shown | None = None,
-) -> Counts:
+) -> Allocation:
     """The counts of a step under a rule.
 
     Args:
@@ -287,7 +299,7 @@ def allocate(
     return counts.at[longest].add(jnp.where(jnp.arange(explored) < kept, group, 0)), info
 
 
-def _checked(rule: Rule, given: Any, prompts: int) -> Counts:
+def _checked(rule: Rule, given: Any, prompts: int) -> Allocation:
     """What a rule gave, if it is of the right form."""
     name = getattr(rule, "__name__", type(rule).__name__)
     if not isinstance(given, tuple) or len(given) != 2 or not isinstance(given[1], Mapping):
@@ -337,7 +349,7 @@ def _check_sum(prompts: int, budget: jax.Array | int, n_min: int, n_max: int, gr
         raise ValueError(f"budget {int(budget)} cannot be met: it must be a multiple of group={group}")
 
 
-def _solve(gains: jax.Array, budget: jax.Array | int, n_min: int, group: int = 1) -> Counts:
+def _solve(gains: jax.Array, budget: jax.Array | int, n_min: int, group: int = 1) -> Allocation:
     """The knapsack of gains [M, J], column j that of the group after n_min + j group rollouts."""
     groups = knapsack(gains, jnp.asarray(budget) // group, n_min // group)
     return group * groups, {"price": price(gains, groups, n_min // group)}

@@ -9,24 +9,24 @@ import jax.numpy as jnp
 
 from krl.base.masked import divide
 from krl.budget.belief import Belief, mean, window_rate
-from krl.budget.solve import Counts, Shown, in_proportion, in_rounds, knapsack, pilot_and_rest, spread_evenly
+from krl.budget.solve import Allocation, Shown, in_proportion, in_rounds, knapsack, pilot_and_rest, spread_evenly
 from krl.budget.value import log_gains
 
 
-def uniform_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
+def uniform_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Allocation:
     """Plain GRPO (Shao et al., arXiv 2402.03300): every prompt the same; the remainder to the first ones.
 
     Of more candidates than there are groups, each has one as often as any other.
     """
     prompts = belief.visits.shape[0]
     if not n_min:
-        return in_proportion(jnp.ones(prompts), budget, n_min, n_max, group, belief.recorded.sum()), {}
+        return in_proportion(jnp.ones(prompts), budget, n_min, n_max, group, turn=belief.recorded.sum()), {}
     share, remainder = jnp.divmod(jnp.asarray(budget, jnp.int32), max(prompts, 1))
     counts = share + (jnp.arange(prompts) < remainder)
     return counts.astype(jnp.int32), {}
 
 
-def knapsack_paper_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+def knapsack_paper_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Allocation:
     """The rule of the Knapsack RL paper, as its text and published code have it.
 
     The success rate is that of the newest visit, filled up from earlier outcomes to 16. A prompt with fewer than 8
@@ -62,7 +62,7 @@ def knapsack_paper_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_m
     return counts, {"surplus": surplus.astype(jnp.float32)}
 
 
-def vip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+def vip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Allocation:
     """The counts that minimise the variance of the update: the sum over prompts of p (1-p) / (N - 1).
 
     VIP's allocation for the leave-one-out estimator, solved exactly: the sum is convex in the counts, so the
@@ -80,17 +80,17 @@ def vip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) ->
     return knapsack(gains, budget, n_min), {}
 
 
-def inverse_sqrt_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Counts:
+def inverse_sqrt_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int = 1) -> Allocation:
     """Counts in proportion to 1 / sqrt(p): the harder, the more.
 
     What minimises the gradient's variance when only successes are learnt from (Yao et al., "GVM-RAFT",
     arXiv 2505.02391, with equal gradient norms). Hopeless prompts take the most. Takes the belief's mean for p.
     """
     weights = jax.lax.rsqrt(jnp.maximum(mean(belief), 1e-30))
-    return in_proportion(weights, budget, n_min, n_max, group, belief.recorded.sum()), {}
+    return in_proportion(weights, budget, n_min, n_max, group, turn=belief.recorded.sum()), {}
 
 
-def skip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+def skip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Allocation:
     """Skips prompts whose last groups were even, more often the longer that lasts; the others share alike.
 
     GRESO (Zheng et al., arXiv 2506.02177) skips a prompt with a probability that rises with its even groups in
@@ -103,7 +103,7 @@ def skip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -
     return knapsack(gains, budget, n_min), {"skipped": (~explored).mean(dtype=jnp.float32)}
 
 
-def dynamic_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+def dynamic_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Allocation:
     """DAPO's dynamic sampling: uniform groups, of the same policy, until R rollouts lie in mixed ones; then one update.
 
     A step spends R rollouts as ever, and training with this rule updates the policy only in the steps in which there
@@ -121,7 +121,7 @@ def dynamic_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int
     return counts, {"rounds": jnp.where(useful > 0, divide(jnp.float32(counts.sum()), useful), jnp.inf)}
 
 
-def mopps_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int) -> Counts:
+def mopps_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int) -> Allocation:
     """One group each for the prompts whose success rate, drawn from what is believed of it, is nearest to 1/2.
 
     Thompson sampling from Beta(1 + successes, 1 + failures) of a prompt's own record. The published runs keep all
@@ -143,7 +143,7 @@ def _half_and_rest(prompts: int, budget: int, n_min: int, group: int) -> tuple[i
 @in_rounds(_half_and_rest)
 def pilot_commit_rule(
     belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, shown: Shown
-) -> Counts:
+) -> Allocation:
     """A group for as many prompts as half of the budget pays for, then three more for rates from 1/8 to 3/4.
 
     A prompt whose newest group was all right is no longer piloted. What is not committed goes to more pilots. The
@@ -170,7 +170,7 @@ def _half_and_three(prompts: int, budget: int, n_min: int, group: int) -> tuple[
 @in_rounds(_half_and_three)
 def reinforce_ada_rule(
     belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, group: int, shown: Shown
-) -> Counts:
+) -> Allocation:
     """Groups for a prompt until it has two successes and two failures, at most four, in as many rounds.
 
     The variant "balance". The published method has no budget and keeps two successes and two failures of each prompt;
@@ -201,7 +201,7 @@ def _by_priority(
     return group * knapsack(gains, jnp.asarray(budget) // group, jnp.asarray(given) // group, n_max // group)
 
 
-def coba_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Counts:
+def coba_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Allocation:
     """The greedy counts for (1 - exp(-n p (1-p) / tau)) times the density of a Beta distribution at p.
 
     Its mode is the share of failures F while that is above 1/2 and falls fast below, so a policy that fails often gets
@@ -224,7 +224,7 @@ def coba_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -
 
 
 @in_rounds(pilot_and_rest)
-def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown) -> Counts:
+def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown) -> Allocation:
     """After n_min rollouts of every prompt, the counts with the most prompts that are expected to succeed in the rest.
 
     The m-th further rollout is the first success with probability E[p (1-p)^(m-1)] under Beta(1 + successes, 1 +
@@ -242,7 +242,7 @@ def hora_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, s
 
 
 @in_rounds(pilot_and_rest)
-def gvm_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown) -> Counts:
+def gvm_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int, shown: Shown) -> Allocation:
     """After n_min rollouts of every prompt, the others in proportion to 1 / sqrt(p + alpha / p), and none where p is 0.
 
     p is the rate of the pilot, alpha 1/1000 (and beta 2). The published method throws its pilot away, renews it every

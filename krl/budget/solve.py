@@ -21,7 +21,7 @@ from krl.base.sharding import readable
 from krl.base.threshold import NEVER, largest_threshold, narrow_threshold, ordered_integers
 from krl.budget.value import Bound, check_bounds, log_gain
 
-Counts = tuple[jax.Array, dict[str, Any]]  # counts [M] int32, and what a rule says of them
+Allocation = tuple[jax.Array, dict[str, Any]]  # counts [M] int32, and what a rule says of them
 
 
 class Shown(NamedTuple):
@@ -33,17 +33,17 @@ class Shown(NamedTuple):
 
 
 # (M, R, n_min, group) -> the rollouts that are spent by the end of each round
-Rounds = Callable[[int, int, int, int], tuple[int, ...]]
+RoundEnds = Callable[[int, int, int, int], tuple[int, ...]]
 
 
-def in_rounds(ends: Rounds) -> Callable[[Callable[..., Counts]], Callable[..., Counts]]:
+def in_rounds(ends: RoundEnds) -> Callable[[Callable[..., Allocation]], Callable[..., Allocation]]:
     """Marks a rule that spends the budget of a step in rounds, each after the outcomes of those before.
 
     Such a rule also takes `shown`, what the rounds before have given, which it may not lower, and what came of it; its
     belief has seen that too.
     """
 
-    def mark(rule: Callable[..., Counts]) -> Callable[..., Counts]:
+    def mark(rule: Callable[..., Allocation]) -> Callable[..., Allocation]:
         vars(rule)["ends"] = ends
         return rule
 
