@@ -120,6 +120,21 @@ def test_every_parameter_has_axes_of_its_rank():
     jax.tree.map(lambda leaf, names: None if leaf.ndim == len(names) else pytest.fail(f"{leaf} {names}"), shapes, axes)
 
 
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_a_fresh_policy_has_norms_of_one_no_biases_and_products_that_keep_the_size(plus_one):
+    sizes = {"embed_size": 32, "num_heads": 8, "head_size": 8, "mlp_size": 128, "qkv_bias": True}
+    config = dataclasses.replace(tiny.CONFIG, norm_plus_one=plus_one, **sizes)
+    params = policy.init(config, jax.random.key(0))
+    blocks, one = params["blocks"], 0 if plus_one else 1
+    for norm in (params["final_norm"], blocks["attention_norm"], blocks["mlp_norm"]):
+        assert (norm["weight"] == one).all()
+    assert all((blocks[f"{name}_bias"] == 0).all() for name in ("query", "key", "value"))
+    inputs = {"query": 32, "key": 32, "value": 32, "output": 64, "gate": 32, "up": 32, "down": 128}
+    cut = 0.88  # the standard deviation of a normal variable that is drawn again beyond two
+    for name, size in inputs.items():
+        assert float(blocks[name].std()) * size**0.5 == pytest.approx(cut, rel=0.05), name
+
+
 def test_a_kernel_for_long_rows_does_not_keep_parameters_from_being_made():
     config = dataclasses.replace(tiny.CONFIG, attention="splash")
     jax.tree.map(
