@@ -162,6 +162,15 @@ def test_nothing_learnt_is_the_common_prior(source):
     np.testing.assert_array_equal(told.successes, belief.successes)
 
 
+def test_a_record_moves_with_what_is_expected_of_its_kind():
+    """Outcomes of a time when half was expected, seen when a quarter is; of no time, or of one of the settings."""
+    belief = known(5, 0.7, 2.1, jnp.array([3.0, 3, 3, 1, 0]), jnp.array([1.0, 1, 1, 7, 2]))
+    belief = belief.replace(prior_of=jnp.array([-1, 0, 3, 1, 0]), prior_then=jnp.full(5, 0.5))
+    told = priors.inform(priors.init_prior("groups", 5), belief, jnp.arange(5)[:, None])
+    np.testing.assert_allclose(told.successes, [3, 2, 2, 0, 0], atol=1e-4)  # n / 4 less, and none less than 0
+    np.testing.assert_allclose(told.failures, [1, 2, 2, 8, 2], atol=1e-4)
+
+
 @pytest.mark.parametrize("source", sorted(priors.PRIORS))
 def test_prompts_without_outcomes_teach_nothing(source):
     features, _, _ = drawn()

@@ -23,6 +23,7 @@ from krl.eval.command import measure
 from krl.hf.weights import export
 from krl.run import learner, spend
 from krl.run.lock import hold_workdir
+from krl.run.log import MetricsLog
 from krl.run.setup import prompts_of_a_step
 from krl.train import train
 from tests.command_line import (
@@ -47,6 +48,14 @@ def finished(tmp_path_factory):
     done = run(workdir, drawn=True, **{"sft.dir": workdir.with_name("sft")})
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
+
+
+def test_groups_are_logged_that_got_any_rollouts(tmp_path):
+    groups = {"counts": jnp.array([0, 1, 4]), "scored": [0, 1, 3], "successes": [0, 1, 2], "belief": [0.1, 0.5, 0.7]}
+    with MetricsLog(tmp_path, first_step=0) as log:
+        script.log_step(log, None, 1, {"reward_mean": 0.5}, {"seconds/step": [2.0]}, groups, {})
+    (row,) = rows(tmp_path, "groups")
+    assert row == {"step": 1, "counts": [1, 4], "scored": [1, 3], "successes": [1, 2], "belief": [0.5, 0.7]}
 
 
 def test_the_best_checkpoint_is_kept_and_measured(tmp_path, monkeypatch):
