@@ -218,6 +218,17 @@ def test_prior_is_recovered_from_data(alpha, beta):
     np.testing.assert_allclose(fitted, (alpha, beta), rtol=0.1)
 
 
+def test_prior_of_three_tasks_is_worked_by_hand():
+    """Rates 3/4, 3/4, 1/2 of 4 outcomes each, one task without any, and the two pseudo-tasks: a mean of 0.6."""
+    belief = budget.init_belief(4).replace(
+        successes=jnp.array([3.0, 3, 2, 0]), failures=jnp.array([1.0, 1, 2, 0]), barren=jnp.full(4, 1e6)
+    )
+    observed = (0.15**2 + 0.15**2 + 0.1**2 + 0.4**2 + 0.6**2) / 5 / (0.6 * 0.4)
+    noise = 3 / 4 / 5
+    rho = (observed - noise) / (1 - noise)
+    np.testing.assert_allclose(budget.prior_by_moments(belief), np.array([0.6, 0.4]) * (1 - rho) / rho, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_prior_survives_data_without_variance(rate):
     belief = budget.init_belief(50).replace(

@@ -154,6 +154,8 @@ def test_the_first_failure_is_told_once_and_no_reward_at_all_ends_the_run(capsys
         watch(16, 16, "step 4")
     assert "\n" not in str(ended.value)
     assert "--config.verify.may_fail=True" in str(ended.value)
+    with pytest.raises(ValueError, match="all 1 responses of an evaluation"):
+        FaultWatch(pool, may_fail=False)(1, 1, "an evaluation")
     patient = FaultWatch(pool, may_fail=True)
     patient(16, 16, "step 1")
     patient(16, 16, "step 2")
