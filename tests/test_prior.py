@@ -162,6 +162,15 @@ def test_nothing_learnt_is_the_common_prior(source):
     np.testing.assert_array_equal(told.successes, belief.successes)
 
 
+def test_no_prior_is_certain():
+    prior = priors.init_prior("features", 4)
+    weights, precision = prior.evidence
+    sure = prior.replace(evidence=(weights + 50.0, precision), scores=prior.scores.at[0, 0].set(1.0))
+    told = priors.inform(sure, known(3, 0.5, 0.5, 0.0, 0.0), jnp.array([[0], [1], [3]]))
+    rate = told.prior_alpha / (told.prior_alpha + told.prior_beta)
+    np.testing.assert_allclose(1 - rate, 1e-4, rtol=1e-2)
+
+
 def test_a_record_moves_with_what_is_expected_of_its_kind():
     """Outcomes of a time when half was expected, seen when a quarter is; of no time, or of one of the settings."""
     belief = known(5, 0.7, 2.1, jnp.array([3.0, 3, 3, 1, 0]), jnp.array([1.0, 1, 1, 7, 2]))
