@@ -56,8 +56,10 @@ test: $(VENV)/dev-installed
 oldest:
 	@$(MAKE) test VENV=.venv-oldest REQUIREMENTS="$$(sed -nE 's/^([A-Za-z0-9_-]+)>=([^, ]+).*/\1==\2/p' requirements.txt | xargs)"
 
+# Compiled as for users, but for pairs of settings, each of which has programs of its own.
 slow: $(VENV)/dev-installed
-	$(VENV)/bin/python -m pytest -m slow tests
+	XLA_FLAGS= $(VENV)/bin/python -m pytest -m slow tests --ignore tests/test_keys.py
+	$(VENV)/bin/python -m pytest -m slow tests/test_keys.py
 
 check: $(VENV)/dev-installed
 	$(VENV)/bin/ruff format --check .

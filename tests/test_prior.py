@@ -284,7 +284,7 @@ def test_eight_devices_learn_what_one_learns(source):
         np.testing.assert_allclose(shared, alone, rtol=2e-4, atol=2e-4)
 
 
-def test_candidates_that_never_see_two_rates_stay_finite():
+def test_settings_that_never_see_two_rates_stay_finite():
     """Prompts that always or never succeed push weights outwards without end; steps are bounded, so nothing overflows."""
     features = jnp.arange(40)[:, None] % 4 + jnp.array([0, 10])
     wins, outcomes = np.where(np.arange(40) % 4 < 2, 60, 0), np.full(40, 60)

@@ -38,7 +38,7 @@ class Belief(struct.PyTreeNode):
     successes: jax.Array  # [D] float32, discounted sum of rewards
     failures: jax.Array  # [D] float32, discounted sum of 1 - reward
     prior_then: jax.Array  # [D] float32, what the task's own prior expected of it when those were seen
-    prior_of: jax.Array  # [D] int32, which candidate of the prior that was, see `krl.budget.inform`; -1 for none
+    prior_of: jax.Array  # [D] int32, which setting of the prior that was, see `krl.budget.inform`; -1 for none
     squares: jax.Array  # [D] float32, discounted sum of squared rewards
     prompt_tokens: jax.Array  # [D] float32, length of the prompt, which a step reads once if the task is sampled
     tokens: jax.Array  # [D] float32, discounted sum of response lengths, tokens

@@ -9,9 +9,9 @@ predicted from the prompt's features, by sources that differ in what they take a
     gaussian_process   the same features: prompts that share many have logits that go together, as VIP predicts them
 
 How much to forget from step to step, how strongly features may differ, and how far a prompt may be from what its
-features say are not set by hand: a source keeps a candidate for each of a few values of each. Candidates are judged by
+features say are not set by hand: a source keeps a setting for each of a few values of each. Settings are judged by
 the likelihood they gave to outcomes that were new to them (Dawid, "Statistical theory: the prequential approach", J.
-Royal Statistical Society A 147, 1984), and the best one of late is used. The prior common to all prompts is a candidate
+Royal Statistical Society A 147, 1984), and the best one of late is used. The prior common to all prompts is a setting
 too, so that a source that predicts no better is not used.
 """
 
@@ -36,14 +36,14 @@ SLOW_MEMORY = 0.995  # the same where they are even: without a gradient the poli
 SPREADS = (0.03, 1.0, 10.0)  # variance of a feature's weight before anything is known of it, squared logits
 FURTHER_SHARE = 0.03  # of that variance for a run of several tokens: what it says beyond its tokens
 STRENGTHS = (0.7, 2.0, 8.0, 32.0, 128.0)  # alpha + beta of a prompt's rate around what its features say
-SCORE_MEMORY = 0.98  # what is left of a candidate's score after a step
+SCORE_MEMORY = 0.98  # what is left of a setting's score after a step
 LEAST_ALPHA = 0.25  # of the rates of what is not hopeless
 NEWTON_STEPS, SOLVER_STEPS = 2, 2  # of the regression, and of the linear solver inside each
 LONGEST_MOVE = 2.0  # of a prompt's logit in one of the regression's steps
 
 
 class Prior(struct.PyTreeNode):
-    """What a source has learnt, for each of its C candidates, and how well they predicted."""
+    """What a source has learnt, for each of its C settings, and how well they predicted."""
 
     evidence: tuple[jax.Array, jax.Array]  # [C, W] float32 each: successes and failures, or weights and precisions
     scores: jax.Array  # [C, S] float32, discounted log-likelihood of new outcomes for each strength, nats
@@ -53,11 +53,11 @@ class Prior(struct.PyTreeNode):
     source: "Source" = struct.field(pytree_node=False)
 
 
-Evidence = tuple[jax.Array, jax.Array]  # of one candidate, [W] each: what a source keeps of every feature
+Evidence = tuple[jax.Array, jax.Array]  # of one setting, [W] each: what a source keeps of every feature
 
 
 class Source(NamedTuple):
-    """How rates follow from features: pure functions of one candidate's evidence, its memory and its spread [W].
+    """How rates follow from features: pure functions of one setting's evidence, its memory and its spread [W].
 
     Evidence, spread and memory are given by their places, and features=, centre=, wins= and outcomes= by their names.
     All numbers are float32 but for features, int32; W or more among a prompt's features stands for none.
@@ -92,7 +92,7 @@ def init_prior(source: "str | Source", num_features: int) -> Prior:
 
 
 def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
-    """The belief of M prompts with a prior for each from its features, by the best candidate of late.
+    """The belief of M prompts with a prior for each from its features, by the best setting of late.
 
     Args:
         prior: of the source.
@@ -103,7 +103,7 @@ def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
         The belief with prior_alpha, prior_beta and hopeless [M] float32. The first two are the common ones while the
         source has predicted no better. A prompt is as hopeless as the most hopeless of its features. Its record has
         moved with what the source expects: a record is about the policy of its time, and says how far the prompt was
-        from its kind. Of the candidate that expected m then and expects m' now, n outcomes count n (m' - m) successes
+        from its kind. Of the setting that expected m then and expects m' now, n outcomes count n (m' - m) successes
         more, within 0 and n.
     """
     alphas, betas = _of_settings(prior, belief, features)
@@ -133,7 +133,7 @@ def inform(prior: Prior, belief: Belief, features: jax.Array) -> Belief:
 def learn_prior(
     prior: Prior, belief: Belief, features: jax.Array, rewards: jax.Array, prompt_index: jax.Array, mask: jax.Array
 ) -> Prior:
-    """The prior after a step's outcomes: candidates are judged by them first, and then learn from them.
+    """The prior after a step's outcomes: settings are judged by them first, and then learn from them.
 
     Args:
         prior: before the step.
@@ -191,7 +191,7 @@ def prior_metrics(prior: Prior, num_prompts: int) -> dict[str, jax.Array]:
 
 
 def _of_settings(prior: Prior, belief: Belief, features: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(alpha, beta) of every candidate, [C, S, M] float32."""
+    """(alpha, beta) of every setting, [C, S, M] float32."""
     estimate = functools.partial(prior.source.estimate, features=features, centre=prior_rate(belief))
     rates, unsure = jax.vmap(estimate)(prior.evidence, _spreads(len(prior.failed)))
     # Two sources of doubt add up: about what the features say, and about how far the prompt is from that.
@@ -217,7 +217,7 @@ def _log_likelihood(
 
 
 def _spreads(width: int) -> jax.Array:
-    """The spread of every feature under every candidate, [C, W] float32; see `hash_features` for the upper half."""
+    """The spread of every feature under every setting, [C, W] float32; see `hash_features` for the upper half."""
     further = jnp.arange(width) >= width // 2
     return jnp.array(SETTINGS)[:, 1:] * jnp.where(further, FURTHER_SHARE, 1.0)
 
