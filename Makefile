@@ -3,7 +3,7 @@
 # make pod    two processes on this machine that train one policy
 # make test   the test suite, or TESTS="tests/test_budget.py ..." of it
 # make oldest the same with the oldest versions that requirements.txt admits, in .venv-oldest
-# make slow   the long tests: several processes, recipes, notebooks
+# make slow   the long tests: several processes, recipes, notebooks, and more cases of what make test does
 # make check  format, lint, types
 # make site   the documentation as web pages in site/; begin at site/index.html
 # make clean  remove what make demo and make smollm2 wrote (.venv stays)
@@ -56,10 +56,12 @@ test: $(VENV)/dev-installed
 oldest:
 	@$(MAKE) test VENV=.venv-oldest REQUIREMENTS="$$(sed -nE 's/^([A-Za-z0-9_-]+)>=([^, ]+).*/\1==\2/p' requirements.txt | xargs)"
 
-# Compiled as for users, but for pairs of settings, each of which has programs of its own.
+# What is said of kills, of several processes and of an installed krl is said of programs that are compiled as for users.
+AS_FOR_USERS := tests/test_faults.py tests/test_processes.py tests/test_package.py
+
 slow: $(VENV)/dev-installed
-	XLA_FLAGS= $(VENV)/bin/python -m pytest -m slow tests --ignore tests/test_keys.py
-	$(VENV)/bin/python -m pytest -m slow tests/test_keys.py
+	XLA_FLAGS= $(VENV)/bin/python -m pytest -m slow $(AS_FOR_USERS)
+	$(VENV)/bin/python -m pytest -m slow tests $(addprefix --ignore=,$(AS_FOR_USERS))
 
 check: $(VENV)/dev-installed
 	$(VENV)/bin/ruff format --check .

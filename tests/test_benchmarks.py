@@ -333,6 +333,7 @@ def test_the_verdict_on_elasticity():
     assert elasticity.report({(1, 8): 0.5, (1, 16): 0.9}, budgets).splitlines()[-1].startswith("two seeds at least")
 
 
+@pytest.mark.slow
 def test_what_an_accelerator_is_measured_by_runs_anywhere(capsys, monkeypatch):
     monkeypatch.setattr(
         accelerator, "TOY", dataclasses.replace(accelerator.TOY, embed_size=8, head_size=4, mlp_size=16)

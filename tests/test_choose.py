@@ -12,6 +12,7 @@ from scipy import integrate, special, stats
 
 from krl import budget
 from krl.budget.belief import PROVEN
+from tests import tiny
 
 allocate = jax.jit(budget.allocate, static_argnums=(0, 3, 4), static_argnames=("group", "explored"))
 POWERS = {"knapsack": (1, 2), "knapsack_log": (0, 1)}
@@ -104,7 +105,7 @@ def test_shares_below_one_group_are_kept_on_average():
     np.testing.assert_allclose(given_to[:32].sum(), shares[:32].sum(), rtol=0.03)
 
 
-@pytest.mark.parametrize(("groups", "explored"), [(20, 3), (20, 0), (4, 1)])
+@pytest.mark.parametrize(("groups", "explored"), [(20, 0), tiny.slow(20, 3), tiny.slow(4, 1)])
 def test_reach_serves_prompts_with_the_chances_that_it_states(groups, explored):
     rng = np.random.default_rng(5)
     tasks, turns = 48, 600

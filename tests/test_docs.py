@@ -66,12 +66,14 @@ def follow(page):
     return names
 
 
+@pytest.mark.slow
 def test_quickstart(here):
     names = follow("quickstart.md")
     assert names["result"].metrics["step"] == 3
     assert len(rows(here / "runs" / "notebook")) == 4
 
 
+@pytest.mark.slow
 def test_own_reward_on_own_data_in_python(here):
     make_data, text = blocks("recipes/reward.md")[1], mine()
     assert len(text.splitlines()) < 30
@@ -108,6 +110,7 @@ def test_own_data(here):
     assert json.loads((here / "runs" / "mine" / "held_out.json").read_text())["prompts"][-1] == "3 + 1?"
 
 
+@pytest.mark.slow
 def test_own_value_function(here):
     names = follow("recipes/value.md")
     counts, rates = [2] * 4, np.array([0.02, 0.2, 0.5, 0.98])
@@ -130,6 +133,7 @@ def test_own_allocation_rule(here):
     assert all(0 < row["mean_hope"] <= 1 for row in rows(here / "runs" / "optimist")[1:])
 
 
+@pytest.mark.slow
 def test_own_prior(here):
     source = follow("recipes/prior.md")["hardest"]
     evidence = source.learn(source.start(np.full(3, 0.5)), None, 0.5, np.array([[0, 1], [1, 3]]), None, np.array([2, 0]), np.array([4, 2]))  # fmt: skip

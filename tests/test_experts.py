@@ -137,6 +137,7 @@ def test_balance_is_the_same_on_eight_devices():
     assert_close(got, expected)
 
 
+@pytest.mark.slow
 def test_experts_that_learn_with_balance_are_used_more_evenly():
     """A router that prefers two experts for every token: what learning makes of it without the loss and with it."""
     params, optimizer = policy.init(CONFIG, jax.random.key(0)), optax.apply_if_finite(optax.adam(0.02), 1)

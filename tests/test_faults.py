@@ -20,6 +20,7 @@ from krl.configs.flags import one_line_errors
 from krl.report import command as report
 from krl.run.log import MetricsLog
 from krl.run.rollouts import read_rollouts
+from tests import tiny
 from tests.command_line import ROOT, command, environment, learnt, rollouts, rows, run_here
 
 
@@ -84,7 +85,7 @@ def test_a_run_killed_in_any_phase_continues_as_if_nothing_had_happened(whole, t
     assert_same_run(workdir, whole)
 
 
-@pytest.mark.parametrize("harm", ["truncated", "emptied", "deleted"])
+@pytest.mark.parametrize("harm", ["deleted", tiny.slow("truncated"), tiny.slow("emptied")])
 def test_a_run_whose_newest_checkpoint_is_lost_continues_from_the_one_before(whole, tmp_path, harm, capsys):
     workdir = shutil.copytree(whole, tmp_path / "work")
     newest = workdir / "checkpoints" / "4"
@@ -238,6 +239,7 @@ def test_updates_that_are_not_finite_are_skipped_and_counted_and_too_many_end_th
     assert rows(tmp_path / "often")[-1]["skipped_updates"] == 2 * each
 
 
+@pytest.mark.slow
 def test_a_run_continues_on_another_mesh(whole, tmp_path, capsys):
     """With the same rollouts; losses to 1e-5."""
     workdir = shutil.copytree(whole, tmp_path / "work")
@@ -250,6 +252,7 @@ def test_a_run_continues_on_another_mesh(whole, tmp_path, capsys):
             assert row.get(name) == pytest.approx(expected.get(name), abs=1e-5), name
 
 
+@pytest.mark.slow
 def test_other_users_cannot_write_what_a_run_leaves_whatever_the_umask(whole, tmp_path):
     workdir = tmp_path / "work"
     changes = warm(whole) | {"steps": 1, "sft.dir": str(tmp_path / "sft"), "sft.steps": 2}

@@ -33,6 +33,7 @@ def test_programs_and_rooms_import_none_of_what_only_a_run_reads_or_writes_with(
     assert (done.returncode, done.stdout) == (0, "\n"), done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_without_the_libraries_that_draw_trains_and_says_what_to_install(tmp_path):
     program = f"""
 import sys

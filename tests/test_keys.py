@@ -44,7 +44,7 @@ from krl.run.log import read_rows
 from krl.run.processes import join_processes
 from krl.tasks import step_task_ids
 from krl.tasks.operators import FUNCTIONS, operator_meanings
-from tests import bpe
+from tests import bpe, tiny
 
 TINY: dict[str, Any] = {
     "steps": 2, "prompts_per_step": 4, "alloc.rule": "knapsack", "alloc.budget": 16, "alloc.n_min": 2, "alloc.n_max": 8, "alloc.prior_width": 32, "data.source": "operators",
@@ -776,7 +776,23 @@ def test_every_key_is_tried_with_another_value_than_its_default():
             assert (TINY | trial.changes)[key] != usual[key], f"config.{key} is tried with its default"
 
 
-@pytest.mark.parametrize("name", STEPS)
+# What keys do that only these try, only `make slow` tries.
+LONG = {
+    "a device each for two rows",
+    "limits of a worker",
+    "data of one's own",
+    "a mixture of experts",
+    "watched",
+    "mazes",
+    "puzzles",
+}
+
+
+def in_time(trials: dict[str, Trial]) -> list:
+    return [tiny.slow(name) if name in LONG else name for name in trials]
+
+
+@pytest.mark.parametrize("name", in_time(STEPS))
 def test_steps_show_what_the_config_says(name, plain, monkeypatch):
     monkeypatch.setenv("KRL_TRIED", "1")
     trial = STEPS[name]
@@ -784,7 +800,7 @@ def test_steps_show_what_the_config_says(name, plain, monkeypatch):
     holds(seen, trial)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", in_time(RUNS))
 def test_runs_show_what_the_config_says(name, plain, spied, files, tmp_path):
     config = make_config(RUNS[name].changes, files)
     seen = spied(config, tmp_path, plain)
@@ -832,20 +848,17 @@ def cycled(key: str, values: Iterable, rows: list[dict]) -> list[dict]:
     return [row | {key: value} for value, row in zip(values, itertools.cycle(rows), strict=False)]
 
 
-def slow(rows: list[dict]) -> list:
-    return [pytest.param(row, marks=pytest.mark.slow) for row in rows]
-
-
-# In `make test` every rule once; `make slow` has every rule with every prior.
+# Every rule once, and every two settings together.
 BELIEFS = {
     "alloc.prior": ("shared", *budget.PRIORS), "alloc.fit_discounts": (True, False), "alloc.scouts": (0, 4), "alloc.n_min": (2, 1)
 }  # fmt: skip
 BUDGETS = [
     *cycled("alloc.rule", budget.RULES, pairwise(BELIEFS)),
-    *slow(pairwise({"alloc.rule": tuple(budget.RULES)} | BELIEFS)),
+    *pairwise({"alloc.rule": tuple(budget.RULES)} | BELIEFS),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", BUDGETS)
 def test_rules_priors_and_discounts_go_together(changes, plain):
     if budget.must_choose(changes["alloc.rule"]):
@@ -864,11 +877,11 @@ GRADIENTS = {
     "loss.surrogate": tuple(learn.SURROGATES), "loss.kl_estimator": tuple(learn.KL_ESTIMATORS), "loss.entropy_coefficient": (0.0, 0.1),
     "loss.importance_cap": (0.0, 2.0), "loss.overlong_tokens": (0, 2), "loss.mask_truncated": (False, True),
 }  # fmt: skip
-# In `make test` every average once; `make slow` has every two settings together.
 OF_ALL = tuple(average for average in learn.AVERAGES if average != "candidates")
-LOSSES = [*cycled("loss.average", OF_ALL, pairwise(GRADIENTS)), *slow(pairwise({"loss.average": OF_ALL} | GRADIENTS))]
+LOSSES = [*cycled("loss.average", OF_ALL, pairwise(GRADIENTS)), *pairwise({"loss.average": OF_ALL} | GRADIENTS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", LOSSES)
 def test_surrogates_averages_and_penalties_go_together(changes, plain):
     seen = take_steps(make_config(changes | {"loss.kl_coefficient": 0.1}), plain.parts, plain)

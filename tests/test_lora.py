@@ -94,7 +94,7 @@ def test_merged_is_unmerged_in_whole_rows_and_in_decoding(config):
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("config", [tiny.CONFIG, GEMMA], ids=["llama", "gemma"])
+@pytest.mark.parametrize("config", [tiny.CONFIG, tiny.slow(GEMMA)], ids=["llama", "gemma"])
 def test_gradients_are_those_through_merged_weights(config):
     config = dataclasses.replace(config, dtype="float64")
     config, params = adapted(config)
@@ -161,7 +161,9 @@ def test_the_penalty_holds_adapters_to_the_frozen_policy():
     assert float(some["kl"]) > 0.01
 
 
-@pytest.mark.parametrize(("shape", "names"), [((8,), ("data",)), ((2, 2, 2), ("data", "fsdp", "model"))], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "names"), [((8,), ("data",)), tiny.slow((2, 2, 2), ("data", "fsdp", "model"))], ids=str
+)
 def test_eight_devices_train_adapters_as_one(shape, names):
     config, params = adapted()
     one, said = updated(config, params, kl_coefficient=0.1)
@@ -313,6 +315,7 @@ def finished(tmp_path_factory):
     return workdir, run_here(workdir, **ADAPTED)
 
 
+@pytest.mark.slow
 def test_a_run_trains_adapters_and_keeps_what_they_stand_on_once(finished, capsys):
     workdir, result = finished
     frozen = policy.frozen(result.policy, result.params)
@@ -325,6 +328,7 @@ def test_a_run_trains_adapters_and_keeps_what_they_stand_on_once(finished, capsy
     assert all(np.isfinite(row["loss"]) for row in rows(workdir)[1:])
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_continues_as_if_it_had_not_stopped(finished, tmp_path, capsys):
     workdir, result = finished
     for steps in (2, 4):
@@ -334,6 +338,7 @@ def test_a_run_of_adapters_continues_as_if_it_had_not_stopped(finished, tmp_path
     assert same(continued.params, result.params)
 
 
+@pytest.mark.slow
 def test_a_run_of_adapters_is_measured_and_exported_merged_and_alone(finished, tmp_path):
     workdir, result = finished
     measured = measure(config_with(**ADAPTED), workdir)["held_out"]
@@ -356,6 +361,7 @@ def test_a_run_of_adapters_is_measured_and_exported_merged_and_alone(finished, t
         hf.export(workdir, tmp_path / "again", adapters=True, dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_a_frozen_policy_that_is_not_the_one_of_the_run_is_refused(finished, tmp_path):
     workdir, _ = finished
     run_here(tmp_path / "other", **ADAPTED | {"seed": 1, "sft.steps": 0, "steps": 0})
@@ -376,7 +382,8 @@ def test_a_frozen_policy_that_is_not_the_one_of_the_run_is_refused(finished, tmp
         assert frozen.exists() == (name != "lost")
 
 
-def test_a_frozen_policy_that_another_run_left_is_refused_before_the_first_checkpoint(finished, tmp_path):
+@pytest.mark.slow
+def test_a_frozen_policy_that_another_run_left_is_refused_before_the_first_checkpoint(tmp_path):
     keys = ADAPTED | {"sft.steps": 0, "eval.every": 0, "checkpoint.dir": str(tmp_path / "kept"), "steps": 1}
     run_here(tmp_path / "first", **keys)
     shutil.rmtree(tmp_path / "kept" / "checkpoints")
@@ -386,6 +393,7 @@ def test_a_frozen_policy_that_another_run_left_is_refused_before_the_first_check
         run_here(tmp_path / "second", **keys | {"seed": 5})
 
 
+@pytest.mark.slow
 def test_a_policy_with_adapters_is_given_merged(finished, tmp_path):
     workdir, result = finished
     given = run_here(
@@ -398,6 +406,7 @@ def test_a_policy_with_adapters_is_given_merged(finished, tmp_path):
     assert same(given.params, policy.merge(result.policy, result.params))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_adapters_or_merges_them(tmp_path):
     start = write_qwen(tmp_path / "start")
     config = hf.read_config(start, lora=Lora(2, 32.0, ("query", "value", "up")))

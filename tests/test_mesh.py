@@ -60,7 +60,7 @@ def moments(state):
     return state.opt_state.inner_state[1][0]
 
 
-@pytest.mark.parametrize("mesh_of", MESHES)
+@pytest.mark.parametrize("mesh_of", [MESHES[2], *map(tiny.slow, MESHES[:2])])
 def test_loss_and_gradient_of_eight_devices_are_those_of_one(mesh_of):
     """To 1e-5, and a gradient to 3e-4 of its array's largest number: float32 sums in another order."""
     (alone, expected), (spread, metrics) = stepped(ALONE), stepped(mesh_of)

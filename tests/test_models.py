@@ -23,19 +23,26 @@ HUGGING_FACE = {
 
 
 @pytest.fixture(scope="module")
-def hugging_face(tmp_path_factory):
-    """A run of the paper's config from a tiny Qwen 2.5 checkpoint: its keys, its directory, what it printed."""
+def start(tmp_path_factory):
+    """The paper's config from a tiny Qwen 2.5 checkpoint: what it is changed to, and the directory of its files."""
     folder = tmp_path_factory.mktemp("hf")
     start = write_qwen(folder / "start")
     problems = [{"problem": f"What is {a}+{b}?", "answer": str(a + b)} for a in range(4) for b in range(4)]
     for name in ("math", "aime", "amc"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
-    keys = HUGGING_FACE | {"policy.path": start, "data.path": folder / "math.jsonl", "eval.prompts": 3}
+    return HUGGING_FACE | {"policy.path": start, "data.path": folder / "math.jsonl", "eval.prompts": 3}, folder
+
+
+@pytest.fixture(scope="module")
+def hugging_face(start):
+    """A run of it: its keys, its directory, what it printed."""
+    keys, folder = start
     done = run(folder / "work", config="qwen2_5_math_7b", **keys)
     assert done.returncode == 0, done.stderr
     return keys, folder, done.stdout
 
 
+@pytest.mark.slow
 def test_a_hugging_face_checkpoint_trains_and_is_exported(hugging_face, tmp_path):
     _, folder, _ = hugging_face
     trained = rows(folder / "work")
@@ -58,6 +65,7 @@ def test_a_hugging_face_checkpoint_trains_and_is_exported(hugging_face, tmp_path
     assert 1e-5 < max(jax.tree.leaves(moved)) < 0.1
 
 
+@pytest.mark.slow
 def test_a_run_from_a_checkpoint_continues_without_it(hugging_face, tmp_path, capsys):
     keys, folder, _ = hugging_face
     shutil.copytree(folder / "work", tmp_path / "work")
@@ -71,6 +79,7 @@ def test_a_run_from_a_checkpoint_continues_without_it(hugging_face, tmp_path, ca
     assert len(rows(tmp_path / "work")) == 4
 
 
+@pytest.mark.slow
 def test_eval_measures_a_checkpoint_on_benchmarks_and_goes_on_where_it_was_killed(hugging_face, tmp_path):
     keys, folder, _ = hugging_face
     keys = keys | {"eval.sets": "aime,amc", "eval.dir": folder, "eval.samples": 4, "eval.prompts": 0}
@@ -89,6 +98,7 @@ def test_eval_measures_a_checkpoint_on_benchmarks_and_goes_on_where_it_was_kille
     assert again.stdout.splitlines()[-8:] == first.stdout.splitlines()[-8:]
 
 
+@pytest.mark.slow
 def test_fine_tuning_alone_on_packed_pairs(hugging_face, tmp_path, capsys):
     keys, _, _ = hugging_face
     pairs = [{"prompt": f"What is {a}+1?", "completion": f"It is {a + 1}."} for a in range(40)]
@@ -101,6 +111,7 @@ def test_fine_tuning_alone_on_packed_pairs(hugging_face, tmp_path, capsys):
     assert (tmp_path / "work/checkpoints/0").is_dir()
 
 
+@pytest.mark.slow
 def test_a_penalty_for_leaving_the_start_is_measured(hugging_face, tmp_path):
     keys, _, _ = hugging_face
     run_here(tmp_path / "work", config="qwen2_5_math_7b", **keys | {"loss.kl_coefficient": 0.1, "steps": 2})
@@ -116,19 +127,19 @@ def test_a_penalty_for_leaving_the_start_is_measured(hugging_face, tmp_path):
         ({"data.name": "math", "data.path": "missing.jsonl"}, "missing.jsonl does not exist"),
     ],
 )
-def test_bad_paths_and_names_are_one_line(hugging_face, tmp_path, changes, message):
-    assert message in told_by(run_here, tmp_path / "work", config="qwen2_5_math_7b", **hugging_face[0] | changes)
+def test_bad_paths_and_names_are_one_line(start, tmp_path, changes, message):
+    assert message in told_by(run_here, tmp_path / "work", config="qwen2_5_math_7b", **start[0] | changes)
 
 
-def test_an_unknown_benchmark_is_named_before_any_is_loaded(hugging_face, tmp_path):
-    keys = hugging_face[0] | {"eval.sets": "aime,quiz"}
+def test_an_unknown_benchmark_is_named_before_any_is_loaded(start, tmp_path):
+    keys = start[0] | {"eval.sets": "aime,quiz"}
     refused = run(tmp_path / "base", config="qwen2_5_math_7b", script="eval.py", **keys)
     assert refused.returncode != 0
     assert "config.eval.sets names 'quiz'; the sets are gsm8k" in refused.stderr
 
 
-def test_a_broken_checkpoint_claims_no_work_directory(hugging_face, tmp_path):
-    keys, folder, _ = hugging_face
+def test_a_broken_checkpoint_claims_no_work_directory(start, tmp_path):
+    keys, folder = start
     shutil.copytree(folder / "start", tmp_path / "start")
     config = tmp_path / "start" / "config.json"
     whole = config.read_text()

@@ -110,6 +110,7 @@ def test_a_first_run_learns_and_spends_its_budget(tmp_path):
     assert all_labelled(found["figures"])
 
 
+@pytest.mark.slow
 def test_two_prompts_get_the_best_of_all_splits(ran):
     def value(p, n):
         return p * (1 - p) ** 2 * (1 - p**n - (1 - p) ** n)
@@ -119,6 +120,7 @@ def test_two_prompts_get_the_best_of_all_splits(ran):
     assert ran["greedy"].tolist() == ran["exact"].tolist()
 
 
+@pytest.mark.slow
 def test_every_rule_spends_the_budget_and_no_more(ran):
     shown = ran["replays"] | ran["own"]
     assert len(shown) == 6
@@ -129,6 +131,7 @@ def test_every_rule_spends_the_budget_and_no_more(ran):
         assert ran["budget"].allocate(rule, ran["belief"], 60, 2, 24)[0].sum() == 60
 
 
+@pytest.mark.slow
 def test_the_text_tells_what_was_found(ran):
     shares = {rule: replay.effective.mean() for rule, replay in (ran["replays"] | ran["own"]).items()}
     assert shares["uniform"] < shares["knapsack_paper"] < shares["knapsack"] < shares["known"]

@@ -156,6 +156,7 @@ def test_names_of_ones_own(tmp_path):
         run_here(tmp_path / "refused", **POOL | {"alloc.prior": "tests.test_own:half"})
 
 
+@pytest.mark.slow
 def test_the_policy_of_another_run(tmp_path):
     """It begins where that run ended, in parameters of its own, and goes on when it is given them again."""
     first = run_here(tmp_path / "first", steps=2, **{"eval.every": 1})
@@ -182,6 +183,7 @@ def test_the_policy_of_another_run(tmp_path):
         run_here(tmp_path / "fourth", own=own, **{"sft.steps": 0})
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_learns_on_a_mesh_as_on_one_device(tmp_path):
     start = run_here(tmp_path / "start", steps=0)
     config = dataclasses.replace(start.policy, num_kv_heads=2, experts=Experts(4, 2, normalised=True), qk_norm=True)

@@ -88,6 +88,7 @@ def choose(driver, name, value):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_every_chart_has_marks_and_nothing_complains(driver, pages):
     for path, charts in zip(pages[:2], (CHARTS, [*CHARTS, "differences"]), strict=True):
         open_page(driver, path)

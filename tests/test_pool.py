@@ -160,6 +160,7 @@ def test_workers_see_no_credentials(monkeypatch):
         assert told.score(items("secrets"))[0].tolist() == [2.5]
 
 
+@pytest.mark.slow
 def test_order_is_kept_and_results_equal_those_in_process():
     batch = [("", f"#### {i % 3}", ("1", "3.0", "\\frac{4}{2}")[i % 3]) for i in range(101)]
     with make_pool("math", workers=0) as alone, make_pool("math", workers=3, items_per_worker=10) as pool:

@@ -134,6 +134,7 @@ def test_four_processes_that_split_parameters_are_continued_by_one(tmp_path):
     assert_close(workdir, alone)
 
 
+@pytest.mark.slow
 def test_what_one_process_refuses_ends_all_in_one_line(tmp_path):
     began = time.monotonic()
     codes, outputs = finish(start(tmp_path / "pod", **{"alloc.prior": "groups", "alloc.prior_field": "nothing"}))

@@ -136,6 +136,7 @@ def test_devices_read_equally_many_prompts(monkeypatch):
     assert rows[-1] == 8
 
 
+@pytest.mark.slow
 def test_unused_columns_of_long_caches_change_nothing(monkeypatch):
     assert serve.cache_columns(4 + 140) == 144
     assert serve.cache_columns(4 + 141) == 160
@@ -154,7 +155,7 @@ def test_prompts_of_one_token():
     np.testing.assert_array_equal(got.tokens[:, 0], np.asarray(first)[[0, 0, 1, 1, 1]])
 
 
-@pytest.mark.parametrize(("shape", "names"), [((8,), ("data",)), ((2, 2, 2), ("data", "fsdp", "model"))])
+@pytest.mark.parametrize(("shape", "names"), [((8,), ("data",)), tiny.slow((2, 2, 2), ("data", "fsdp", "model"))])
 def test_devices_with_queues_of_their_own_give_what_one_gives(shape, names):
     """19 rollouts and 6 slots, which no number of devices divides."""
     counts = [9, 0, 7, 3]
@@ -187,6 +188,7 @@ def test_a_cpu_has_as_many_slots_as_its_caches_or_a_large_policy_allow():
     assert slots(60, **smollm2) == 194
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_slots():
     """Eight times the rollouts add what they leave behind, and no caches."""
 
@@ -397,7 +399,7 @@ def test_another_layout_decodes_the_same_and_holds_no_parameter_whole():
 
 
 @pytest.mark.parametrize("slots", [3, 8, 19])
-@pytest.mark.parametrize("mesh", [None, ((8,), ("data",)), ((2, 2, 2), ("data", "fsdp", "model"))])
+@pytest.mark.parametrize("mesh", [None, ((2, 2, 2), ("data", "fsdp", "model")), tiny.slow(((8,), ("data",)))])
 def test_a_watcher_sees_every_rollout_once_and_changes_none(mesh, slots, monkeypatch):
     monkeypatch.setattr(serve, "FEWEST", 1)
     counts, seen, calls = [9, 0, 7, 3], {}, []

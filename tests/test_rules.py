@@ -271,6 +271,7 @@ def replayed(rule, rates, **options):
     return budget.replay(rule, rates, keys, **(sizes | options))
 
 
+@pytest.mark.slow
 def test_replay_of_fixed_rates_converges_to_what_is_known():
     rates = jnp.tile(jnp.array(np.random.default_rng(0).beta(0.3, 0.3, (2, 1, 32)), jnp.float32), (1, 120, 1))
     known, believed = replayed("known", rates), replayed("knapsack", rates)

@@ -296,7 +296,7 @@ def test_the_sampler_ends_responses_where_their_text_holds_a_string(cut, few, mo
     assert (np.asarray(got.logps)[~beyond] < 0).all()
 
 
-@pytest.mark.parametrize("mesh", [((8,), ("data",)), ((2, 2, 2), ("data", "fsdp", "model"))])
+@pytest.mark.parametrize("mesh", [((8,), ("data",)), tiny.slow(((2, 2, 2), ("data", "fsdp", "model")))])
 def test_queues_on_several_devices_end_responses_alike(cut, mesh):
     got = sample(STOP, make_mesh(*mesh), slots=16)
     for part, expected in zip((got.tokens, got.lengths, got.finished), cut, strict=True):

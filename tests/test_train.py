@@ -26,6 +26,7 @@ from krl.run.lock import hold_workdir
 from krl.run.log import MetricsLog
 from krl.run.setup import prompts_of_a_step
 from krl.train import train
+from tests import tiny
 from tests.command_line import (
     ROOT,
     TINY,
@@ -58,6 +59,7 @@ def test_groups_are_logged_that_got_any_rollouts(tmp_path):
     assert row == {"step": 1, "counts": [1, 4], "scored": [1, 3], "successes": [1, 2], "belief": [0.5, 0.7]}
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_measured(tmp_path, monkeypatch):
     accuracies = iter([0.9, 0.1, 0.4, 0.4, 0.2])
     evaluate_held_out = script.evaluate_held_out
@@ -77,6 +79,7 @@ def test_the_best_checkpoint_is_kept_and_measured(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["step_2", "step_4"]
 
 
+@pytest.mark.slow
 def test_checkpoints_in_a_directory_of_their_own_belong_to_one_run(tmp_path):
     keys = {"checkpoint.dir": str(tmp_path / "kept"), "sft.steps": 0, "eval.every": 2}
     run_here(tmp_path / "first", **keys, steps=2)
@@ -106,6 +109,7 @@ def test_a_signal_while_a_run_is_set_up_stops_it_before_its_first_step(tmp_path,
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_a_run_is_not_continued_on_other_data(tmp_path):
     data = tmp_path / "sums.jsonl"
     write = lambda rows: data.write_text("".join(json.dumps({"q": f"{i}+{i}", "a": f"{2 * i}"}) + "\n" for i in rows))  # noqa: E731
@@ -238,6 +242,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, capsys):
 POOL = {"alloc.n_min": 0, "alloc.rule": "reach", "alloc.candidates": 10, "alloc.group": 4, "alloc.explored": 0.25}
 
 
+@pytest.mark.slow
 def test_prompts_that_get_nothing_are_left_out_and_the_run_continues_as_exactly(tmp_path):
     """Of ten candidates four at most are served; on two devices and continued it is the same run."""
     alone, continued, devices = (tmp_path / name for name in ("alone", "continued", "devices"))
@@ -285,7 +290,7 @@ def test_counts_that_a_rule_must_not_give_are_refused_by_its_name(counts, wrong)
         spend.check_counts(alloc, np.asarray(counts, np.float32 if isinstance(counts[0], float) else np.int32), 16)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, tiny.slow(signal.SIGINT)])
 def test_a_signal_saves_and_the_run_goes_on_from_there(tmp_path, number, capsys):
     workdir = tmp_path / "work"
     changes = {"steps": 2000, "eval.every": 0, "checkpoint.every": 2000}
@@ -320,6 +325,7 @@ def test_a_killed_run_continues_from_its_last_checkpoint(finished, tmp_path):
     assert learnt(workdir) == learnt(finished[0])
 
 
+@pytest.mark.slow
 def test_two_devices_equal_one(finished, tmp_path, capsys):
     workdir = tmp_path / "work"
     warm = str(finished[0].with_name("sft"))
@@ -330,6 +336,7 @@ def test_two_devices_equal_one(finished, tmp_path, capsys):
         np.testing.assert_allclose(second[name], first[name], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_decodes_in_another_layout_than_it_learns_in(tmp_path, capsys):
     """Keys, prompts and counts come from the mesh of the update, which is another one to JAX."""
     run_here(
@@ -346,6 +353,7 @@ def test_a_run_decodes_in_another_layout_than_it_learns_in(tmp_path, capsys):
     assert np.isfinite([rows(tmp_path)[-1][name] for name in ("loss", "entropy", "eval/accuracy")]).all()
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_stop_the_run(tmp_path):
     bad = run(
         tmp_path / "work",
@@ -434,6 +442,7 @@ def test_a_missing_config_file_is_one_line(tmp_path):
     assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_real_rows_go_through_the_whole_path(tmp_path, capsys):
     """GSM8K's own form, from a local file, with held-out rows and a rule of the other kind."""
     questions = [
@@ -454,7 +463,7 @@ def test_real_rows_go_through_the_whole_path(tmp_path, capsys):
     assert "eval/accuracy" in rows(tmp_path / "work")[-1]
 
 
-@pytest.mark.parametrize("rule", ["pilot_commit", "mopps"])
+@pytest.mark.parametrize("rule", [tiny.slow("pilot_commit"), "mopps"])
 def test_rules_that_choose_prompts_in_other_ways_train(tmp_path, rule):
     run_here(tmp_path / "work", **POOL | {"alloc.rule": rule, "sft.steps": 2, "steps": 2})
     for row in rows(tmp_path / "work", "groups"):
@@ -505,7 +514,9 @@ def test_dynamic_updates_wait_for_enough_rollouts_that_teach(tmp_path):
     assert [row["updated"] == 1 for row in logged] == updated
 
 
-@pytest.mark.parametrize(("rule", "total"), [("two_round", 16), ("two_round", 8), ("knapsack_paper", 16)])
+@pytest.mark.parametrize(
+    ("rule", "total"), [("two_round", 16), tiny.slow("two_round", 8), tiny.slow("knapsack_paper", 16)]
+)
 def test_other_rules_train(tmp_path, rule, total):
     """A rule with a pilot, also when the pilot is all there is."""
     changes = {"alloc.rule": rule, "alloc.budget": total, "sft.steps": 2, "steps": 2}

@@ -106,9 +106,10 @@ def test_micro_rowses_change_nothing():
     assert_close(floats(same), floats(metrics), atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"importance_cap": 2.0, "kl_coefficient": 0.1, "entropy_coefficient": 0.05}, {"surrogate": "gspo"}]
-)
+PENALTIES = {"importance_cap": 2.0, "kl_coefficient": 0.1, "entropy_coefficient": 0.05}
+
+
+@pytest.mark.parametrize("options", [{}, tiny.slow(PENALTIES), tiny.slow({"surrogate": "gspo"})])
 def test_packed_rows_give_the_gradient_of_padded_rows_and_of_one_rollout_at_a_time(options):
     reference = jax.tree.map(lambda leaf: 0.9 * leaf, tiny.params()) if "kl_coefficient" in options else None
     packed, metrics = step(**options, reference=reference, num_updates=2, micro_rows=2)
@@ -145,6 +146,7 @@ def test_an_entropy_bonus_is_the_mean_entropy_of_the_response_tokens():
     assert float(metrics["loss"]) == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_fastest_here_computes_the_same():
     plain, metrics = step()
     fast: Any = for_this_backend(
@@ -198,6 +200,7 @@ def test_counts_do_not_recompile_and_the_state_keeps_its_layout():
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_of_changing_counts_and_lengths_compile_once():
     rng, state, programs = np.random.default_rng(0), fresh_state(), set()
     for number in range(100):
@@ -215,7 +218,7 @@ def test_a_hundred_steps_of_changing_counts_and_lengths_compile_once():
     assert len(programs) == 1
 
 
-@pytest.mark.parametrize(("shape", "names"), [((8,), ("data",)), ((2, 2, 2), ("data", "fsdp", "model"))])
+@pytest.mark.parametrize(("shape", "names"), [((8,), ("data",)), tiny.slow((2, 2, 2), ("data", "fsdp", "model"))])
 def test_eight_devices_equal_one(shape, names):
     alone, metrics = step()
     mesh = make_mesh(shape, names)
@@ -348,6 +351,7 @@ def test_a_penalty_to_the_policy_itself_is_zero_and_to_another_one_is_not():
     assert float(far["loss"]) == pytest.approx(float(metrics["loss"]) + 0.5 * float(far["kl"]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_equal_settings_share_an_optimiser_and_its_programs_and_old_ones_are_let_go():
     def update_with(rate):
         optimizer = make_optimizer(

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from krl import policy
 from krl.base.types import Prompts, Rollouts
@@ -17,6 +18,11 @@ EOS = (1,)
 AS_FOR_USERS: dict[str, int | bool] = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 if jax.__version_info__ < (0, 11):  # later ones have no other emitters and do not know this
     AS_FOR_USERS["xla_cpu_use_fusion_emitters"] = True
+
+
+def slow(*values):
+    """A case of `parametrize` that `make slow` tries and `make test` does not."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def params(seed: int = 0, config: policy.PolicyConfig = CONFIG) -> dict:
