@@ -31,7 +31,7 @@ PATH = {  # the files of a step, and the tests that are about each
     "krl/budget/prior.py": "prior",
     "krl/budget/allocate.py": "choose rules solve budget",
     "krl/budget/solve.py": "solve choose budget rules",
-    "krl/budget/value.py": "budget solve choose",
+    "krl/budget/value.py": "budget solve choose rules",
     "krl/rollout/sampler.py": "rollout mesh stop",
     "krl/rollout/serve.py": "rollout stop mesh",
     "krl/rollout/slots.py": "rollout",

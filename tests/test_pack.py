@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from krl import policy
+from krl.base.sharding import make_mesh
 from krl.base.types import Rollouts, Segments
-from krl.learn.pack import fill_columns, pack, place_rollouts, rollout_tokens, row_shape
+from krl.learn.pack import fill_columns, pack, place_rollouts, rollout_tokens, row_shape, rows_at_once
 from krl.policy.attention import attend_rows, has_branches
 from tests import tiny
 
@@ -172,13 +173,20 @@ def test_scores_and_gradients_are_those_of_rollouts_alone(config, counts):
 
 
 def test_rows_are_as_wide_as_micro_batches_and_attention_allow():
-    assert row_shape(48, 12, 1024, 128, shared=True) == (96, 130, 10)  # 48 + 4 * 12 columns
+    assert row_shape(48, 12, 1024, 128, shared=True) == (96, 128, 8)  # 48 + 4 * 12 columns, of which 32 rows may do
     assert row_shape(48, 12, 1024, 16, shared=True) == (96, 16, 4)  # no micro-batch of rows that sharing leaves empty
     assert row_shape(48, 12, 90, 128, shared=True)[0] == 90
     assert row_shape(48, 12, 40, 128, shared=True)[0] == 60
     assert row_shape(128, 160, 4608, 128, shared=True)[0] == 512
     assert row_shape(512, 4096, 65536, 128, shared=True)[0] == 4608
-    assert row_shape(48, 12, 1024, 128, shared=False) == (60, 136, 17)
+    assert row_shape(48, 12, 1024, 128, shared=False) == (60, 128, 16)
+
+
+def test_micro_batches_are_as_few_as_fit_and_equally_large():
+    assert [rows_at_once(2048, 366, rows) for rows in (1, 4, 5, 6, 16, 17)] == [1, 4, 5, 3, 4, 5]
+    assert rows_at_once(100, 366, 16) == 1
+    with jax.set_mesh(make_mesh((8,), ("data",))):
+        assert [rows_at_once(8 * 2048, 366, rows) for rows in (1, 8 * 16 - 3, 8 * 16)] == [8, 32, 32]
 
 
 def test_branches_need_a_kernel_that_has_them(monkeypatch):

@@ -40,11 +40,11 @@ def fresh_state():
     return init_state(tiny.CONFIG, OPTIMIZER, tiny.params())
 
 
-def step(state=None, *, num_updates=1, micro_rows=4, advantages=ADVANTAGES, seed=0, **options):
+def step(state=None, *, num_updates=1, micro_rows=4, advantages=ADVANTAGES, seed=0, temperature=1.0, **options):
     return policy_update(
         tiny.CONFIG, OPTIMIZER, fresh_state() if state is None else state, tiny.prompts(), tiny.rollouts(INDEX),
         jnp.asarray(advantages, jnp.float32), jax.random.key(seed),
-        num_updates=num_updates, micro_tokens=micro_rows * ROW_TOKENS, temperature=1.0, **CLIPS, **options,
+        num_updates=num_updates, micro_tokens=micro_rows * ROW_TOKENS, temperature=temperature, **CLIPS, **options,
     )  # fmt: skip
 
 
@@ -80,19 +80,19 @@ def test_update_is_the_gradient_of_the_token_mean_over_all_rollouts():
     assert_close(state.params, optax.apply_updates(tiny.params(), updates), atol=2e-4)
 
 
-@pytest.mark.parametrize("num_updates", [1, 2])
-def test_the_mismatch_is_that_of_the_first_updates_rollouts(num_updates):
-    """Against plain code with the parameters from before the step."""
+@pytest.mark.parametrize(("num_updates", "temperature"), [(1, 1.0), (2, 1.0), (1, 0.6), (1, 0.0)])
+def test_the_mismatch_is_that_of_the_first_updates_rollouts(num_updates, temperature):
+    """Against plain code with the parameters from before the step; greedy rollouts are scored at temperature 1."""
     prompts, rollouts, source = tiny.prompts(), tiny.rollouts(INDEX), np.minimum(INDEX, 3)
     real = np.arange(4)[None, :] < np.asarray(rollouts.lengths)[:, None]
     tokens = jnp.concatenate([prompts.tokens[source], rollouts.tokens], axis=1)
     mask = jnp.concatenate([prompts.mask[source], jnp.array(real)], axis=1)
-    logits = jax.nn.log_softmax(policy.apply(tiny.CONFIG, tiny.params(), tokens, mask))
+    logits = jax.nn.log_softmax(policy.apply(tiny.CONFIG, tiny.params(), tokens, mask) / (temperature or 1))
     logps = jnp.take_along_axis(logits[:, 4:-1], rollouts.tokens[..., None], axis=-1)[..., 0]
     first = np.asarray(jax.random.permutation(jax.random.key(0), 16)).reshape(num_updates, -1)[0]
     which = [row for row in first if ADVANTAGES[row] and INDEX[row] < 4]
     apart = np.abs(np.asarray(logps - rollouts.logps))[which][real[which]]
-    _, metrics = step(num_updates=num_updates, micro_rows=2)
+    _, metrics = step(num_updates=num_updates, micro_rows=2, temperature=temperature)
     assert float(metrics["mismatch"]) == pytest.approx(apart.mean(), rel=1e-4)
     assert float(metrics["mismatch_max"]) == pytest.approx(apart.max(), rel=1e-4)
     _, metrics = step(num_updates=num_updates, advantages=np.zeros(16))
