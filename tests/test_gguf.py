@@ -157,10 +157,12 @@ def test_parts_are_put_together_and_damage_is_told(tmp_path):
         part.write_bytes(whole[i * len(whole) // 3 : (i + 1) * len(whole) // 3])
     convert(parts, tmp_path / "out")
     convert([tmp_path / "model.gguf"], tmp_path / "other")
+    other = of_golden("qwen2", tmp_path / "model_of_another.gguf")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
     for files, message in (
         (parts[:2], "it may be cut off"), (parts[1:], "does not begin with GGUF"),
-        ([tmp_path / "none.gguf"], "No such file or directory"),
+        ([tmp_path / "none.gguf"], "No such file or directory"), ([parts[0], parts[2], parts[1]], "not parts in their order"),
+        ([*parts[:2], *parts[1:]], "each once"), ([tmp_path / "model.gguf", other], "is whole; name no other file"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             convert(files, tmp_path / "third")
@@ -176,6 +178,7 @@ def test_parts_are_put_together_and_damage_is_told(tmp_path):
         ({"rope.dimension_count": 2}, "rope.dimension_count = 2 is not the size of a head, 4"),
         ({"attention.head_count_kv": [2, 1]}, "head_count_kv differs from layer to layer"),
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "type 'yarn'; supported are"),
+        ({"attention.layer_norm_rms_epsilon": None}, "every llama has is missing"),
         ({"block_count": 9}, "missing"),
         ({"block_count": 1}, "unexpected"),
     ],
@@ -184,6 +187,22 @@ def test_what_is_not_supported_is_refused_by_name(more, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         convert([of_golden("llama2", tmp_path / "model.gguf", **more)], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.gguf"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope.scaling.factor": 4.0},
+        {"rope.scale_linear": 4.0},
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+    ],
+)
+def test_positions_are_scaled_as_llama_cpp_scales_them(fields, tmp_path):
+    convert([of_golden("llama2", tmp_path / "model.gguf", **fields)], tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["rope_scaling"] == {
+        "rope_type": "linear",
+        "factor": 4.0,
+    }
 
 
 def test_architectures_tensors_and_tokenizers_that_nothing_here_knows(tmp_path):
@@ -199,6 +218,8 @@ def test_architectures_tensors_and_tokenizers_that_nothing_here_knows(tmp_path):
         ({"model": "gpt2", "pre": "falcon"}, "splits texts as 'falcon'; supported are llama-bpe, qwen2"),
         ({"eos_token_id": None}, "names no end token"),
         ({"scores": None}, "has no scores"),
+        ({"token_type": [1] * 5}, "has 96 pieces and the kinds of 5"),
+        ({"model": "gpt2", "pre": "qwen2", "merges": ["no such"]}, "tokenizer does not fit together"),
     ):
         file = of_golden("llama2", tmp_path / "model.gguf")
         reader = gguf.GGUFReader(file)

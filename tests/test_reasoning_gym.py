@@ -122,3 +122,21 @@ def test_options_tell_equal_generators_apart():
     first, second = parse_tasks("gcd(max_value=9), gcd(max_value=99)*2")
     assert (first.weight, second.weight) == (1.0, 2.0)
     assert dict(second.options) == {"max_value": 99}
+
+
+def test_a_generators_options_are_its_scorers_too():
+    ladders = draw_tasks(
+        {"warm": 0, "train": 5, "test": 0}, seed=0, tasks="word_ladder(min_word_length=3, max_word_length=3)"
+    )["train"]
+    assert all(score_reasoning_gym("", answer, answer, row) == 1 for answer, row in zip(ladders.answers, ladders.rows, strict=True))  # fmt: skip
+    places = "decimal_arithmetic(min_num_decimal_places=9, max_num_decimal_places=9, precision=14)"
+    sums = draw_tasks({"warm": 0, "train": 5, "test": 0}, seed=0, tasks=places)["train"]
+    for answer, row in zip(sums.answers, sums.rows, strict=True):
+        assert score_reasoning_gym("", answer, answer, row) == 1
+        assert score_reasoning_gym("", str(float(answer) + 9e-4), answer, row) < 1
+
+
+def test_tasks_without_an_answer_are_nothing_to_imitate():
+    drawn = draw_tasks({"warm": 8, "train": 2, "test": 0}, seed=0, tasks="rubiks_cube, gcd")
+    assert "" in drawn["warm"].answers
+    assert drawn["warm"].completions == ()

@@ -11,6 +11,8 @@ import contextlib
 import json
 import math
 import pathlib
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -100,7 +102,9 @@ def _package() -> Any:
 @contextlib.contextmanager
 def _readers(files: Sequence[pathlib.Path]) -> Iterator[list[Any]]:
     """A reader of each file; of parts by bytes, which all but the first do not begin like a file, one of all."""
-    begins = []
+    begins, numbers = [], [[int(number) for number in re.findall(r"\d+", file.name)] for file in files]
+    if numbers != sorted(numbers) or len(set(files)) < len(files):
+        raise ValueError(f"{', '.join(file.name for file in files)} are not parts in their order, each once")
     for file in files:
         try:
             with file.open("rb") as opened:
@@ -114,7 +118,8 @@ def _readers(files: Sequence[pathlib.Path]) -> Iterator[list[Any]]:
             whole = pathlib.Path(scratch) / "whole.gguf"
             with whole.open("wb") as written:
                 for file in files:
-                    written.write(file.read_bytes())
+                    with file.open("rb") as part:
+                        shutil.copyfileobj(part, written)
             files = [whole]
         readers = []
         for file in files:
@@ -122,9 +127,12 @@ def _readers(files: Sequence[pathlib.Path]) -> Iterator[list[Any]]:
                 readers.append(_package().GGUFReader(file))
             except Exception as error:  # it takes the bytes as they are, and any error may follow
                 raise ValueError(f"{file} cannot be read as GGUF, it may be cut off: {error}") from None
-        parts = readers[0].get_field("split.count")
-        if parts is not None and parts.contents() != len(files):
-            raise ValueError(f"{files[0]} is one of {parts.contents()} files; name all of them, in their order")
+        field = readers[0].get_field("split.count")
+        parts = 1 if field is None else field.contents()
+        if parts == 1 < len(files):
+            raise ValueError(f"{files[0]} is whole; name no other file beside it")
+        if parts != len(files):
+            raise ValueError(f"{files[0]} is one of {parts} files; name all of them, in their order")
         yield readers
 
 
@@ -160,7 +168,7 @@ def _config(fields: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
             "num_key_value_heads": get("attention.head_count_kv", heads),
             "head_dim": size,
             "hidden_act": "silu",
-            "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+            "rms_norm_eps": float(get("attention.layer_norm_rms_epsilon")),
             "rope_theta": get("rope.freq_base", 1e6 if kind == "gemma3" else 1e4),
             "max_position_embeddings": get("context_length"),
             "tie_word_embeddings": "output.weight" not in stored,
@@ -199,15 +207,18 @@ def _config(fields: dict[str, Any], stored: dict[str, Any]) -> dict[str, Any]:
 
 def _scaling(get: Any, factors: Any, theta: float, size: int) -> dict[str, Any] | None:
     """How rotary positions are stretched, in the terms of config.json; None if they are not."""
-    kind = get("rope.scaling.type", "none")
+    # What llama.cpp takes where the file says nothing, and how older files name the factor.
+    kind, factor = get("rope.scaling.type", "linear"), get("rope.scaling.factor", 0) or get("rope.scale_linear", 0) or 1
     if factors is None:
-        if kind == "none":
+        if kind == "none" or (kind == "linear" and factor == 1):
             return None
         if kind != "linear":
             raise ValueError(f"rotary positions are scaled by the type {kind!r}; supported are linear and llama 3's")
-        return {"rope_type": kind, "factor": get("rope.scaling.factor", 1.0)}
+        return {"rope_type": kind, "factor": factor}
     # The file holds what llama 3's rule gave for each frequency, and not the rule.
     factors = np.array(factors.data, np.float32)
+    if factors.shape != (size // 2,):
+        raise ValueError(f"the tensor {_ROTARY} has the shape {factors.shape}, and heads have {size // 2} frequencies")
     low, high, length = 1.0, 4.0, 8192
     turns = length / (2 * math.pi * theta ** (np.arange(0, size, 2) / size))  # of each frequency over that length
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -288,13 +299,20 @@ def _write_tokenizer(fields: dict[str, Any], out: pathlib.Path) -> None:
 
     kind, pieces = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
     kinds = fields.get("tokenizer.ggml.token_type") or [1] * len(pieces or ())
+    if pieces and len(kinds) != len(pieces):
+        raise ValueError(f"the file's tokenizer has {len(pieces)} pieces and the kinds of {len(kinds)}")
     if not pieces or kind not in ("gpt2", "llama"):
         raise ValueError(
             f"the file's tokenizer is {kind!r}; supported are 'gpt2' (byte-level BPE) and 'llama' (sentencepiece)"
         )
     build = _byte_level if kind == "gpt2" else _sentencepiece
     vocabulary = {piece: i for i, piece in enumerate(pieces) if kinds[i] != _UNUSED}
-    tokenizer, begins = build(fields, vocabulary)
+    try:
+        tokenizer, begins = build(fields, vocabulary)
+    except ValueError:
+        raise
+    except Exception as error:  # what the library raises where a merge is of no pieces
+        raise ValueError(f"the file's tokenizer does not fit together: {error}") from None
     from tokenizers import AddedToken, processors
 
     tokenizer.add_special_tokens(
@@ -317,7 +335,7 @@ def _write_tokenizer(fields: dict[str, Any], out: pathlib.Path) -> None:
     whole.chat_template = fields.get("tokenizer.chat_template")
     whole.save_pretrained(out)
     ends = [ids["eos_token"], *(fields.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom"))]
-    ends = [int(i) for i in dict.fromkeys(ends) if i is not None]
+    ends = [int(i) for i in dict.fromkeys(ends) if i is not None and i < len(pieces)]
     (out / "generation_config.json").write_text(
         json.dumps({"bos_token_id": ids["bos_token"], "eos_token_id": ends}) + "\n"
     )
@@ -365,7 +383,7 @@ def _sentencepiece(fields: dict[str, Any], vocabulary: dict[str, int]) -> tuple[
     )
     names = {number: piece for piece, number in vocabulary.items()}
     bpe = models.BPE(
-        vocab=vocabulary, merges=[(left, right) for *_, left, right in merges], unk_token=names[unknown],
+        vocab=vocabulary, merges=[(left, right) for *_, left, right in merges], unk_token=names.get(unknown),
         fuse_unk=True, byte_fallback="<0x0A>" in vocabulary,
     )  # fmt: skip
     tokenizer = Tokenizer(bpe)

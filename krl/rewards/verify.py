@@ -63,10 +63,10 @@ def score_reasoning_gym(prompt: str, response: str, answer: Answer, row: Mapping
     Args:
         row: an entry of a data set of reasoning-gym, as `krl.tasks.reasoning_gym` keeps it.
     """
-    from reasoning_gym import get_score_answer_fn
+    from reasoning_gym import create_dataset
 
     given = extract_answer(response) or after_thinking(response).strip()
-    score = get_score_answer_fn(row["metadata"]["source_dataset"])
+    score = create_dataset(row["metadata"]["source_dataset"], **row.get("options", {})).score_answer
     try:
         return float(score(answer=given, entry=row))
     except Exception:  # some scorers raise where an answer is not of the form that they read

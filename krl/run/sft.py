@@ -81,7 +81,8 @@ def _encode(encoded: EncodedTasks, tokenizer: Tokenizer) -> list[Pair]:
     """The D prompts and completions, each with its end token."""
     if not encoded.tasks.completions:
         raise ValueError(
-            "supervised fine-tuning needs worked solutions; name config.data.completion_field or config.sft.path"
+            "supervised fine-tuning needs a worked solution of every task; name config.data.completion_field or "
+            "config.sft.path, or set config.sft.steps=0"
         )
     prompts = [row[real] for row, real in zip(encoded.tokens, encoded.mask, strict=True)]
     targets = [[*tokenizer.encode(text), tokenizer.eos_ids[0]] for text in encoded.tasks.completions]

@@ -19,7 +19,7 @@ import numpy as np
 from krl.tasks.data import TaskSet
 from krl.tasks.embedded import SPLITS, draw_split
 
-Entry = dict[str, Any]  # "question", "answer", "metadata"
+Entry = dict[str, Any]  # "question", "answer", "metadata", and the "options" of its generator, which its score needs
 _CHUNK = 500  # entries that are drawn from one seed of a generator
 
 
@@ -78,8 +78,9 @@ def draw_tasks(sizes: Mapping[str, int], *, seed: int, tasks: str) -> dict[str, 
         tasks: the mixture, as `parse_tasks` reads it.
 
     Returns:
-        A TaskSet for each of SPLITS, with the answers as completions. Its fields are "generator" and "difficulty", what
-        a question's entry says of how hard it is; its rows are the entries, which the generators' own scores need.
+        A TaskSet for each of SPLITS, with the answers as completions, or none where a generator has no answer and only
+        knows a right one when it sees it. Its fields are "generator" and "difficulty", what a question's entry says of
+        how hard it is; its rows are the entries, which the generators' own scores need.
 
     Raises:
         ValueError: the package is not installed, a generator that it does not have, options that it refuses, or more
@@ -97,7 +98,7 @@ def draw_tasks(sizes: Mapping[str, int], *, seed: int, tasks: str) -> dict[str, 
         drawn[split] = TaskSet(
             prompts=tuple(entry["question"] for entry in entries),
             answers=answers,
-            completions=answers,
+            completions=answers if all(answers) else (),
             fields={
                 "generator": tuple(entry["metadata"]["source_dataset"] for entry in entries),
                 "difficulty": tuple(_difficulty(entry["metadata"]) for entry in entries),
@@ -168,7 +169,7 @@ def _entries(generator: Generator, rng: np.random.Generator) -> Iterator[Entry]:
                 raise ValueError(
                     f"reasoning-gym's {spelled} failed: {error!r}; change its options or leave it out"
                 ) from None
-            yield entry
+            yield entry | {"options": dict(generator.options)}
 
 
 def _plain(value: Any) -> Any:
