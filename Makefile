@@ -56,7 +56,7 @@ test: $(VENV)/dev-installed
 oldest:
 	@$(MAKE) test VENV=.venv-oldest REQUIREMENTS="$$(sed -nE 's/^([A-Za-z0-9_-]+)>=([^, ]+).*/\1==\2/p' requirements.txt | xargs)"
 
-# What is said of kills, of several processes and of an installed krl is said of programs that are compiled as for users.
+# Kills in every phase, several processes and an installed krl are tried with programs that are compiled as for users.
 AS_FOR_USERS := tests/test_faults.py tests/test_processes.py tests/test_package.py
 
 slow: $(VENV)/dev-installed

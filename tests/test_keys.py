@@ -843,19 +843,10 @@ def test_pairs_meet_in_few_rows():
         assert {(row[a], row[b]) for row in rows} == set(itertools.product(first, second))
 
 
-def cycled(key: str, values: Iterable, rows: list[dict]) -> list[dict]:
-    """Every value of a further key once, each with another row."""
-    return [row | {key: value} for value, row in zip(values, itertools.cycle(rows), strict=False)]
-
-
-# Every rule once, and every two settings together.
 BELIEFS = {
     "alloc.prior": ("shared", *budget.PRIORS), "alloc.fit_discounts": (True, False), "alloc.scouts": (0, 4), "alloc.n_min": (2, 1)
 }  # fmt: skip
-BUDGETS = [
-    *cycled("alloc.rule", budget.RULES, pairwise(BELIEFS)),
-    *pairwise({"alloc.rule": tuple(budget.RULES)} | BELIEFS),
-]
+BUDGETS = pairwise({"alloc.rule": tuple(budget.RULES)} | BELIEFS)
 
 
 @pytest.mark.slow
@@ -878,7 +869,7 @@ GRADIENTS = {
     "loss.importance_cap": (0.0, 2.0), "loss.overlong_tokens": (0, 2), "loss.mask_truncated": (False, True),
 }  # fmt: skip
 OF_ALL = tuple(average for average in learn.AVERAGES if average != "candidates")
-LOSSES = [*cycled("loss.average", OF_ALL, pairwise(GRADIENTS)), *pairwise({"loss.average": OF_ALL} | GRADIENTS)]
+LOSSES = pairwise({"loss.average": OF_ALL} | GRADIENTS)
 
 
 @pytest.mark.slow

@@ -315,7 +315,6 @@ def finished(tmp_path_factory):
     return workdir, run_here(workdir, **ADAPTED)
 
 
-@pytest.mark.slow
 def test_a_run_trains_adapters_and_keeps_what_they_stand_on_once(finished, capsys):
     workdir, result = finished
     frozen = policy.frozen(result.policy, result.params)
@@ -328,7 +327,6 @@ def test_a_run_trains_adapters_and_keeps_what_they_stand_on_once(finished, capsy
     assert all(np.isfinite(row["loss"]) for row in rows(workdir)[1:])
 
 
-@pytest.mark.slow
 def test_a_run_of_adapters_continues_as_if_it_had_not_stopped(finished, tmp_path, capsys):
     workdir, result = finished
     for steps in (2, 4):
@@ -338,7 +336,6 @@ def test_a_run_of_adapters_continues_as_if_it_had_not_stopped(finished, tmp_path
     assert same(continued.params, result.params)
 
 
-@pytest.mark.slow
 def test_a_run_of_adapters_is_measured_and_exported_merged_and_alone(finished, tmp_path):
     workdir, result = finished
     measured = measure(config_with(**ADAPTED), workdir)["held_out"]
@@ -361,7 +358,6 @@ def test_a_run_of_adapters_is_measured_and_exported_merged_and_alone(finished, t
         hf.export(workdir, tmp_path / "again", adapters=True, dtype="bfloat16")
 
 
-@pytest.mark.slow
 def test_a_frozen_policy_that_is_not_the_one_of_the_run_is_refused(finished, tmp_path):
     workdir, _ = finished
     run_here(tmp_path / "other", **ADAPTED | {"seed": 1, "sft.steps": 0, "steps": 0})
@@ -382,7 +378,6 @@ def test_a_frozen_policy_that_is_not_the_one_of_the_run_is_refused(finished, tmp
         assert frozen.exists() == (name != "lost")
 
 
-@pytest.mark.slow
 def test_a_frozen_policy_that_another_run_left_is_refused_before_the_first_checkpoint(tmp_path):
     keys = ADAPTED | {"sft.steps": 0, "eval.every": 0, "checkpoint.dir": str(tmp_path / "kept"), "steps": 1}
     run_here(tmp_path / "first", **keys)
@@ -393,7 +388,6 @@ def test_a_frozen_policy_that_another_run_left_is_refused_before_the_first_check
         run_here(tmp_path / "second", **keys | {"seed": 5})
 
 
-@pytest.mark.slow
 def test_a_policy_with_adapters_is_given_merged(finished, tmp_path):
     workdir, result = finished
     given = run_here(

@@ -43,7 +43,6 @@ def test_splits_are_disjoint_and_the_same_for_the_same_seed():
         assert not prompts[first] & (prompts[1] | prompts[2] | prompts[4] | prompts[5])
 
 
-@pytest.mark.slow
 def test_what_goes_through_sets_is_drawn_alike_in_every_process(monkeypatch):
     drawn = []
     for hash_seed in ("1", "2"):

@@ -79,7 +79,6 @@ def test_the_best_checkpoint_is_kept_and_measured(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "eval").iterdir()) == ["step_2", "step_4"]
 
 
-@pytest.mark.slow
 def test_checkpoints_in_a_directory_of_their_own_belong_to_one_run(tmp_path):
     keys = {"checkpoint.dir": str(tmp_path / "kept"), "sft.steps": 0, "eval.every": 2}
     run_here(tmp_path / "first", **keys, steps=2)
@@ -109,7 +108,6 @@ def test_a_signal_while_a_run_is_set_up_stops_it_before_its_first_step(tmp_path,
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.slow
 def test_a_run_is_not_continued_on_other_data(tmp_path):
     data = tmp_path / "sums.jsonl"
     write = lambda rows: data.write_text("".join(json.dumps({"q": f"{i}+{i}", "a": f"{2 * i}"}) + "\n" for i in rows))  # noqa: E731

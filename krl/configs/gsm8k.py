@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.sft.steps = 100
     config.sft.batch_size = 16
     config.sft.learning_rate = 1e-3
-    config.optim.micro_tokens = 4608  # 9 rows of 512
+    config.optim.micro_tokens = 4608  # 9 rows of 512 at most
     config.optim.decay_steps = 0
     config.eval.every = 20
     config.eval.prompts = 64

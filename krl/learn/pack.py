@@ -160,8 +160,8 @@ def row_shape(
 def rows_at_once(micro_tokens: int, row_tokens: int, num_rows: int) -> int:
     """Rows of row_tokens columns in a micro-batch: equally many for every device of the mesh, one at least.
 
-    As few as num_rows allow in as many micro-batches as it takes: 16 rows where 5 fit are computed 4 at a time, in less
-    memory and without 4 rows of nothing.
+    num_rows are split evenly into the fewest micro-batches that micro_tokens allow: 16 rows where 5 fit are computed 4
+    at a time, in less memory, and not 5 at a time, of which the last would be 4 rows of nothing.
     """
     devices = batch_devices(jax.sharding.get_abstract_mesh())
     rows, most = -(-num_rows // devices), max(micro_tokens // (row_tokens * devices), 1)

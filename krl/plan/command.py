@@ -78,6 +78,13 @@ class Plan(NamedTuple):
         """Rollouts of an update."""
         return self.config.alloc.budget // self.config.optim.updates_per_step
 
+    def rows_of(self, micro_tokens: int) -> tuple[int, int]:
+        """(columns, rows on each device) of an update's micro-batches of so many tokens."""
+        asked, answered = self.config.data.max_prompt_tokens, self.config.sample.max_new_tokens
+        with jax.set_mesh(self.mesh):
+            columns, _, rows = row_shape(asked, answered, micro_tokens, self.update_rollouts, shared=self.shared)
+        return columns, rows // batch_devices(self.mesh)
+
     @property
     def seconds(self) -> dict[str, Seconds]:
         """How long a step's programs take at least; nothing of unknown devices, nor of "shrink", which is short."""
@@ -131,12 +138,8 @@ def plan(config: ConfigDict, topology: str, tokens: int = 0, accelerator: Accele
         accelerator=accelerator or _look_up(mesh.devices.flat[0], here=not topology),
         prompts=len(sampler.work.prompts.last), slots=sampler.options.num_slots, rows=0, columns=0,
     )  # fmt: skip
-    asked, answered = config.data.max_prompt_tokens, config.sample.max_new_tokens
-    with jax.set_mesh(mesh):
-        columns, _, rows = row_shape(
-            asked, answered, config.optim.micro_tokens, found.update_rollouts, shared=found.shared
-        )
-    return found._replace(rows=rows // batch_devices(mesh), columns=columns)
+    columns, rows = found.rows_of(config.optim.micro_tokens)
+    return found._replace(rows=rows, columns=columns)
 
 
 def step_work(found: Plan) -> dict[str, Work]:
@@ -269,6 +272,7 @@ def _advise_update(found: Plan, limit: float) -> list[str]:
     rows = min(int(found.rows * room / update.temporaries), math.ceil(found.update_rollouts / devices))
     if rows < 1:
         return ["not even one row a device fits the update: split the policy there too, or take more devices"]
+    _, rows = found.rows_of(rows * found.columns * devices)  # micro-batches are equally large
     if rows == found.rows:
         return []
     return [
