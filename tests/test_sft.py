@@ -106,7 +106,7 @@ def test_pairs_that_cannot_be_learnt_from_are_refused():
         pack_pairs(tasks_of(("dd", "ee")), LETTERS, 4)
     without = EncodedTasks(TASKS.tokens, TASKS.mask, TaskSet(("d",) * 12, ("",) * 12), dropped=0)
     for prepare in (encode_pairs, pack_pairs):
-        with pytest.raises(ValueError, match="worked solutions"):
+        with pytest.raises(ValueError, match="a worked solution of every task"):
             prepare(without, LETTERS, 8)
 
 
