@@ -354,7 +354,7 @@ KEYS: dict[str, Key] = {
     "optim.weight_decay": Key(0.0, FROM_0, FIXED, "decoupled weight decay of AdamW"),
     "optim.grad_clip": Key(1.0, ABOVE_0, FIXED, "largest global norm of the gradient; larger ones are scaled down"),
     "optim.updates_per_step": Key(2, FROM_1, FIXED, "optimiser updates per step, on equal shares of the rollouts"),
-    "optim.micro_tokens": Key(1024, FROM_1, FREE, "tokens of a micro-batch at most, but for one row, on all devices together"),
+    "optim.micro_tokens": Key(1024, FROM_1, FREE, "tokens of a micro-batch at most, or a row, on all devices together"),
     "optim.packed": Key(True, ANY, FREE,
         "several rollouts to a row; False where the attention kernel has no segments (cuDNN)"),
     # ---------------------------------------------------------------- distributed
