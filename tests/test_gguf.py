@@ -161,7 +161,8 @@ def test_parts_are_put_together_and_damage_is_told(tmp_path):
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "other/model.safetensors").read_bytes()
     for files, message in (
         (parts[:2], "it may be cut off"), (parts[1:], "does not begin with GGUF"),
-        ([tmp_path / "none.gguf"], "No such file or directory"), ([parts[0], parts[2], parts[1]], "not parts in their order"),
+        ([tmp_path / "none.gguf"], "No such file or directory"),
+        ([parts[0], parts[2], parts[1]], "in the order of their numbers"),
         ([*parts[:2], *parts[1:]], "each once"), ([tmp_path / "model.gguf", other], "is whole; name no other file"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -177,6 +177,21 @@ def test_what_does_not_fit_is_said_with_a_way_out(planned):
     assert "not even one row" in hopeless
 
 
+def test_rows_that_an_update_would_not_take_are_not_advised(planned):
+    """Of five rows a device three are computed at a time, and so they are where four fit."""
+    config = planned.config.copy_and_resolve_references()
+    config.unlock()
+    config.optim.packed = False
+    config.alloc.budget = 5 * GROUPS * config.optim.updates_per_step
+    found, update = planned._replace(config=config, rows=3, columns=planned.longest), planned.programs["update"]
+    four, five = (advice(found, update.held + more * update.temporaries) for more in (0.4, 0.7))
+    assert "micro_tokens" not in four
+    assert (
+        f"5 rows a device instead of 3 in a micro-batch fit: --config.optim.micro_tokens={5 * found.columns * GROUPS}"
+        in five
+    )
+
+
 def test_the_way_out_for_decoding_is_the_fastest_layout_that_fits(planned):
     """Decoding needs half the policy on each device; with the other half there is no room."""
     kept = planned.parts["parameters"] + planned.parts["optimiser"]

@@ -127,7 +127,8 @@ def test_a_generators_options_are_its_scorers_too():
     ladders = draw_tasks(
         {"warm": 0, "train": 5, "test": 0}, seed=0, tasks="word_ladder(min_word_length=3, max_word_length=3)"
     )["train"]
-    assert all(score_reasoning_gym("", answer, answer, row) == 1 for answer, row in zip(ladders.answers, ladders.rows, strict=True))  # fmt: skip
+    for answer, row in zip(ladders.answers, ladders.rows, strict=True):
+        assert score_reasoning_gym("", answer, answer, row) == 1
     places = "decimal_arithmetic(min_num_decimal_places=9, max_num_decimal_places=9, precision=14)"
     sums = draw_tasks({"warm": 0, "train": 5, "test": 0}, seed=0, tasks=places)["train"]
     for answer, row in zip(sums.answers, sums.rows, strict=True):

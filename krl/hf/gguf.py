@@ -104,7 +104,9 @@ def _readers(files: Sequence[pathlib.Path]) -> Iterator[list[Any]]:
     """A reader of each file; of parts by bytes, which all but the first do not begin like a file, one of all."""
     begins, numbers = [], [[int(number) for number in re.findall(r"\d+", file.name)] for file in files]
     if numbers != sorted(numbers) or len(set(files)) < len(files):
-        raise ValueError(f"{', '.join(file.name for file in files)} are not parts in their order, each once")
+        raise ValueError(
+            f"name the parts in the order of their numbers, each once, not {', '.join(file.name for file in files)}"
+        )
     for file in files:
         try:
             with file.open("rb") as opened:
