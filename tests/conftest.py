@@ -17,6 +17,7 @@ os.environ.setdefault("XLA_FLAGS", QUICK)
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_include_full_tracebacks_in_locations", False)  # of every operation, which nobody reads here
 
 # The tests of a process and the programs they start share what XLA compiled, however quickly; nothing else does.
 COMPILED = tempfile.TemporaryDirectory(prefix="krl-compiled-")

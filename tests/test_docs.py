@@ -111,6 +111,7 @@ def test_own_data(here):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_own_value_function(here):
     names = follow("recipes/value.md")
     counts, rates = [2] * 4, np.array([0.02, 0.2, 0.5, 0.98])

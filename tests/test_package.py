@@ -37,7 +37,7 @@ def installed(tmp_path_factory):
     call([sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", place, place / "source"])
     (wheel,) = place.glob("*.whl")
     venv.create(place / "venv", with_pip=True)
-    call([place / "venv" / "bin" / "python", "-m", "pip", "install", wheel])
+    call([place / "venv" / "bin" / "python", "-m", "pip", "install", "--no-compile", wheel])
     return Installed(wheel, place / "venv" / "bin", place / "home")
 
 
