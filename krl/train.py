@@ -251,7 +251,7 @@ def take_step(
         config, parts: of the run.
         learner: before the step; its buffers are given away.
         step: steps done before this one; it decides prompts and random keys.
-        draw: how often it was taken before, and undone: every time its rollouts are others.
+        draw: how many rollbacks it comes after: its rollouts are others after each.
         reference: the parameters to stay close to, if there is a penalty; with adapters those that they stand on.
 
     Returns:

@@ -137,6 +137,11 @@ def test_bad_arguments_are_refused():
         budget.log_gains(jnp.ones(2), 0, 4)
     with pytest.raises(ValueError, match="whole numbers"):
         budget.log_gains_beta(jnp.ones(2), jnp.ones(2), 1, 4, powers=(-1, 1))
+    with pytest.raises(ValueError, match=r"weights must have shape \[M\], got \(2, 2\)"):
+        budget.in_proportion(jnp.ones((2, 2)), 8, 0, 8, 4)
+    for wrong in (-1.0, jnp.nan):
+        with pytest.raises(ValueError, match="the weights must be numbers of at least 0"):
+            budget.in_proportion(jnp.array([1.0, wrong]), 8, 0, 8, 4)
     with pytest.raises(ValueError, match="unknown allocation rule 'greedy'"):
         budget.allocate("greedy", budget.init_belief(2), 8, 1, 8)
 

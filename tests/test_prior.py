@@ -102,6 +102,18 @@ def test_the_gaussian_process_is_the_posterior_over_all_prompts():
     np.testing.assert_allclose(x @ np.asarray(got), expected + gain @ (observed - expected)[seen], rtol=1e-3, atol=1e-3)
 
 
+def test_the_only_label_is_believed_as_the_first_of_two():
+    """The upper half of the features, which a source may trust less, never has all of them."""
+    outcomes, labels = rollouts([3, 1], [4, 4]), jnp.zeros((2, 1), jnp.int32)
+    beliefs = [
+        priors.inform(
+            priors.learn_prior(priors.init_prior("groups", width), known(2), labels, *outcomes), known(2), labels
+        )
+        for width in (1, 2)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *beliefs)
+
+
 def test_scores_are_the_log_likelihood_of_outcomes_before_they_are_learnt_from():
     features, wins, outcomes = drawn()
     rng = np.random.default_rng(2)

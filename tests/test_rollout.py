@@ -74,6 +74,16 @@ def test_samples_do_not_depend_on_the_other_prompts_or_the_rows():
     assert not np.array_equal(sample([2, 3, 4, 1], seed=1).tokens, everything.tokens[:10])
 
 
+def test_without_prompts_every_row_is_padding():
+    prompts = jax.tree.map(lambda part: part[:0], tiny.prompts())
+    got = sample(jnp.zeros(0, jnp.int32), prompts, num_rollouts=3, pad_id=7)
+    assert got.prompt_index.tolist() == got.lengths.tolist() == [0, 0, 0]
+    assert not got.mask.any()
+    assert not got.finished.any()
+    assert (got.tokens.shape, set(got.tokens.reshape(-1).tolist())) == ((3, 6), {7})
+    assert sample([0, 0, 0, 0]).tokens.shape == (0, 6)
+
+
 @pytest.mark.parametrize("slots", [1, 2, 5, 8, 13, 70])
 def test_few_slots_give_what_a_slot_for_every_rollout_gives(slots):
     """Lengths differ, so slots end and are filled at all times, and columns are used again many times over."""

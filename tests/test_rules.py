@@ -312,6 +312,11 @@ def test_replay_refuses_what_it_cannot_run():
         replayed("best", jnp.ones((1, 2, 16)))
     with pytest.raises(ValueError, match="D >= 16"):
         replayed("uniform", jnp.ones((1, 2, 8)))
+    with pytest.raises(ValueError, match=r"a key for each of the 2 seeds of the rates, got \(3,\)"):
+        budget.replay(
+            "uniform", jnp.ones((2, 2, 16)), jax.random.split(jax.random.key(0), 3),
+            prompts_per_step=16, budget=32, n_min=2, n_max=4
+        )  # fmt: skip
     with pytest.raises(ValueError, match="it spent 32, 2 to 2"):
         replayed(lambda belief, total, n_min, n_max: (jnp.full(16, n_min), {}), jnp.full((1, 2, 16), 0.5))
     with pytest.raises(ValueError, match="budget 128 cannot be met"):

@@ -326,6 +326,9 @@ def kept_groups(prompts: int, groups: jax.Array | int, explored: int) -> jax.Arr
 def rounds_of(rule: str | Rule, prompts: int, budget: int, n_min: int, group: int = 1) -> tuple[int, ...]:
     """The rollouts that a step of M prompts has spent by the end of each of its rounds; (R,) for a rule without any.
 
+    Raises:
+        ValueError: an unknown rule, or one whose rounds are not whole numbers that rise to the budget.
+
     >>> rounds_of("two_round", 8, 64, 2)
     (16, 64)
     """
@@ -349,7 +352,7 @@ def _check_sum(prompts: int, budget: jax.Array | int, n_min: int, n_max: int, gr
         raise ValueError(f"budget {int(budget)} cannot be met: it must be a multiple of group={group}")
 
 
-def _solve(gains: jax.Array, budget: jax.Array | int, n_min: int, group: int = 1) -> Allocation:
+def _solve(gains: jax.Array, budget: jax.Array | int, n_min: int, group: int) -> Allocation:
     """The knapsack of gains [M, J], column j that of the group after n_min + j group rollouts."""
     groups = knapsack(gains, jnp.asarray(budget) // group, n_min // group)
     return group * groups, {"price": price(gains, groups, n_min // group)}

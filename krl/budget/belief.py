@@ -210,7 +210,9 @@ def observe(
     step: jax.Array | int = 0,
     lengths: jax.Array | None = None,
 ) -> Belief:
-    """The belief after more rewards from the same policy: nothing is discounted, the prior stays as it was.
+    """The belief after more rewards from the same policy: they discount nothing, and the prior stays as it was.
+
+    Only time does: what was known before fades by the steps since, as in `take`. Every call counts as a visit.
 
     Args:
         belief: of D tasks.

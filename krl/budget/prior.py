@@ -60,7 +60,9 @@ class Source(NamedTuple):
     """How rates follow from features: pure functions of one setting's evidence, its memory and its spread [W].
 
     Evidence, spread and memory are given by their places, and features=, centre=, wins= and outcomes= by their names.
-    All numbers are float32 but for features, int32; W or more among a prompt's features stands for none.
+    All numbers are float32 but for features, int32; W or more among a prompt's features stands for none. Spread is one
+    number for the lower half of the features and a smaller one for the upper half, see `hash_features`: where features
+    are labels, all of one kind, take spread[0].
     docs/recipes/prior.md has one.
     """
 
@@ -218,7 +220,7 @@ def _log_likelihood(
 
 def _spreads(width: int) -> jax.Array:
     """The spread of every feature under every setting, [C, W] float32; see `hash_features` for the upper half."""
-    further = jnp.arange(width) >= width // 2
+    further = jnp.arange(width) >= max(width // 2, 1)
     return jnp.array(SETTINGS)[:, 1:] * jnp.where(further, FURTHER_SHARE, 1.0)
 
 

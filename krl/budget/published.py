@@ -22,8 +22,7 @@ def uniform_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int
     if not n_min:
         return in_proportion(jnp.ones(prompts), budget, n_min, n_max, group, turn=belief.recorded.sum()), {}
     share, remainder = jnp.divmod(jnp.asarray(budget, jnp.int32), max(prompts, 1))
-    counts = share + (jnp.arange(prompts) < remainder)
-    return counts.astype(jnp.int32), {}
+    return (share + (jnp.arange(prompts) < remainder)).astype(jnp.int32), {}
 
 
 def knapsack_paper_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Allocation:
@@ -58,8 +57,7 @@ def knapsack_paper_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_m
     tiers = jnp.where(unsolved[:, None], -1e4, jnp.where(solved[:, None], -4e4, tiers))
     # A new prompt's first rollouts are its uniform count, above every tier.
     tiers = jnp.where(new[:, None] & (n < least[:, None]), 1.0, tiers)
-    counts = knapsack(tiers, budget, n_min)
-    return counts, {"surplus": surplus.astype(jnp.float32)}
+    return knapsack(tiers, budget, n_min), {"surplus": surplus.astype(jnp.float32)}
 
 
 def vip_rule(belief: Belief, budget: jax.Array | int, n_min: int, n_max: int) -> Allocation:

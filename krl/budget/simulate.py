@@ -88,7 +88,7 @@ def logged_rates(log: Sequence[Mapping[str, Any]] | Any, num_tasks: int, *, band
         bandwidth: standard deviation of the weights, steps.
 
     Returns:
-        [steps, D] float32 in (0, 1).
+        [steps, D] float32 in (0, 1), or all 0 or 1 where no logged rollout succeeded or every one.
     """
     if isinstance(log, Sequence):
         step = np.repeat(np.arange(len(log)), [len(row["counts"]) for row in log])
@@ -147,11 +147,13 @@ def replay(
         A Replay.
 
     Raises:
-        ValueError: an unknown rule, bounds or a budget that cannot be, a rule that does not keep them, or rates
-            that are not [S, steps, D] with D >= M.
+        ValueError: an unknown rule, bounds or a budget that cannot be, a rule that does not keep them, rates
+            that are not [S, steps, D] with D >= M, or keys that are not [S].
     """
-    if rates.ndim != 3 or rates.shape[2] < prompts_per_step or rates.shape[0] != keys.shape[0]:
+    if rates.ndim != 3 or rates.shape[2] < prompts_per_step:
         raise ValueError(f"rates must be [seeds, steps, D] with D >= {prompts_per_step}, got {rates.shape}")
+    if keys.shape != rates.shape[:1]:
+        raise ValueError(f"there must be a key for each of the {len(rates)} seeds of the rates, got {keys.shape}")
     start = beliefs.init_belief(rates.shape[2])
     if prior is not None:
         start = start.replace(prior_alpha=jnp.float32(prior[0]), prior_beta=jnp.float32(prior[1]))
@@ -166,12 +168,9 @@ def replay(
     )  # fmt: skip
     shown = {name: np.asarray(value) for name, value in _replay_seeds(setting, rates, keys, start).items()}
     low, high = shown.pop("fewest").min(), shown.pop("most").max()
-    wrong = [spent for spent in shown.pop("spent").flat if spent != budget]
-    if low < n_min or high > n_max or wrong:
-        raise ValueError(
-            f"the rule must spend {budget} rollouts, {n_min} to {n_max} each; it spent {[*wrong, budget][0]}, "
-            f"{low} to {high}"
-        )
+    spent = next((spent for spent in shown.pop("spent").flat if spent != budget), budget)
+    if low < n_min or high > n_max or spent != budget:
+        raise ValueError(f"the rule must spend {budget}, {n_min} to {n_max} each; it spent {spent}, {low} to {high}")
     return Replay(**shown)
 
 

@@ -143,7 +143,7 @@ def knapsack_large(
         counts [M] int32, sum R, with the ties of `knapsack`.
 
     Raises:
-        ValueError: bounds or budget out of range, or p holds NaN.
+        ValueError: arrays of p that are not [M], bounds or budget out of range, or p holds NaN.
 
     >>> knapsack_large(jnp.array([0.0, 0.1, 0.5]), budget=10, n_min=1, n_max=9).tolist()
     [1, 4, 5]
@@ -230,7 +230,14 @@ def in_proportion(
 
     Returns:
         counts [M] int32.
+
+    Raises:
+        ValueError: weights that are not [M] or not all numbers of at least 0, or bounds or a budget out of range.
     """
+    if jnp.ndim(weights) != 1:
+        raise ValueError(f"weights must have shape [M], got {jnp.shape(weights)}")
+    if readable(weights) and not bool((weights >= 0).all()):
+        raise ValueError("the weights must be numbers of at least 0")
     prompts = len(weights)
     known = jnp.log(weights), jnp.full(prompts, 0.5) if n_min else spread_evenly(prompts, turn)
     groups = jnp.asarray(budget) // group

@@ -44,7 +44,8 @@ def grpo_value(p: jax.Array, n: jax.Array) -> jax.Array:
         n: [...] int or float, rollouts.
 
     Returns:
-        [...] float32, dimensionless.
+        [...] float32, dimensionless. It is 0 of one rollout, which has nothing to be compared with, and below 0 of
+        none: gains of single rollouts begin at n = 1.
 
     References:
         Li et al., "Knapsack RL", arXiv 2509.25849.

@@ -151,7 +151,7 @@ KEYS: dict[str, Key] = {
     "eval.sets": Key("", ANY, FIXED,
         'benchmarks of eval.py, keys of krl.tasks.SOURCES: "aime,amc,math500"; "" for held-out prompts'),
     "eval.best": Key(False, ANY, FREE,
-        "eval.py measures the parameters of the highest held-out accuracy, not the newest"),
+        "eval.py measures the parameters of the highest held-out accuracy after a step, not the newest"),
     "eval.dir": Key("", ANY, FIXED,
         "directory to read them from instead of the hub, with a data file {set}.jsonl, .json, .parquet or .arrow or "
         'a directory {set} for each; "" for the hub'),
@@ -160,7 +160,7 @@ KEYS: dict[str, Key] = {
     "checkpoint.dir": Key("", PLACE, FIXED,
         'directory of this run alone, such as "gs://bucket/run"; "" for the work directory'),
     "checkpoint.keep": Key(2, FROM_1, FREE,
-        "newest checkpoints kept; best/ also has the parameters of the highest held-out accuracy"),
+        "newest checkpoints kept; best/ also has the parameters of the highest held-out accuracy after a step"),
     # ---------------------------------------------------------------- guard
     "guard.loss": Key(0.0, FROM_0, FREE, "largest absolute loss; 0 for no limit"),
     "guard.ratio": Key(0.0, FROM_0, FREE, "largest probability ratio, ratio_max in the metrics; 0 for no limit"),
@@ -292,7 +292,7 @@ KEYS: dict[str, Key] = {
     "verify.batch_seconds": Key(300.0, ABOVE_0, FREE,
         "seconds for the rollouts of a step after the last response has ended; those left then get no reward"),
     "verify.items_per_worker": Key(10000, FROM_1, FREE, "responses after which a worker is replaced"),
-    "verify.memory_gb": Key(4.0, ABOVE_0, FREE, "address space of a worker, GB"),
+    "verify.memory_gb": Key(4.0, ABOVE_0, FREE, "address space of a worker, GiB"),
     "verify.environment": Key("", ANY, FREE,
         "further environment variables that workers see, names separated by commas; few are passed on, and no "
         "credentials"),

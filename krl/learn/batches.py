@@ -41,7 +41,7 @@ def map_rows(function: Callable[[Any], jax.Array], rows: Any, num_rows: jax.Arra
     """function(some rows), [micro_rows, C], for the first num_rows [U] of each share of a tree of [U, W, ...].
 
     Returns:
-        [U, W, C], 0 for the other rows.
+        [U, W, C], 0 for the micro-batches behind them.
     """
 
     def of_share(share: tuple[Any, jax.Array]) -> jax.Array:

@@ -184,9 +184,8 @@ def read(
         x, columns = applied
         written.append(columns)
     hidden: Any = Norm(config).apply({"params": params["final_norm"]}, x)
-    hidden = _scaled(hidden, 1 / config.logit_divisor)
     keys, values = zip(*written, strict=True)
-    return hidden, Cache(keys=keys, values=values, positions=held)
+    return _scaled(hidden, 1 / config.logit_divisor), Cache(keys=keys, values=values, positions=held)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "start", "chunk", "entropy"))
@@ -252,21 +251,19 @@ def _hidden(
     config: PolicyConfig, params: dict[str, Any], tokens: jax.Array, mask: jax.Array | None, segments: Layout
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Hidden states [B, T, E] in some order of columns, and the function that restores the order."""
+    positions = columns = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     if isinstance(segments, Segments):
         positions = jnp.where(segments.number > 0, segments.position, -1)
-        return _decoder(config, params, tokens, positions, segments), lambda hidden: hidden
-    columns = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    if segments is not None:
+    elif segments is not None:
         first = jnp.diff(segments, axis=1, prepend=-1) != 0
         positions = jnp.where(segments > 0, columns - jax.lax.cummax(jnp.where(first, columns, 0), axis=1), -1)
-        return _decoder(config, params, tokens, positions, segments), lambda hidden: hidden
-    if mask is None:
-        return _decoder(config, params, tokens, columns), lambda hidden: hidden
-    # A row that starts in column 0 needs no mask but the causal one, which every kernel has.
-    roll = jax.vmap(functools.partial(jnp.roll, axis=0))
-    starts = jnp.argmax(mask, axis=1)
-    positions = jnp.where(roll(mask, -starts), columns, -1)
-    return _decoder(config, params, roll(tokens, -starts), positions), lambda hidden: roll(hidden, starts)
+    elif mask is not None:
+        # A row that starts in column 0 needs no mask but the causal one, which every kernel has.
+        roll = jax.vmap(functools.partial(jnp.roll, axis=0))
+        starts = jnp.argmax(mask, axis=1)
+        positions = jnp.where(roll(mask, -starts), columns, -1)
+        return _decoder(config, params, roll(tokens, -starts), positions), lambda hidden: roll(hidden, starts)
+    return _decoder(config, params, tokens, positions, segments), lambda hidden: hidden
 
 
 def _decoder(config: PolicyConfig, params: dict[str, Any], *inputs: Any) -> Any:
@@ -357,12 +354,10 @@ class Block(nn.Module):
             stored = (keys, values)
         shape = (c.num_heads, c.head_size, c.embed_size)
         attended = self._times(mixed, "output", shape, ("heads", "head", "embed"), inputs=2)
-        if c.post_norms:
-            attended = Norm(c, name="attention_post_norm")(attended)
+        attended = Norm(c, name="attention_post_norm")(attended) if c.post_norms else attended
         x = constrain(x + _scaled(attended, c.residual_scale), "batch", "length", None)
         fed = self._mlp(Norm(c, name="mlp_norm")(x) if c.pre_norms else x, positions)
-        if c.post_norms:
-            fed = Norm(c, name="mlp_post_norm")(fed)
+        fed = Norm(c, name="mlp_post_norm")(fed) if c.post_norms else fed
         return constrain(x + _scaled(fed, c.residual_scale), "batch", "length", None), stored
 
     def _weight(

@@ -101,8 +101,8 @@ def generate(
         Rollouts of R rows sorted by prompt.
 
     Raises:
-        ValueError: counts do not fit the prompts, their sum exceeds num_rollouts, there are no slots, top_k is
-            below 0, top_p is not in (0, 1] or min_p is not in [0, 1].
+        ValueError: counts do not fit the prompts, their sum exceeds num_rollouts, which is not given though they are
+            traced, there are no slots, top_k is below 0, top_p is not in (0, 1] or min_p is not in [0, 1].
     """
     if jnp.shape(counts) != prompts.tokens.shape[:1]:
         raise ValueError(f"counts must have shape [M] = [{prompts.tokens.shape[0]}], got {jnp.shape(counts)}")
@@ -127,17 +127,18 @@ def generate(
         num_rollouts=num_rollouts, num_slots=min(num_slots, num_rollouts), max_new_tokens=max_new_tokens,
         eos_ids=tuple(eos_ids), pad_id=pad_id, limits=(top_k, top_p, min_p),
     )  # fmt: skip
-    if not num_rollouts:
+    if not num_rollouts or not len(prompts.tokens):
         return _nothing(options, counts)
     asked = Asked(prompts, counts, key, first_sample, expected_tokens)
     return _generate(config, options, watch, Settings(jnp.asarray(temperature), stop_table), params, asked)
 
 
 def _nothing(options: Options, counts: jax.Array) -> Rollouts:
-    """No rollouts."""
-    prompt_index, sample_index, mask = make_slots(counts, 0)
-    none = jnp.zeros((0, options.max_new_tokens))
-    return Rollouts(prompt_index, sample_index, mask, none.astype(jnp.int32), none, sample_index, mask, none)
+    """Rows without a rollout."""
+    prompt_index, zeros, mask = make_slots(counts, options.num_rollouts)
+    none = jnp.zeros((options.num_rollouts, options.max_new_tokens))
+    tokens = jnp.full(none.shape, options.pad_id, jnp.int32)
+    return Rollouts(prompt_index, zeros, mask, tokens, none, zeros, mask, none)
 
 
 def slot_bytes(config: policy.PolicyConfig, length: int) -> int:

@@ -49,8 +49,8 @@ def find_ends(tokenizer: Tokenizer, stop: Sequence[str], vocab_size: int) -> End
         vocab_size: V of the model, at least the tokenizer's.
 
     Raises:
-        ValueError: a text is empty or too long, is a token for which the model has no row or holds one that adds
-            nothing to a text, or the tokenizer is one whose tokens' texts depend on their neighbours.
+        ValueError: a text is empty, too long or no Unicode, is a token for which the model has no row or holds one that
+            adds nothing to a text, or the tokenizer is one whose tokens' texts depend on their neighbours.
     """
     for text in stop:
         if any("\ud800" <= letter <= "\udfff" for letter in text):

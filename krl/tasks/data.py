@@ -209,7 +209,7 @@ def step_task_ids(num_tasks: int, num_prompts: int, step: int, *, seed: int) -> 
         ValueError: fewer tasks than prompts in a step.
     """
     if num_tasks < num_prompts:
-        raise ValueError(f"a step takes {num_prompts} prompts and only {num_tasks} are left after filtering")
+        raise ValueError(f"only {num_tasks} are left for steps of {num_prompts} prompts; lower config.prompts_per_step")
     epoch, batch = divmod(step, num_tasks // num_prompts)
     order = np.random.default_rng((seed, epoch)).permutation(num_tasks)
     return order[batch * num_prompts : (batch + 1) * num_prompts].astype(np.int32)
