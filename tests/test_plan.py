@@ -1,6 +1,7 @@
 """What a run needs of a device, found by compiling its programs, against what its sizes say."""
 
 import dataclasses
+import re
 
 import jax
 import pytest
@@ -186,10 +187,25 @@ def test_rows_that_an_update_would_not_take_are_not_advised(planned):
     found, update = planned._replace(config=config, rows=3, columns=planned.longest), planned.programs["update"]
     four, five = (advice(found, update.held + more * update.temporaries) for more in (0.4, 0.7))
     assert "micro_tokens" not in four
-    assert (
-        f"5 rows a device instead of 3 in a micro-batch fit: --config.optim.micro_tokens={5 * found.columns * GROUPS}"
-        in five
-    )
+    long = found.columns
+    assert f"5 x {long} tokens a device instead of 3 x {long} in a micro-batch fit: " in five
+    assert f"--config.optim.micro_tokens={5 * long * GROUPS}" in five
+
+
+def test_more_room_may_be_for_wider_rows(planned):
+    """Where a micro-batch is one row that room keeps narrow, more of it has more responses to the prompt in a row."""
+    config = planned.config.copy_and_resolve_references()
+    config.unlock()
+    config.optim.packed, config.optim.micro_tokens = True, planned.longest * GROUPS
+    config.sample.max_new_tokens = planned.longest - config.data.max_prompt_tokens
+    found = planned._replace(config=config, rows=1, columns=planned.longest)
+    assert found.shared
+    assert found.rows_of(config.optim.micro_tokens) == (found.columns, 1)
+    update = found.programs["update"]
+    said = advice(found, update.held + 1.1 * update.temporaries)
+    wide, asked = map(int, re.search(r"1 x (\d+) tokens a device .*micro_tokens=(\d+)", said).groups())
+    assert found.columns < wide == asked // GROUPS
+    assert found.rows_of(asked) == (wide, 1)
 
 
 def test_the_way_out_for_decoding_is_the_fastest_layout_that_fits(planned):

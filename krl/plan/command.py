@@ -272,12 +272,12 @@ def _advise_update(found: Plan, limit: float) -> list[str]:
     rows = min(int(found.rows * room / update.temporaries), math.ceil(found.update_rollouts / devices))
     if rows < 1:
         return ["not even one row a device fits the update: split the policy there too, or take more devices"]
-    _, rows = found.rows_of(rows * found.columns * devices)  # micro-batches are equally large
-    if rows == found.rows:
+    columns, rows = found.rows_of(rows * found.columns * devices)  # micro-batches are equally large
+    if (columns, rows) == (found.columns, found.rows):
         return []
     return [
-        f"{rows} rows a device instead of {found.rows} in a micro-batch fit: "
-        f"--config.optim.micro_tokens={rows * found.columns * devices}"
+        f"{rows} x {columns} tokens a device instead of {found.rows} x {found.columns} in a micro-batch fit: "
+        f"--config.optim.micro_tokens={rows * columns * devices}"
     ]
 
 
