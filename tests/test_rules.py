@@ -317,7 +317,7 @@ def test_replay_refuses_what_it_cannot_run():
             "uniform", jnp.ones((2, 2, 16)), jax.random.split(jax.random.key(0), 3),
             prompts_per_step=16, budget=32, n_min=2, n_max=4
         )  # fmt: skip
-    with pytest.raises(ValueError, match="it spent 32, 2 to 2"):
+    with pytest.raises(ValueError, match="the rule spent 32 rollouts, 2 to 2 each, not "):
         replayed(lambda belief, total, n_min, n_max: (jnp.full(16, n_min), {}), jnp.full((1, 2, 16), 0.5))
     with pytest.raises(ValueError, match="budget 128 cannot be met"):
         replayed("uniform", jnp.ones((1, 2, 16)), n_max=4)

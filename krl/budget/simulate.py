@@ -170,7 +170,7 @@ def replay(
     low, high = shown.pop("fewest").min(), shown.pop("most").max()
     spent = next((spent for spent in shown.pop("spent").flat if spent != budget), budget)
     if low < n_min or high > n_max or spent != budget:
-        raise ValueError(f"the rule must spend {budget}, {n_min} to {n_max} each; it spent {spent}, {low} to {high}")
+        raise ValueError(f"the rule spent {spent} rollouts, {low} to {high} each, not {budget}, {n_min} to {n_max}")
     return Replay(**shown)
 
 
