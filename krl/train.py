@@ -123,8 +123,8 @@ def take_steps(
     """Take the steps that are left, from the newest checkpoint on or from the start.
 
     Returns:
-        ("finished", the policy's parameters); ("stopped", {}), everything being saved; or ("went back", {}): the same
-        call goes on from the last checkpoint.
+        A pair, "finished" with the policy's parameters, "stopped" with {}, everything being saved, or "went back" with
+        {}, when the same call goes on from the last checkpoint.
     """
     # ---------------------------------------------------------------- where the run starts from
     about = about_run(config, parts) | {"rollbacks": len(rollbacks)}
