@@ -39,6 +39,7 @@ from tests.command_line import (
     rows,
     run,
     run_here,
+    told_by,
 )
 
 
@@ -104,6 +105,8 @@ def test_a_signal_while_a_run_is_set_up_stops_it_before_its_first_step(tmp_path,
         assert run_here(tmp_path, **{"sft.steps": 0}) is None
     assert "krl: stopped after step 0; the same command continues from there" in capsys.readouterr().out
     assert rows(tmp_path) == []
+    refused = told_by(measure, config_with(**{"sft.steps": 0, "eval.best": True}), tmp_path)
+    assert refused.endswith("best holds no checkpoint; train.py writes one every config.eval.every=2 steps")
     assert run_here(tmp_path, **{"sft.steps": 0}).metrics["step"] == 4
     assert [row["step"] for row in rows(tmp_path)] == [0, 1, 2, 3, 4]
 

@@ -205,8 +205,8 @@ def load_params(
     with Checkpoints(directory, keep=keep) as checkpoints:
         restored = checkpoints.restore({"params": policy.trained(policy_config, like)}, move_aside=False)
     if restored is None:
-        until = "it has evaluated after a step" if config.eval.best else f"it has taken {config.checkpoint.every} steps"
-        raise ValueError(f"{directory} holds no checkpoint yet; let train.py run until {until}")
+        key, steps = ("eval", config.eval.every) if config.eval.best else ("checkpoint", config.checkpoint.every)
+        raise ValueError(f"{directory} holds no checkpoint; train.py writes one every config.{key}.every={steps} steps")
     step, trees = restored
     undone = trees["about"].get("rollbacks", 0)  # steps that were taken again have the same numbers
     params = trees["params"]
